@@ -1,0 +1,32 @@
+"""Operations on a paged KV cache: arrays in, arrays out. Each has a Pallas-Triton kernel, an XLA program and a
+reference. Nothing here knows of models, requests or sparse methods.
+"""
+
+from pallas_kernels.decode_attention import DecodeTile, decode_attention, decode_attention_reference
+from pallas_kernels.decode_work import SpanLimits, WorkList, decode_work_list
+from pallas_kernels.dispatch import Implementation, resolve
+from pallas_kernels.move_slots import move_slots, move_slots_reference
+from pallas_kernels.online_softmax import EMPTY_LSE
+from pallas_kernels.paging import PageAddress
+from pallas_kernels.prefill_attention import PrefillTile, prefill_attention, prefill_attention_reference
+from pallas_kernels.store_kv import store_kv, store_kv_reference
+
+__all__ = [
+    "EMPTY_LSE",
+    "DecodeTile",
+    "Implementation",
+    "PageAddress",
+    "PrefillTile",
+    "SpanLimits",
+    "WorkList",
+    "decode_attention",
+    "decode_attention_reference",
+    "decode_work_list",
+    "move_slots",
+    "move_slots_reference",
+    "prefill_attention",
+    "prefill_attention_reference",
+    "resolve",
+    "store_kv",
+    "store_kv_reference",
+]

@@ -1,0 +1,69 @@
+"""Validation of the arguments that the operations share. Shapes and dtypes are static: this costs no run time."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paging import PageAddress
+
+FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def check_shape(name: str, array: jax.Array, expected: tuple[int | None, ...]) -> None:
+    """Raises ValueError unless `array` has the `expected` shape; None stands for any size."""
+    fits = len(array.shape) == len(expected) and all(
+        want is None or got == want for got, want in zip(array.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise ValueError(f"{name} has shape {tuple(array.shape)}, expected ({wanted})")
+
+
+def check_integer(**arrays: jax.Array) -> None:
+    """Raises TypeError unless every array is int32, the one index type of this package."""
+    for name, array in arrays.items():
+        if array.dtype != jnp.int32:
+            raise TypeError(f"{name} must be int32, got {array.dtype}")
+
+
+def check_pool(k_pages: jax.Array, v_pages: jax.Array) -> None:
+    """Raises unless the two pools are [pages, page_size, D] of one float dtype with a power-of-two page size."""
+    check_shape("k_pages", k_pages, (None, None, None))
+    check_shape("v_pages", v_pages, tuple(k_pages.shape))
+    if k_pages.dtype != v_pages.dtype or k_pages.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"k_pages and v_pages must share one of bfloat16, float16, float32, got {k_pages.dtype} and {v_pages.dtype}"
+        )
+    page_size = k_pages.shape[1]
+    if page_size < 1 or page_size & (page_size - 1):
+        raise ValueError(f"the page size (axis 1 of k_pages) must be a power of two, got {page_size}")
+
+
+def check_table(
+    page_table: jax.Array, lengths: jax.Array, lengths_name: str, address: PageAddress, num_kv_heads: int
+) -> None:
+    """Raises unless `page_table` [Lt, R, Ht, M] and `lengths` [Lt, R, Ht] agree with each other and with `address`."""
+    check_shape("page_table", page_table, (None, None, None, None))
+    layers, rows, heads, _ = page_table.shape
+    check_shape(lengths_name, lengths, (layers, rows, heads))
+    check_integer(page_table=page_table, **{lengths_name: lengths})
+    if not 0 <= address.table_layer < layers:
+        raise ValueError(f"address.table_layer is {address.table_layer}, but page_table has {layers} layers")
+    check_table_heads("page_table", heads, address, num_kv_heads)
+
+
+def check_table_heads(name: str, heads: int, address: PageAddress, num_kv_heads: int) -> None:
+    """Raises unless a table's head axis is 1 (an entry covers all KV heads) or one per KV head, as `address` says."""
+    if heads not in (1, num_kv_heads):
+        raise ValueError(f"the head axis of {name} must be 1 or {num_kv_heads} (the KV heads), got {heads}")
+    if num_kv_heads > 1 and (heads == 1) != (address.head_stride != 0):
+        raise ValueError(
+            f"address.head_stride is {address.head_stride}, but the head axis of {name} has size {heads}: "
+            "the stride is 0 when every head has its own table and 1 when they share one"
+        )
+
+
+def query_group(num_q_heads: int, num_kv_heads: int) -> int:
+    """Query heads per KV head; raises ValueError when they do not divide."""
+    if num_kv_heads < 1 or num_q_heads % num_kv_heads:
+        raise ValueError(f"{num_q_heads} query heads are no multiple of num_kv_heads={num_kv_heads}")
+    return num_q_heads // num_kv_heads

@@ -1,0 +1,63 @@
+"""Small helpers for indexing tiles inside Pallas kernels."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.paging import PageAddress
+
+WHOLE = pl.BlockSpec(memory_space=pl.ANY)
+"""Hands a kernel the whole array as a pointer, without a copy."""
+
+
+def next_power_of_two(size: int) -> int:
+    """Smallest power of two that is at least `size` (Triton tiles have no other sizes)."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def index_grid(rows: jax.Array, cols: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two index vectors as a pair of [rows, cols] arrays. Masked accesses need whole index arrays to be interpreted."""
+    shape = (rows.shape[0], cols.shape[0])
+    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(cols[None, :], shape)
+
+
+def exact_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` of two tiles, accumulated in float32; float32 operands are not rounded to TF32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return plgpu.dot(a, b, precision=precision)
+
+
+def locate_slots(
+    table_ref, row, head, token: jax.Array, live: jax.Array | None, *, address: PageAddress, page_size: int
+):
+    """(page i32[n], slot i32[n]) of the logical slots `token` of KV head `head` of table row `row`, inside a kernel.
+
+    `table_ref` is the whole table [Lt, R, Ht, M]. Slots that are not `live` (None: all are) come out in page
+    `address.page(0, head)`.
+    """
+    table_head = head if table_ref.shape[2] > 1 else 0
+    entry = plgpu.load(
+        table_ref.at[address.table_layer, row, table_head, token // page_size],
+        mask=live,
+        other=None if live is None else 0,
+    )
+    return address.page(entry, head), token % page_size
+
+
+def vector_mask(live: jax.Array | None, columns: jax.Array, dim: int) -> jax.Array | None:
+    """bool, like `columns`: which elements of vectors exist, those of live rows left of `dim`. None means all."""
+    mask = None if live is None else jnp.broadcast_to(live[:, None], columns.shape)
+    if columns.shape[1] == dim:
+        return mask
+    inside = columns < dim
+    return inside if mask is None else mask & inside
+
+
+def load_vectors(pool_ref, page: jax.Array, slot: jax.Array, live: jax.Array | None, *, dim: int) -> jax.Array:
+    """[n, padded dim] vectors at (page, slot) of a pool [P, page, D], inside a kernel; 0 where dead or past `dim`."""
+    column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
+    page, columns = index_grid(page, column)
+    slot, _ = index_grid(slot, column)
+    mask = vector_mask(live, columns, dim)
+    return plgpu.load(pool_ref.at[page, slot, columns], mask=mask, other=None if mask is None else 0.0)
