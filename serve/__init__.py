@@ -1,0 +1,1 @@
+"""Serving: the jitted generate loop (`serve.generate`), usable without the engine."""

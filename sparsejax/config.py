@@ -1,0 +1,105 @@
+"""Frozen configuration of the engine. A model's own configuration lives in `sparsejax.models.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels import Implementation
+from sparsejax.cache import Granularity
+from sparsejax.errors import InvalidArgumentError, unknown_key_error
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+GRANULARITIES = ("shared", "per_layer", "per_head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything `LLM(...)` accepts beside the model. Names follow vLLM where vLLM has one.
+
+    `None` means: chosen for the model and the device when the engine is built.
+
+    Attributes:
+      dtype: compute and cache dtype; "auto" is the checkpoint's own on a GPU and float32 on a CPU.
+      max_model_len: longest prompt plus answer, in tokens. Default: the model's `max_position_embeddings`.
+      max_num_seqs: most requests running at once. Default: 256 on a GPU, 16 on a CPU.
+      max_num_batched_tokens: most prompt tokens in one prefill step; longer prompts are chunked.
+        Default: 2,048 on a GPU, 512 on a CPU.
+      max_prefill_seqs: most requests whose chunks share one prefill step.
+      gpu_memory_utilization: fraction of the memory that JAX may use which goes to weights, pool and scratch.
+      tensor_parallel_size: GPUs a model is split over; only 1 so far.
+      seed: seeds the requests that bring none of their own.
+      tokenizer: folder or Hugging Face id of the tokenizer. Default: the model's.
+      skip_tokenizer_init: work on token ids only; outputs then carry no text.
+      enable_prefix_caching: share the pages of equal prompt prefixes; not available yet.
+      methods: sparse methods that requests may use. Default: all that are available.
+      default_compression: the method of requests that name none.
+      page_size: tokens in one page of the KV cache, a power of two.
+      num_pages: physical pages in the pool (one KV head of one layer each). Default: what memory allows.
+      table_granularity: "shared", "per_layer" or "per_head" slot tables. Default: the coarsest the methods allow.
+      implementation: "triton" or "xla" kernels. Default: triton on a GPU, xla on a CPU.
+      warmup: compile every step variant when the engine is built rather than when first needed.
+    """
+
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_prefill_seqs: int = 16
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    seed: int = 0
+    tokenizer: str | Path | None = None
+    skip_tokenizer_init: bool = False
+    enable_prefix_caching: bool = False
+    methods: tuple[str, ...] | None = None
+    default_compression: Any = None
+    page_size: int = 32
+    num_pages: int | None = None
+    table_granularity: Granularity | None = None
+    implementation: Implementation | None = None
+    warmup: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_seqs", "num_pages"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise InvalidArgumentError(f"{name} must be a positive whole number, got {value!r}.")
+        if not isinstance(self.page_size, int) or self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise InvalidArgumentError(f"page_size must be a power of two (1, 2, 4, ..., 256), got {self.page_size!r}.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InvalidArgumentError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}."
+            )
+        _require_choice("dtype", self.dtype, DTYPES)
+        _require_choice("table_granularity", self.table_granularity, (None, *GRANULARITIES))
+        _require_choice("implementation", self.implementation, (None, "triton", "xla"))
+        if self.tensor_parallel_size != 1:
+            raise InvalidArgumentError(
+                f"tensor_parallel_size must be 1: tensor parallelism is not available yet, got "
+                f"{self.tensor_parallel_size!r}. Run one engine a GPU instead."
+            )
+        if self.enable_prefix_caching:
+            raise InvalidArgumentError("enable_prefix_caching must be False: prefix caching is not available yet.")
+        if self.methods is not None:
+            from sparsejax import methods
+
+            for name in self.methods:
+                _require_choice("methods", name, methods.available())
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
+        """Builds a config; an unknown key is an error that names the nearest valid one."""
+        valid = [field.name for field in fields(cls)]
+        for name in kwargs:
+            if name not in valid:
+                raise unknown_key_error(name, valid, "LLM")
+        if kwargs.get("methods") is not None:
+            kwargs["methods"] = tuple(kwargs["methods"])
+        return cls(**kwargs)
+
+
+def _require_choice(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise InvalidArgumentError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")

@@ -1,0 +1,107 @@
+"""From a configuration to a running engine: defaults for the device, the size of the pool, warm-up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from sparsejax.cache import CacheLayout
+from sparsejax.config import EngineConfig
+from sparsejax.engine import memory
+from sparsejax.engine.engine import Engine
+from sparsejax.engine.runner import Runner
+from sparsejax.engine.scheduler import Scheduler, SchedulerConfig
+from sparsejax.engine.state import init_state
+from sparsejax.errors import InvalidArgumentError
+from sparsejax.models import Decoder, ModelConfig
+
+STRETCHING_ROPE = ("linear", "dynamic", "yarn")  # kinds whose factor reaches beyond max_position_embeddings
+
+
+def build_engine(
+    model_config: ModelConfig, params: Any, tokenizer: Any, config: EngineConfig, eos_token_ids: tuple[int, ...]
+) -> Engine:
+    """An engine for parameters that are on the device.
+
+    Args:
+      eos_token_ids: tokens that end an answer.
+
+    Raises:
+      InvalidArgumentError: max_model_len beyond the model's.
+      OutOfMemoryError: no room for a KV cache.
+    """
+    device = next(iter(jax.tree.leaves(params)[0].devices()))
+    on_cpu = device.platform == "cpu"
+    max_num_seqs = config.max_num_seqs or (16 if on_cpu else 256)
+    max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 2048)
+    max_model_len = _max_model_len(model_config, config.max_model_len)
+    decoder = Decoder(model_config, params["embed"].dtype)
+    layout = CacheLayout(
+        num_layers=model_config.num_layers,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        num_pages=2 * model_config.num_layers * model_config.num_kv_heads,  # the smallest; sized below
+        max_rows=max_num_seqs,
+        max_slots=max_model_len,
+        page_size=config.page_size,
+        granularity=config.table_granularity or "shared",  # no method so far lets layers or heads differ
+        dtype=decoder.dtype,
+    )
+    num_pages = config.num_pages
+    if num_pages is None:
+        scratch = 0
+        if not on_cpu:
+            scratch = memory.scratch_bytes(
+                decoder,
+                params,
+                layout,
+                decode_batch=max_num_seqs,
+                prefill_tokens=max_num_batched_tokens,
+                prefill_seqs=config.max_prefill_seqs,
+                implementation=config.implementation,
+            )
+        state = jax.eval_shape(lambda: init_state(layout.num_rows, model_config.vocab_size))
+        tables = 4 * layout.entries_per_page_column * layout.num_rows * (layout.max_entries_per_row + 1)
+        num_pages = memory.pages_that_fit(
+            layout, device=device, scratch=scratch, other=memory.tree_bytes([state]) + tables
+        )
+    layout = memory.fit_pool(layout, num_pages, needed_tokens=1)
+    with memory.explain_out_of_memory(f"allocating a KV cache of {layout.bytes() / 2**30:.1f} GiB"):
+        runner = Runner(
+            decoder,
+            params,
+            layout,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_prefill_seqs=config.max_prefill_seqs,
+            eos_token_ids=eos_token_ids,
+            implementation=config.implementation,
+        )
+    if config.warmup:
+        runner.warm_up(progress=lambda variants: tqdm(variants, desc="compiling", unit="step"))
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_prefill_seqs=config.max_prefill_seqs,
+            page_size=layout.page_size,
+            num_free_entries=layout.num_entries - 1,
+            entries_per_page_column=layout.entries_per_page_column,
+            max_model_len=max_model_len,
+        )
+    )
+    return Engine(runner, scheduler, tokenizer=tokenizer, seed=config.seed)
+
+
+def _max_model_len(model: ModelConfig, asked: int | None) -> int:
+    longest = model.max_position_embeddings
+    if model.rope.kind in STRETCHING_ROPE:  # configs differ in whether that length counts the stretch already
+        original = model.rope.original_max_position_embeddings or longest
+        longest = max(longest, int(original * model.rope.factor))
+    if asked is not None and asked > longest:
+        raise InvalidArgumentError(
+            f"max_model_len must be at most {longest}, what this model's positions reach; got {asked}."
+        )
+    return asked or model.max_position_embeddings

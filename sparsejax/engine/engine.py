@@ -1,0 +1,249 @@
+"""The serving loop: plan a step, dispatch it, read the step before. The device never waits for the host.
+
+    submission = engine.add("id", prompt, params)
+    while engine.has_unfinished:
+        engine.step()
+    submission.output()
+
+Sampled tokens feed the next step on the device; the host reads them one step late, so a request that ends at a token
+has one surplus token in flight, which is discarded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsejax.engine.detokenizer import decode_function
+from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.engine.outputs import Logprob, logprobs_of_token
+from sparsejax.engine.request import Request, derive_seed, expand
+from sparsejax.engine.runner import Runner
+from sparsejax.engine.sampling import SampleOutput
+from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.scheduler import Chunk, Scheduler
+from sparsejax.engine.state import StepOutput
+from sparsejax.engine.stopping import check_stop, detokenizer_for
+from sparsejax.engine.submission import Answer, Submission
+from sparsejax.errors import SchedulingError
+
+PROBE = "\0probe"  # id of a request that is only checked, never added
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A dispatched step whose results have not been read.
+
+    Attributes:
+      sampling: (lane of the output, request) of each token it samples.
+      chunks: what a prefill step computed, in packing order; empty for a decode step.
+      output: device values.
+      free_entries: what the device must report if host and device agree; None if a later step of the plan tells.
+    """
+
+    sampling: list[tuple[int, Request]]
+    chunks: Sequence[Chunk]
+    output: StepOutput
+    free_entries: int | None
+
+
+class Engine:
+    """Continuous batching over one runner.
+
+    Args:
+      runner: the compiled steps.
+      scheduler: decides what each step computes.
+      tokenizer: a transformers tokenizer; None: outputs carry no text.
+      seed: seeds requests that bring none.
+      clock: seconds, monotonic.
+
+    Attributes:
+      wait_seconds: what all steps together have spent waiting for the device.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        tokenizer: Any = None,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.clock = clock
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._added = 0
+        self._decode = None if tokenizer is None else decode_function(tokenizer, skip_special_tokens=False)
+        self.wait_seconds = 0.0
+        self._in_flight: list[InFlight] = []
+        self._answers: dict[str, tuple[Submission, Answer]] = {}  # by request id of each answer, unfinished
+        self._bytes_per_entry = (
+            runner.layout.pages_per_entry
+            * 2
+            * runner.layout.page_size
+            * runner.layout.head_dim
+            * np.dtype(runner.layout.dtype).itemsize
+        )
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step has anything to do: requests to serve, or results to read."""
+        return self.scheduler.has_unfinished or bool(self._in_flight)
+
+    def check(self, prompt: TokenizedPrompt, params: SamplingParams) -> None:
+        """Raises what `add` would raise for this prompt, and changes nothing.
+
+        Raises:
+          InvalidArgumentError: the prompt is longer than the engine can ever serve.
+        """
+        self.scheduler.check(Request(PROBE, prompt.token_ids, params))
+
+    def add(
+        self,
+        request_id: str,
+        prompt: TokenizedPrompt,
+        params: SamplingParams,
+        compression: CompressionParams | None = None,
+    ) -> Submission:
+        """Queues a prompt; its answers grow with every `step`.
+
+        Raises:
+          InvalidArgumentError: the id is in use, or the prompt is longer than the engine can ever serve.
+        """
+        self._added += 1
+        requests = expand(
+            request_id, prompt.token_ids, params, compression=compression, seed=derive_seed(self._seed, self._added)
+        )
+        for request in requests:
+            self.scheduler.check(request)
+        answers = [self._answer(request) for request in requests]
+        submission = Submission(request_id, prompt, answers, arrival_time=self.clock())
+        if params.prompt_logprobs is not None:
+            submission.prompt_logprobs = [None]
+        for request, answer in zip(requests, answers, strict=True):
+            request.arrival_time = submission.arrival_time
+            self.scheduler.add(request)
+            self._answers[request.request_id] = (submission, answer)
+        return submission
+
+    def cancel(self, submission: Submission) -> None:
+        """Ends the unfinished answers of a submission with reason "abort"; what they have so far stays."""
+        for answer in submission.answers:
+            if not answer.request.finished:
+                self._finish(submission, answer, "abort")
+
+    def step(self) -> None:
+        """Dispatches the next step and reads the previous one."""
+        if self.scheduler.must_preempt():
+            self._read()  # a victim's replay needs every token it was given
+        plan = self.scheduler.schedule()
+        if plan.release:
+            self.runner.release(plan.release)
+        dispatched: list[InFlight] = []
+        expected = self.scheduler.free_entries
+        if plan.decode:
+            output = self.runner.decode(plan.decode)
+            dispatched.append(InFlight(list(enumerate(plan.decode)), (), output, None if plan.prefill else expected))
+        if plan.prefill:
+            output = self.runner.prefill(plan.prefill)
+            sampling = [
+                (lane, chunk.request)
+                for lane, chunk in enumerate(plan.prefill)
+                if chunk.is_last and not chunk.request.is_replay
+            ]
+            dispatched.append(InFlight(sampling, plan.prefill, output, expected))
+        for flight in dispatched:
+            jax.tree.map(lambda x: x.copy_to_host_async(), flight.output)
+        self._read()
+        self._in_flight = dispatched
+
+    def _read(self) -> None:
+        """Waits for the steps in flight and hands out their tokens."""
+        flights, self._in_flight = self._in_flight, []
+        for flight in flights:
+            start = time.perf_counter()
+            output: StepOutput = jax.device_get(flight.output)
+            self.wait_seconds += time.perf_counter() - start
+            if not output.ok or flight.free_entries not in (None, int(output.free_entries)):
+                raise SchedulingError(
+                    f"the device has {int(output.free_entries)} free table entries where the scheduler counted "
+                    f"{flight.free_entries}; the cache can no longer be trusted. Please report this."
+                )
+            if output.prompt is not None:
+                self._take_prompt_logprobs(flight.chunks, output.prompt)
+            for lane, request in flight.sampling:
+                self._take_token(request, lane, output.sample)
+
+    def _take_token(self, request: Request, lane: int, sample: SampleOutput) -> None:
+        token = int(sample.token[lane])
+        if not request.record(token):
+            return
+        submission, answer = self._answers[request.request_id]
+        if submission.first_token_time is None:
+            submission.first_token_time = self.clock()
+        if answer.logprobs is not None:
+            entry = self._logprobs(sample, lane, request.params.logprobs or 0)
+            answer.logprobs.append(entry)
+            answer.cumulative_logprob += entry[token].logprob
+        eos = self.runner.eos_token_ids
+        stop = check_stop(request, token, eos_token_ids=eos, detokenizer=answer.detokenizer)
+        if stop is not None:
+            self._finish(submission, answer, stop.finish_reason, stop.stop_reason)
+
+    def _take_prompt_logprobs(self, chunks: Sequence[Chunk], prompt: SampleOutput) -> None:
+        lane = 0
+        for chunk in chunks:
+            request = chunk.request
+            submission = self._answers[request.request_id][0] if request.request_id in self._answers else None
+            wanted = request.params.prompt_logprobs
+            for position in range(chunk.start + 1, chunk.start + chunk.count + 1):
+                # Position by position in order; a replay, or another answer to the same prompt, adds nothing.
+                known = None if submission is None else submission.prompt_logprobs
+                if known is not None and len(known) == position < len(request.prompt_token_ids):
+                    known.append(self._logprobs(prompt, lane, wanted or 0))
+                lane += 1
+
+    def _logprobs(self, sample: SampleOutput, lane: int, count: int) -> dict[int, Logprob]:
+        assert sample.logprob is not None
+        assert sample.rank is not None
+        assert sample.top_ids is not None
+        assert sample.top_logprobs is not None
+        decode = self._decode
+        return logprobs_of_token(
+            int(sample.token[lane]),
+            float(sample.logprob[lane]),
+            int(sample.rank[lane]),
+            sample.top_ids[lane].tolist(),
+            sample.top_logprobs[lane].tolist(),
+            count,
+            None if decode is None else lambda token: decode([token]),
+        )
+
+    def _answer(self, request: Request) -> Answer:
+        detokenizer = None
+        if self._tokenizer is not None:
+            decode = decode_function(self._tokenizer, skip_special_tokens=request.params.skip_special_tokens)
+            detokenizer = detokenizer_for(request, decode)
+        return Answer(request, detokenizer, logprobs=None if request.params.logprobs is None else [])
+
+    def _finish(
+        self, submission: Submission, answer: Answer, reason: str, stop_reason: int | str | None = None
+    ) -> None:
+        request = answer.request
+        # While it waits to be replayed it holds nothing, but it did hold its whole replay.
+        held = max(request.num_computed, request.prefill_target if request.num_preemptions else 0)
+        answer.kv_bytes = self.scheduler.entries_for(held) * self._bytes_per_entry
+        self.scheduler.finish(request, reason, stop_reason)
+        if answer.detokenizer is not None:
+            answer.detokenizer.finish()
+        del self._answers[request.request_id]
+        if submission.finished:
+            submission.finished_time = self.clock()

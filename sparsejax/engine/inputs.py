@@ -1,0 +1,122 @@
+"""What users may pass to `LLM.generate`, `.chat` and `.stream`, brought into one form and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sparsejax.errors import InvalidArgumentError
+
+Prompt = str | Sequence[int]
+Params = TypeVar("Params")
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """text: as the user gave it, None for token ids. token_ids: not empty."""
+
+    text: str | None
+    token_ids: list[int]
+
+
+def as_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt or several -> a list. Prompts are str, list[str], list[int] or list[list[int]]."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        prompts = list(prompts)
+    if prompts and all(_is_token(item) for item in prompts):
+        return [list(prompts)]
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            continue
+        if not isinstance(prompt, Sequence) or not all(_is_token(item) for item in prompt):
+            raise InvalidArgumentError(
+                f"prompts must be text or token ids (str, list[str], list[int] or list[list[int]]); "
+                f"prompt {i} is {prompt!r:.80}."
+            )
+    return list(prompts)
+
+
+def tokenize(
+    prompt: Prompt,
+    tokenizer: Any,
+    vocab_size: int,
+    *,
+    index: int,
+    special_tokens: bool = True,
+) -> TokenizedPrompt:
+    """A prompt's token ids.
+
+    Args:
+      tokenizer: a transformers tokenizer, or None (skip_tokenizer_init): then only token ids are allowed.
+      index: the prompt's place in the call, for messages.
+      special_tokens: let the tokenizer add its beginning-of-text token (a chat template has written its own).
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InvalidArgumentError(
+                f"prompt {index} is text, but there is no tokenizer (skip_tokenizer_init): pass token ids."
+            )
+        token_ids = list(tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"])
+    else:
+        token_ids = [int(token) for token in prompt]
+    if not token_ids:
+        raise InvalidArgumentError(f"prompt {index} is empty: give it at least one token.")
+    outside = [token for token in token_ids if not 0 <= token < vocab_size]
+    if outside:
+        raise InvalidArgumentError(
+            f"prompt {index} has token id {outside[0]}; this model's ids are 0 to {vocab_size - 1}."
+        )
+    return TokenizedPrompt(text=prompt if isinstance(prompt, str) else None, token_ids=token_ids)
+
+
+def one_each(
+    name: str, value: Params | Sequence[Params] | None, kind: type[Params], default: Params, count: int
+) -> list[Params]:
+    """One parameter object for all prompts, or one per prompt -> one per prompt."""
+    if value is None:
+        return [default] * count
+    if isinstance(value, kind):
+        return [value] * count
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InvalidArgumentError(f"{name} must be {kind.__name__} or a list of them, got {value!r:.80}.")
+    if len(value) != count:
+        raise InvalidArgumentError(f"{name} has {len(value)} items for {count} prompts: give one, or one per prompt.")
+    for item in value:
+        if not isinstance(item, kind):
+            raise InvalidArgumentError(f"{name} must be {kind.__name__} or a list of them, got an item {item!r:.80}.")
+    return list(value)
+
+
+def is_conversation(messages: Any) -> bool:
+    """Whether this is one conversation (a list of messages) rather than a list of conversations."""
+    return isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], dict)
+
+
+def render_chat(messages: Sequence[dict], tokenizer: Any, *, index: int, **template: Any) -> str:
+    """A conversation as prompt text, through the tokenizer's chat template.
+
+    Args:
+      messages: dicts with "role" and "content".
+      template: handed to `apply_chat_template` (chat_template, add_generation_prompt, tools, ...).
+    """
+    if tokenizer is None:
+        raise InvalidArgumentError("chat needs a tokenizer: build the LLM without skip_tokenizer_init.")
+    for message in messages:
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise InvalidArgumentError(
+                f'conversation {index}: each message is a dict with "role" and "content", got {message!r:.80}.'
+            )
+    if not messages:
+        raise InvalidArgumentError(f"conversation {index} is empty: give it at least one message.")
+    if not (template.get("chat_template") or tokenizer.chat_template):
+        raise InvalidArgumentError(
+            "this model's tokenizer has no chat template: use generate, or pass chat_template=..."
+        )
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, **template)
+
+
+def _is_token(item: Any) -> bool:
+    return hasattr(item, "__index__") and not isinstance(item, bool)

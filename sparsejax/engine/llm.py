@@ -1,0 +1,253 @@
+"""`LLM`: the public face. A model, its tokenizer and an engine behind `generate`, `chat` and `stream`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from sparsejax import methods
+from sparsejax.assets import tiny_model_path
+from sparsejax.checkpoint import load_model, load_tokenizer, resolve
+from sparsejax.config import EngineConfig
+from sparsejax.engine import inputs, memory
+from sparsejax.engine.build import build_engine
+from sparsejax.engine.engine import Engine
+from sparsejax.engine.inputs import Prompt, TokenizedPrompt
+from sparsejax.engine.outputs import RequestOutput
+from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.submission import Submission
+from sparsejax.errors import InvalidArgumentError
+from sparsejax.models import ModelConfig
+
+
+class LLM:
+    """A loaded model that generates.
+
+        llm = LLM("Qwen/Qwen2.5-7B-Instruct")
+        outputs = llm.generate(["Hello"], SamplingParams(temperature=0.0, max_tokens=64))
+        print(outputs[0].outputs[0].text, outputs[0].metrics)
+
+    Args:
+      model: a Hugging Face folder or id, or a folder written by `sparsejax convert`. None: the embedded tiny model.
+      **engine: fields of `sparsejax.config.EngineConfig`, by name.
+
+    Raises:
+      SparsejaxError: a bad argument, a missing or unsupported checkpoint, or no memory for the cache.
+    """
+
+    def __init__(self, model: str | Path | None = None, **engine: Any) -> None:
+        config = EngineConfig.from_kwargs(**engine)
+        memory.reserve_device_memory(config.gpu_memory_utilization)
+        checkpoint = resolve(model if model is not None else tiny_model_path())
+        tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or checkpoint.folder)
+        dtype = config.dtype
+        if dtype == "auto" and jax.default_backend() == "cpu":
+            dtype = "float32"  # CPUs compute bfloat16 by converting it: slower and less exact
+        with memory.explain_out_of_memory("loading the model's weights"):
+            model_config, params = load_model(checkpoint.folder, dtype=None if dtype == "auto" else dtype)
+        self._start(model_config, params, tokenizer, config, eos_token_ids(checkpoint.folder, model_config, tokenizer))
+
+    @classmethod
+    def from_params(cls, model_config: ModelConfig, params: Any, *, tokenizer: Any = None, **engine: Any) -> LLM:
+        """An LLM of parameters that are already on the device (their dtype is the compute dtype).
+
+        Args:
+          model_config: describes the params, see `sparsejax.models`.
+          tokenizer: a transformers tokenizer; without one, prompts are token ids and outputs carry no text.
+        """
+        self = cls.__new__(cls)
+        self._start(model_config, params, tokenizer, EngineConfig.from_kwargs(**engine), model_config.eos_token_ids)
+        return self
+
+    def _start(
+        self,
+        model_config: ModelConfig,
+        params: Any,
+        tokenizer: Any,
+        config: EngineConfig,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self._tokenizer = tokenizer
+        self.engine: Engine = build_engine(model_config, params, tokenizer, config, eos_token_ids)
+        self._request_ids = itertools.count()
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer, or None with skip_tokenizer_init."""
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        compression_params: CompressionParams | Sequence[CompressionParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts; requests are batched continuously.
+
+        Args:
+          prompts: str, list[str], list[int] (token ids of one prompt) or list[list[int]].
+          sampling_params: one for all or one per prompt. Default: `SamplingParams()`.
+          compression_params: one for all or one per prompt. Default: the engine's `default_compression`.
+          use_tqdm: show a progress bar.
+
+        Returns:
+          One output per prompt, in order, with `.outputs[i].text`, `.token_ids`, `.finish_reason` and `.metrics`.
+
+        Raises:
+          InvalidArgumentError: a bad prompt or parameter; nothing has been run then.
+        """
+        prompts = inputs.as_prompts(prompts)
+        tokenized = [
+            inputs.tokenize(prompt, self._tokenizer, self.model_config.vocab_size, index=i)
+            for i, prompt in enumerate(prompts)
+        ]
+        return self._run(tokenized, sampling_params, compression_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[dict] | Sequence[Sequence[dict]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        compression_params: CompressionParams | Sequence[CompressionParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        tools: list[dict] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several through the model's chat template; otherwise as `generate`.
+
+        Args:
+          messages: a list of {"role": ..., "content": ...}, or a list of such lists.
+        """
+        conversations: Sequence[Any] = [messages] if inputs.is_conversation(messages) else messages
+        tokenized = [
+            self._tokenize_chat(conversation, i, add_generation_prompt, chat_template, tools)
+            for i, conversation in enumerate(conversations)
+        ]
+        return self._run(tokenized, sampling_params, compression_params, use_tqdm)
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[dict],
+        sampling_params: SamplingParams | None = None,
+        compression_params: CompressionParams | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Generates one answer as an iterator of increments.
+
+        Args:
+          prompt: text, token ids, or one conversation (a list of messages).
+          sampling_params: as in `generate`, with n = 1.
+
+        Yields:
+          Outputs whose `.outputs[0].text` and `.token_ids` hold only what is new; the last has `.finished` and the
+          finish reason. Leaving the loop early cancels the request.
+        """
+        tokenized: TokenizedPrompt
+        if inputs.is_conversation(prompt):
+            tokenized = self._tokenize_chat(prompt, 0, True, None, None)
+        else:
+            prompts = inputs.as_prompts(prompt)
+            if len(prompts) != 1:
+                raise InvalidArgumentError(f"stream takes one prompt, got {len(prompts)}: use generate for several.")
+            tokenized = inputs.tokenize(prompts[0], self._tokenizer, self.model_config.vocab_size, index=0)
+        if sampling_params is not None and sampling_params.n != 1:
+            raise InvalidArgumentError(
+                f"n must be 1 in stream, got {sampling_params.n}: use generate for several answers."
+            )
+        (submission,) = self._submit([tokenized], sampling_params, compression_params)
+        try:
+            while not submission.finished:
+                self.engine.step()
+                if submission.has_news and not submission.finished:
+                    yield submission.output(increment=True)
+            yield submission.output(increment=True)
+        finally:
+            self.engine.cancel(submission)
+
+    def _tokenize_chat(
+        self,
+        messages: Any,
+        index: int,
+        add_generation_prompt: bool,
+        chat_template: str | None,
+        tools: list[dict] | None,
+    ) -> TokenizedPrompt:
+        text = inputs.render_chat(
+            messages,
+            self._tokenizer,
+            index=index,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
+            tools=tools,
+        )
+        vocab_size = self.model_config.vocab_size
+        return inputs.tokenize(text, self._tokenizer, vocab_size, index=index, special_tokens=False)
+
+    def _submit(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        sampling_params: Any,
+        compression_params: Any,
+    ) -> list[Submission]:
+        """Checks every prompt and parameter, then queues them all: after an error none is queued."""
+        params = inputs.one_each("sampling_params", sampling_params, SamplingParams, SamplingParams(), len(prompts))
+        default = self.config.default_compression or CompressionParams()
+        compression = inputs.one_each(
+            "compression_params", compression_params, CompressionParams, default, len(prompts)
+        )
+        for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            if each.stop_strings and self._tokenizer is None:
+                raise InvalidArgumentError(
+                    f"sampling_params {i} has stop strings, but there is no tokenizer to see them."
+                )
+            self.engine.check(prompt, each)
+        allowed = self.config.methods or methods.available()
+        for i, each in enumerate(compression):
+            if each.method not in allowed:
+                raise InvalidArgumentError(
+                    f"compression_params {i} asks for method {each.method!r}; this engine was built with "
+                    f"methods={', '.join(allowed)}."
+                )
+        return [
+            self.engine.add(str(next(self._request_ids)), *request)
+            for request in zip(prompts, params, compression, strict=True)
+        ]
+
+    def _run(
+        self, prompts: Sequence[TokenizedPrompt], sampling_params: Any, compression_params: Any, use_tqdm: bool
+    ) -> list[RequestOutput]:
+        submissions = self._submit(prompts, sampling_params, compression_params)
+        try:
+            with tqdm(total=len(submissions), desc="generating", unit="prompt", disable=not use_tqdm) as bar:
+                finished = 0
+                while finished < len(submissions):
+                    self.engine.step()
+                    before, finished = finished, sum(submission.finished for submission in submissions)
+                    bar.update(finished - before)
+                    computed = sum(answer.request.num_computed for s in submissions for answer in s.answers)
+                    generated = sum(submission.num_generated_tokens for submission in submissions)
+                    bar.set_postfix({"cached tokens": computed, "generated": generated}, refresh=False)
+        finally:  # an interrupted call leaves nothing behind in the engine
+            for submission in submissions:
+                self.engine.cancel(submission)
+        return [submission.output() for submission in submissions]
+
+
+def eos_token_ids(folder: Path, model_config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends an answer: chat models name some in generation_config.json or in the tokenizer only."""
+    ids: list[int | None] = list(model_config.eos_token_ids)
+    generation_config = folder / "generation_config.json"
+    if generation_config.exists():
+        named = json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id")
+        ids += named if isinstance(named, list) else [named]
+    ids.append(getattr(tokenizer, "eos_token_id", None))
+    return tuple(dict.fromkeys(token for token in ids if token is not None))

@@ -1,0 +1,121 @@
+"""How large the page pool may be: what the device has, less weights, tables, state and a measured step's scratch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Implementation
+from sparsejax.cache import CacheLayout, init_cache
+from sparsejax.engine.packing import pack
+from sparsejax.engine.state import init_state
+from sparsejax.engine.steps import StepOptions, decode_step, prefill_step
+from sparsejax.errors import OutOfMemoryError
+from sparsejax.models import Decoder
+
+CPU_POOL_BYTES = (
+    512 << 20
+)  # a CPU run is for trying things out: enough for tens of thousands of tokens of a small model
+MARGIN = 0.01  # of the device's memory, left for allocator rounding
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(what: str) -> Iterator[None]:
+    """Turns XLA's out-of-memory error into one that says what was being done and what helps."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(
+            f"The device ran out of memory while {what}. Close other programs on it, raise gpu_memory_utilization, or "
+            f"use a smaller model, dtype, num_pages, max_num_seqs or max_num_batched_tokens. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def reserve_device_memory(fraction: float) -> None:
+    """Asks XLA to reserve `fraction` of each GPU rather than its default of 75 %.
+
+    XLA reads this once, from the environment, when a process first uses a device; there is no other interface. A value
+    the user has set stays, and after that first use the call has no effect: the pool then fits what XLA reserved.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.3f}")
+
+
+def scratch_bytes(
+    decoder: Decoder,
+    params,
+    layout: CacheLayout,
+    *,
+    decode_batch: int,
+    prefill_tokens: int,
+    prefill_seqs: int,
+    implementation: Implementation | None,
+) -> int:
+    """Temporary memory of the largest steps, from XLA's own analysis of the compiled programs.
+
+    Scratch does not grow with the pool (steps update it in place), so a small layout is analysed.
+    """
+    shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
+    cache = jax.eval_shape(functools.partial(init_cache, layout))
+    state = jax.eval_shape(functools.partial(init_state, layout.max_rows + 1, decoder.config.vocab_size))
+    options = StepOptions(plain=False, logprobs=True, implementation=implementation)
+    batch = shape(pack([], size=prefill_tokens, segments=prefill_seqs, eos_token_ids=()))
+    rows = jax.ShapeDtypeStruct((decode_batch,), jnp.int32)
+    peak = 0
+    for step, work in ((prefill_step, batch), (decode_step, rows)):
+        run = jax.jit(functools.partial(step, decoder=decoder, options=options), donate_argnums=(1, 2))
+        analysis: Any = run.lower(shape(params), cache, state, work).compile().memory_analysis()
+        # Outputs that alias no donated input are small (tokens and log-probabilities) but live beside the scratch.
+        peak = max(peak, analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    return peak
+
+
+def pages_that_fit(layout: CacheLayout, *, device: Any, scratch: int, other: int) -> int:
+    """Pages for which the device has memory, weights being there already.
+
+    Args:
+      layout: gives the size of a page; its num_pages is ignored.
+      scratch: bytes a step needs beside its arguments.
+      other: bytes of everything else that is still to be allocated (state, tables).
+    """
+    page_bytes = 2 * layout.page_size * layout.head_dim * jnp.dtype(layout.dtype).itemsize
+    if device.platform == "cpu":
+        return CPU_POOL_BYTES // page_bytes
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise OutOfMemoryError(
+            f"{device.device_kind} does not report its memory, so the page pool cannot be sized: pass num_pages."
+        )
+    # An entry of the free list (stack and reference count) goes with the pages it stands for.
+    page_bytes += 8 / layout.pages_per_entry
+    free = stats["bytes_limit"] * (1 - MARGIN) - stats["bytes_in_use"] - scratch - other
+    return max(0, int(free // page_bytes))
+
+
+def fit_pool(layout: CacheLayout, num_pages: int, *, needed_tokens: int) -> CacheLayout:
+    """The layout with `num_pages` (whole entries), no more than its rows can use; too few is an error."""
+    row_entries = layout.entries_for(layout.max_slots)
+    useful = (1 + layout.max_rows * row_entries) * layout.pages_per_entry
+    entries = min(num_pages, useful) // layout.pages_per_entry
+    if entries < 1 + layout.entries_for(needed_tokens):
+        raise OutOfMemoryError(
+            f"The KV cache would have {num_pages} pages of {layout.page_size} tokens (one KV head of one layer each): "
+            f"less than one request needs. Lower max_model_len or page_size, use a smaller model or dtype, raise "
+            f"gpu_memory_utilization, or set num_pages to at least "
+            f"{(1 + layout.entries_for(needed_tokens)) * layout.pages_per_entry}."
+        )
+    return dataclasses.replace(layout, num_pages=entries * layout.pages_per_entry)
+
+
+def tree_bytes(trees: Sequence) -> int:
+    """Bytes of all arrays (or abstract arrays) in the trees."""
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(trees))

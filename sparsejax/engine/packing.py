@@ -1,0 +1,71 @@
+"""Host side of a prefill step: the scheduler's chunks -> one padded batch of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparsejax.engine.sampling import to_rows
+from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.engine.scheduler import Chunk
+from sparsejax.engine.state import PrefillBatch
+
+IDLE = SamplingParams(temperature=0.0)  # parameters of segments that hold no request
+
+
+def pack(chunks: Sequence[Chunk], *, size: int, segments: int, eos_token_ids: tuple[int, ...]) -> PrefillBatch:
+    """Packs the chunks' tokens behind one another (numpy).
+
+    Args:
+      chunks: at most `segments` chunks of at most `size` tokens together; chunk i becomes segment i.
+      size: T, the padded number of tokens.
+      segments: S, the padded number of segments.
+      eos_token_ids: tokens that `min_tokens` holds back.
+    """
+    requests = [chunk.request for chunk in chunks]
+    tokens, targets, positions, rope_lengths = (np.zeros(size, np.int32) for _ in range(4))
+    generated = np.zeros(size, bool)
+    rows, num_output = np.zeros(segments, np.int32), np.zeros(segments, np.int32)
+    newest = np.full(segments, -1, np.int32)
+    starts = np.zeros(segments + 1, np.int32)
+    first, last = np.zeros(segments, bool), np.zeros(segments, bool)
+    at = 0
+    for i, chunk in enumerate(chunks):
+        request, stop = chunk.request, chunk.start + chunk.count
+        assert request.row is not None, "the scheduler gives a row with the first chunk"
+        text, span = request.tokens, slice(at, at + chunk.count)
+        position = np.arange(chunk.start, stop, dtype=np.int32)
+        prompt_length = len(request.prompt_token_ids)
+        tokens[span] = text[chunk.start : stop]
+        targets[span] = (*text[chunk.start + 1 : stop], text[stop] if stop < len(text) else 0)
+        positions[span] = position
+        rope_lengths[span] = np.maximum(position + 1, prompt_length)
+        generated[span] = position >= prompt_length
+        rows[i], first[i], last[i] = request.row, chunk.start == 0, chunk.is_last
+        num_output[i] = len(request.output_token_ids)
+        if chunk.is_last and request.output_token_ids:
+            newest[i] = request.output_token_ids[-1]
+        at += chunk.count
+        starts[i + 1] = at
+    starts[len(chunks) + 1 :] = at
+    idle = segments - len(chunks)
+    sampling = to_rows(
+        [request.params for request in requests] + [IDLE] * idle,
+        eos_token_ids,
+        [request.seed for request in requests] + [0] * idle,
+    )
+    return PrefillBatch(
+        tokens=tokens,
+        targets=targets,
+        positions=positions,
+        rope_lengths=rope_lengths,
+        generated=generated,
+        rows=rows,
+        starts=starts,
+        first=first,
+        last=last,
+        newest=newest,
+        num_output=num_output,
+        sampling=sampling,
+    )

@@ -1,0 +1,161 @@
+"""Runs the compiled steps: packs what the scheduler planned into padded arrays, dispatches, and never waits.
+
+The runner owns the device side of an engine (parameters, cache, state). Its methods return device values that are still
+being computed; the engine reads them a step later.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Implementation
+from sparsejax.cache import CacheLayout, KVCache, init_cache, release
+from sparsejax.engine import buckets
+from sparsejax.engine.packing import pack
+from sparsejax.engine.request import Request
+from sparsejax.engine.scheduler import Chunk
+from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, init_state
+from sparsejax.engine.steps import StepOptions, decode_step, options_for, prefill_step
+from sparsejax.models import Decoder
+
+RELEASE_ROWS = 8  # rows one release call takes; more are released by more calls
+
+
+@dataclass(frozen=True)
+class CompiledSteps:
+    """The jitted steps of one decoder. Each is compiled once for every combination of shapes and options.
+
+    Attributes:
+      prefill, decode: (params, cache, state, batch or rows, options) -> (cache, state, output), cache, state donated.
+      release: (cache, rows) -> cache; cache donated.
+      compilations: how often each was traced, by name. While serving after a warm-up these stay constant.
+    """
+
+    prefill: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
+    decode: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
+    release: Callable[[KVCache, jax.Array], KVCache]
+    compilations: Counter[str]
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_steps(decoder: Decoder) -> CompiledSteps:
+    """The steps of a decoder; engines of equal decoders share them, and so what has been compiled."""
+    compilations: Counter[str] = Counter()
+
+    def compiled(name: str, step: Callable) -> Callable:
+        def run(params, cache, state, work, options):
+            compilations[name] += 1  # runs when traced, and is no part of what is compiled
+            return step(params, cache, state, work, decoder=decoder, options=options)
+
+        return jax.jit(run, static_argnums=4, donate_argnums=(1, 2))
+
+    def run_release(cache, rows):
+        compilations["release"] += 1
+        return release(cache, rows)
+
+    return CompiledSteps(
+        prefill=compiled("prefill", prefill_step),
+        decode=compiled("decode", decode_step),
+        release=jax.jit(run_release, donate_argnums=0),
+        compilations=compilations,
+    )
+
+
+class Runner:
+    """The device side of an engine: one model's steps over one cache."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        params,
+        layout: CacheLayout,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_prefill_seqs: int,
+        eos_token_ids: tuple[int, ...] = (),
+        implementation: Implementation | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.params = params
+        self.layout = layout
+        self.max_prefill_seqs = max_prefill_seqs
+        self.eos_token_ids = eos_token_ids
+        self.implementation: Implementation | None = implementation
+        self.decode_buckets = buckets.decode_buckets(max_num_seqs)
+        self.prefill_buckets = buckets.prefill_buckets(max_num_batched_tokens)
+        self.cache: KVCache = init_cache(layout)
+        self.state: DecodeState = init_state(layout.max_rows + 1, decoder.config.vocab_size)
+        self._steps = compiled_steps(decoder)  # pyright: ignore[reportArgumentType]
+        self._decode_rows: tuple[tuple[int, ...], jax.Array] = ((), jnp.zeros(1, jnp.int32))
+
+    @property
+    def compilations(self) -> Counter[str]:
+        """How often each step was compiled so far, by name (a copy)."""
+        return Counter(self._steps.compilations)
+
+    def prefill(self, chunks: Sequence[Chunk]) -> StepOutput:
+        """Dispatches a prefill step; lane i of the output belongs to chunks[i], prompt lanes follow the packing."""
+        batch = self._pack(chunks)
+        options = options_for(
+            [chunk.request.params for chunk in chunks], implementation=self.implementation, prefill=True
+        )
+        self.cache, self.state, output = self._steps.prefill(self.params, self.cache, self.state, batch, options)
+        return output
+
+    def decode(self, requests: Sequence[Request]) -> StepOutput:
+        """Dispatches one decode step; lane i of the output belongs to requests[i]."""
+        rows = [request.row or 0 for request in requests]
+        rows += [0] * (buckets.bucket(len(rows), self.decode_buckets) - len(rows))
+        if tuple(rows) != self._decode_rows[0]:  # most steps decode the same rows: no transfer then
+            self._decode_rows = (tuple(rows), jnp.asarray(rows, jnp.int32))
+        options = options_for([request.params for request in requests], implementation=self.implementation)
+        self.cache, self.state, output = self._steps.decode(
+            self.params, self.cache, self.state, self._decode_rows[1], options
+        )
+        return output
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Gives the rows' pages back."""
+        for first in range(0, len(rows), RELEASE_ROWS):
+            some = list(rows[first : first + RELEASE_ROWS])
+            some += [0] * (RELEASE_ROWS - len(some))
+            self.cache = self._steps.release(self.cache, jnp.asarray(some, jnp.int32))
+
+    def warm_up(self, *, progress: Callable[[Sequence], Iterable] = lambda steps: steps) -> None:
+        """Compiles and runs every step variant on the null row, which leaves no trace.
+
+        Args:
+          progress: wraps the list of variants, for a progress bar.
+        """
+        variants = [
+            (kind, size, options)
+            for kind, sizes in (("prefill", self.prefill_buckets), ("decode", self.decode_buckets))
+            for size in sizes
+            for options in self._variants(kind)
+        ]
+        for kind, size, options in progress(variants):
+            if kind == "prefill":
+                step, batch = self._steps.prefill, self._pack([], size=size)
+            else:
+                step, batch = self._steps.decode, jnp.zeros(size, jnp.int32)
+            self.cache, self.state, _ = step(self.params, self.cache, self.state, batch, options)
+        self.release([0])
+        jax.block_until_ready(self.cache.free.count)
+
+    def _pack(self, chunks: Sequence[Chunk], *, size: int | None = None) -> PrefillBatch:
+        if size is None:
+            size = buckets.bucket(sum(chunk.count for chunk in chunks), self.prefill_buckets)
+        return pack(chunks, size=size, segments=self.max_prefill_seqs, eos_token_ids=self.eos_token_ids)
+
+    def _variants(self, kind: str) -> list[StepOptions]:
+        details = [{"plain": True}, {"plain": False}, {"plain": False, "logprobs": True}]
+        if kind == "prefill":
+            details.append({"plain": False, "logprobs": True, "prompt_logprobs": True})
+        return [StepOptions(implementation=self.implementation, **detail) for detail in details]

@@ -1,0 +1,340 @@
+"""Decides what the next step computes. Pure host logic over counts: no arrays, no page ids, and the clock is injected.
+
+The caller's protocol, once a step:
+
+    if scheduler.must_preempt():
+        ...                          # read every result in flight: record tokens, finish() what has ended
+    plan = scheduler.schedule()      # the counters already include this plan: dispatch it before any other call
+    ...                              # release plan.release on the device, then run plan.prefill and plan.decode
+    ...                              # read the results of the step BEFORE this one: record tokens, finish() what ended
+
+`finish` and `cancel` may come while a token of the request is in flight. Its row and entries are then free at once on
+the host; on the device they become free by the next plan's `release`, which runs behind the step that still uses them.
+The surplus token is discarded (`Request.record` returns False).
+
+An empty plan with unfinished requests means: results in flight must be read before anything can go on.
+
+The rules:
+
+* First come, first served: the oldest waiting request is never overtaken, so every running request is older than every
+  waiting one, and a preempted request is at the front of the queue by itself.
+* A request is admitted with its first chunk, and only if the pool holds its whole prompt, the decodes of all running
+  requests while that prompt is computed, and one token more for everyone. Once begun, a prefill is never stalled.
+* Decodes come first in a step, and take what they need; if they do not fit, the latest arrival gives its entries back
+  and later replays its prompt and outputs. The oldest request is never preempted, so something always finishes.
+* A preempted request comes back only when everyone has a page more to grow, or it would soon be preempted again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+from sparsejax.engine.request import Request, Status
+from sparsejax.errors import (
+    DuplicateRequestError,
+    EmptyPromptError,
+    InvalidArgumentError,
+    PromptTooLongError,
+    SchedulingError,
+)
+
+FINISH_REASONS = ("stop", "length", "abort")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of the engine.
+
+    Attributes:
+      max_num_seqs: requests that hold a row at once; rows are numbered 1 to max_num_seqs.
+      max_num_batched_tokens: tokens of one prefill step.
+      max_prefill_seqs: requests with a chunk in one prefill step.
+      page_size: tokens of a page.
+      num_free_entries: table entries of the empty pool.
+      entries_per_page_column: entries that `page_size` tokens of a request take (table layers times table heads).
+      max_model_len: most tokens of prompt and answer.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_prefill_seqs: int
+    page_size: int
+    num_free_entries: int
+    entries_per_page_column: int
+    max_model_len: int
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if getattr(self, each.name) < 1:
+                raise InvalidArgumentError(f"{each.name} must be at least 1, got {getattr(self, each.name)!r}.")
+
+    @property
+    def max_tokens_in_pool(self) -> int:
+        """Tokens of a single request that fill the pool."""
+        return self.num_free_entries // self.entries_per_page_column * self.page_size
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Part of a request's prefill: the tokens start .. start + count of `request.tokens`.
+
+    Attributes:
+      is_last: after it the request can decode. It samples the first token, unless the request replays outputs.
+    """
+
+    request: Request
+    start: int
+    count: int
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step. No request is in both `prefill` and `decode`.
+
+    Attributes:
+      release: rows given up since the last plan (ended, cancelled, preempted), to be released on the device first;
+        prefill may use them anew.
+      preempted: requests that lost their row in this plan and wait again.
+      prefill: one packed batch; empty if there is nothing to prefill.
+      decode: requests that each compute their newest token and sample the next, oldest first.
+    """
+
+    release: list[int] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    prefill: list[Chunk] = field(default_factory=list)
+    decode: list[Request] = field(default_factory=list)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a step to run."""
+        return bool(self.prefill or self.decode)
+
+
+class Scheduler:
+    """Continuous batching over exact counts of rows and entries. See the module's docstring for protocol and rules."""
+
+    def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.clock = clock
+        self.num_preemptions = 0
+        self._free_entries = config.num_free_entries
+        self._free_rows = list(range(1, config.max_num_seqs + 1))  # a heap: low rows first
+        self._waiting: deque[Request] = deque()  # by arrival
+        self._admitted: list[Request] = []  # by arrival, all older than those waiting
+        self._requests: dict[str, Request] = {}  # unfinished
+        self._released: list[int] = []
+        self._arrivals = 0
+
+    @property
+    def free_entries(self) -> int:
+        """Entries free once all dispatched steps and the pending releases have run."""
+        return self._free_entries
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a row: prefilling or decoding."""
+        return len(self._admitted)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def entries_for(self, num_tokens: int) -> int:
+        """Entries that `num_tokens` tokens of one request hold."""
+        return self.config.entries_per_page_column * -(-num_tokens // self.config.page_size)
+
+    def check(self, request: Request) -> None:
+        """Raises what `add` would raise, and changes nothing: to refuse a batch before any of it is taken.
+
+        Raises:
+          EmptyPromptError: no tokens.
+          PromptTooLongError: the prompt plus one token exceeds max_model_len, or its K/V the whole pool.
+          DuplicateRequestError: an unfinished request has the same id.
+        """
+        length, config = len(request.prompt_token_ids), self.config
+        if request.request_id in self._requests:
+            raise DuplicateRequestError(f"request_id {request.request_id!r} is in use by an unfinished request.")
+        if length == 0:
+            raise EmptyPromptError(f"prompt of request {request.request_id!r} is empty: give at least one token.")
+        if length + 1 > config.max_model_len:
+            raise PromptTooLongError(
+                f"prompt of request {request.request_id!r} has {length} tokens; with at least one generated token it "
+                f"must fit into max_model_len={config.max_model_len}. Shorten the prompt or raise max_model_len."
+            )
+        if length > config.max_tokens_in_pool:
+            raise PromptTooLongError(
+                f"prompt of request {request.request_id!r} has {length} tokens, but the whole KV cache holds "
+                f"{config.max_tokens_in_pool}. Shorten the prompt, or give the cache more pages (num_pages, "
+                "gpu_memory_utilization)."
+            )
+
+    def add(self, request: Request) -> None:
+        """Takes a request into the queue, and clips its `max_tokens` so that alone it always fits.
+
+        Raises:
+          InvalidArgumentError: as `check` says.
+        """
+        self.check(request)
+        length = len(request.prompt_token_ids)
+        # The last generated token never enters the cache, hence the + 1.
+        room = min(self.config.max_model_len - length, self.config.max_tokens_in_pool - length + 1)
+        request.max_tokens = min(request.max_tokens, room)
+        request.order = self._arrivals
+        self._arrivals += 1
+        if request.arrival_time is None:
+            request.arrival_time = self.clock()
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
+        """Ends an unfinished request in any state and gives its row and entries back.
+
+        Raises:
+          SchedulingError: the request is not (or no longer) this scheduler's.
+        """
+        if reason not in FINISH_REASONS:
+            raise InvalidArgumentError(f"reason must be one of {', '.join(FINISH_REASONS)}; got {reason!r}.")
+        if self._requests.get(request.request_id) is not request:
+            raise SchedulingError(f"request {request.request_id!r} is not unfinished here: it cannot finish (again).")
+        if request.status is Status.WAITING:
+            self._waiting.remove(request)
+        else:
+            self._admitted.remove(request)
+            self._give_back(request)
+        del self._requests[request.request_id]
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+
+    def cancel(self, request_id: str) -> Request | None:
+        """Ends a request with reason "abort". Returns it, or None if no unfinished request has this id."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.finish(request, "abort")
+        return request
+
+    def must_preempt(self) -> bool:
+        """Whether the next decode does not fit, so that `schedule` would preempt. Read all results in flight first."""
+        if len(self._admitted) * self.config.entries_per_page_column <= self._free_entries:
+            return False  # asked every step, so the common case must not cost a pass over all requests
+        growth = sum(self._decode_growth(each) for each in self._admitted if self._decodes(each))
+        return growth > self._free_entries
+
+    def schedule(self) -> Plan:
+        """Plans a step and counts it as dispatched.
+
+        Raises:
+          SchedulingError: a request would be preempted whose outputs have not all been read.
+        """
+        preempted = self._make_room_for_decode()
+        decode = [each for each in self._admitted if self._decodes(each)]
+        for request in decode:
+            self._free_entries -= self._decode_growth(request)
+            request.num_computed += 1
+            request.num_dispatched_outputs += 1
+        prefill = self._plan_prefill()  # after decode was chosen: what becomes RUNNING here decodes in the next plan
+        release, self._released = self._released, []
+        return Plan(release=release, preempted=preempted, prefill=prefill, decode=decode)
+
+    @staticmethod
+    def _decodes(request: Request) -> bool:
+        """Whether the next plan decodes an admitted request. One that has dispatched its last token only awaits it."""
+        return request.status is Status.RUNNING and request.num_dispatched_outputs < request.max_tokens
+
+    def _decode_growth(self, request: Request) -> int:
+        """Entries that one more token takes: a new page's, whenever the last one is full."""
+        return 0 if request.num_computed % self.config.page_size else self.config.entries_per_page_column
+
+    def _make_room_for_decode(self) -> list[Request]:
+        """Preempts the latest arrivals until the decodes of the others fit."""
+        preempted = []
+        while self.must_preempt():
+            victim = self._admitted[-1]
+            if victim.num_unread:
+                raise SchedulingError(
+                    f"request {victim.request_id!r} must be preempted while {victim.num_unread} of its tokens are in "
+                    "flight: read all results before schedule() whenever must_preempt() is true."
+                )
+            self._admitted.pop()
+            self._give_back(victim)
+            victim.status = Status.WAITING
+            victim.num_preemptions += 1
+            self.num_preemptions += 1
+            self._waiting.appendleft(victim)
+            preempted.append(victim)
+        return preempted
+
+    def _plan_prefill(self) -> list[Chunk]:
+        budget = self.config.max_num_batched_tokens
+        chunks: list[Chunk] = []
+        # A prefill that did not end took its step's whole budget, so at most one is under way: the latest admitted.
+        if self._admitted and self._admitted[-1].status is Status.PREFILLING:
+            chunks.append(self._next_chunk(self._admitted[-1], budget))
+            budget -= chunks[-1].count
+        while self._waiting and budget and self._free_rows and len(chunks) < self.config.max_prefill_seqs:
+            if not self._can_admit(self._waiting[0], budget):
+                break
+            request = self._admit(self._waiting.popleft())
+            chunks.append(self._next_chunk(request, budget))
+            budget -= chunks[-1].count
+        return chunks
+
+    def _can_admit(self, request: Request, budget: int) -> bool:
+        """Whether the pool holds the request beside everyone's growth until, and one token beyond, its last chunk."""
+        rest = max(request.prefill_target - budget, 0)
+        steps = 1 + -(-rest // self.config.max_num_batched_tokens)
+        spare = self.config.page_size if request.num_preemptions else 0
+        needed = self._entries_at(request, 1 + spare)
+        # ceil(a + b) <= ceil(a) + ceil(b): with that much room there is no need to look at everyone.
+        if needed + len(self._admitted) * self.entries_for(steps + spare) <= self._free_entries:
+            return True
+        for other in self._admitted:
+            needed += self._entries_at(other, steps + spare) - self.entries_for(other.num_computed)
+        return needed <= self._free_entries
+
+    def _entries_at(self, request: Request, growth: int) -> int:
+        """Entries of the request when it has decoded `growth` tokens from now, or from the end of its prefill."""
+        start = max(request.num_computed, request.prefill_target)
+        return self.entries_for(min(start + growth, request.peak_tokens))
+
+    def _admit(self, request: Request) -> Request:
+        request.row = heapq.heappop(self._free_rows)
+        request.status = Status.PREFILLING
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = self.clock()
+        self._admitted.append(request)
+        return request
+
+    def _next_chunk(self, request: Request, budget: int) -> Chunk:
+        start = request.num_computed
+        count = min(request.prefill_target - start, budget)
+        self._extend(request, count)
+        is_last = request.num_computed == request.prefill_target
+        if is_last:
+            request.status = Status.RUNNING
+            if not request.is_replay:
+                request.num_dispatched_outputs += 1
+        return Chunk(request=request, start=start, count=count, is_last=is_last)
+
+    def _extend(self, request: Request, num_tokens: int) -> None:
+        self._free_entries -= self.entries_for(request.num_computed + num_tokens)
+        self._free_entries += self.entries_for(request.num_computed)
+        request.num_computed += num_tokens
+        assert self._free_entries >= 0, "admission and preemption reserve every entry before it is used"
+
+    def _give_back(self, request: Request) -> None:
+        assert request.row is not None
+        self._free_entries += self.entries_for(request.num_computed)
+        self._released.append(request.row)
+        heapq.heappush(self._free_rows, request.row)
+        request.row = None
+        request.num_computed = 0

@@ -1,0 +1,65 @@
+"""Exceptions of sparsejax. Each carries a one-paragraph message: what was wrong, what was given, what is allowed.
+
+All derive from `SparsejaxError`, and also from the built-in exception a Python user would expect in their place.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparsejaxError(Exception):
+    """Base of every exception that sparsejax raises on purpose."""
+
+
+class InvalidArgumentError(SparsejaxError, ValueError):
+    """An argument has a value that is not allowed."""
+
+
+class UnknownArgumentError(InvalidArgumentError, TypeError):
+    """An argument (or a name given as one) does not exist."""
+
+
+class EmptyPromptError(InvalidArgumentError):
+    """A prompt has no tokens, so there is nothing to predict from."""
+
+
+class PromptTooLongError(InvalidArgumentError):
+    """A prompt exceeds `max_model_len`, or what the KV cache can ever hold."""
+
+
+class DuplicateRequestError(InvalidArgumentError):
+    """A request id is already in use by an unfinished request."""
+
+
+class CheckpointError(SparsejaxError):
+    """A checkpoint cannot be read or written."""
+
+
+class OutOfMemoryError(SparsejaxError, MemoryError):
+    """The device or host has no room for what was asked."""
+
+
+class SchedulingError(SparsejaxError, RuntimeError):
+    """The scheduler's protocol was broken by its caller; the request states would no longer be exact."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that `name` most likely meant, or None if none is close."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def unknown_key_error(name: str, valid: Iterable[str], where: str) -> UnknownArgumentError:
+    """The error for a keyword argument that does not exist.
+
+    Args:
+      name: the key that was given.
+      valid: the keys that exist.
+      where: what was called with it, e.g. "LLM".
+    """
+    valid = sorted(valid)
+    guess = nearest(name, valid)
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    return UnknownArgumentError(f"{where} has no argument {name!r}.{hint} Valid arguments: {', '.join(valid)}.")

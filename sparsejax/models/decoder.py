@@ -1,0 +1,207 @@
+"""The decoder of Llama, Qwen2 and Qwen3 as a Flax Linen module over packed tokens.
+
+Tokens are packed along one axis T, whatever requests they belong to; what they attend to is decided by the `attend`
+function that the caller hands in. The decoder knows neither caches nor batches:
+
+    logits, cache = Decoder(config, dtype).apply({"params": params}, tokens, positions, cache, attend)
+
+Parameters (kernels are [in, out]):
+
+    embed [V, d]; layers_{i}: {attn_norm [d], qkv {kernel [d, (Hq+2H)*D], bias?}, q_norm? [D], k_norm? [D],
+    o {kernel [Hq*D, d], bias?}, mlp_norm [d], gate_up {kernel [d, 2F], bias?}, down {kernel [F, d], bias?}};
+    final_norm [d]; lm_head [d, V] unless the embeddings are tied
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sparsejax.models.config import ModelConfig
+from sparsejax.models.rope import apply_rope, rope_cos_sin
+
+INIT_SCALE = 0.02  # standard deviation of random weights, as Llama and Qwen start from
+
+
+class Attend(Protocol):
+    """Attention over whatever keys and values the caller keeps, for the packed tokens of one layer."""
+
+    def __call__(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, k_pre_rope: jax.Array, cache: Any, /
+    ) -> tuple[jax.Array, Any]:
+        """Stores the new keys and values, and attends.
+
+        Args:
+          layer: index of the layer, a Python int.
+          q: [T, Hq, D] after RoPE; query head h reads KV head h // (Hq / H).
+          k, v: [T, H, D], k after RoPE.
+          k_pre_rope: [T, H, D], k before RoPE (after QK-norm).
+          cache: the caller's pytree.
+
+        Returns:
+          (out [T, Hq, D], cache).
+        """
+        ...
+
+
+class Decoder(nn.Module):
+    """The whole model. `dtype` is the type of parameters and activations; norms, RoPE and logits are float32."""
+
+    config: ModelConfig
+    dtype: Any = jnp.bfloat16
+
+    def setup(self) -> None:
+        config = self.config
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed = self.param("embed", nn.initializers.normal(INIT_SCALE), shape, self.dtype)
+        self.layers = [DecoderLayer(config, self.dtype, index) for index in range(config.num_layers)]
+        self.final_norm = self.param("final_norm", nn.initializers.ones, (config.hidden_size,), self.dtype)
+        if not config.tie_embeddings:
+            self.lm_head = self.param("lm_head", nn.initializers.normal(INIT_SCALE), shape[::-1], self.dtype)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Any,
+        attend: Attend,
+        *,
+        logit_index: jax.Array | None = None,
+        rope_lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Logits of the chosen tokens.
+
+        Args:
+          tokens, positions: i32[T].
+          cache: handed to `attend` layer by layer.
+          logit_index: i32[N], the tokens whose logits are wanted; None: all.
+          rope_lengths: i32[T], see `rope_cos_sin`.
+
+        Returns:
+          (logits f32[N or T, V], cache).
+        """
+        x, cache = self.hidden_states(tokens, positions, cache, attend, rope_lengths=rope_lengths)
+        return self.unembed(x if logit_index is None else x[logit_index]), cache
+
+    def hidden_states(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Any,
+        attend: Attend,
+        *,
+        rope_lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """The residual stream after the final norm, [T, d] in `dtype`, and the cache. Arguments as `__call__`."""
+        cos, sin = rope_cos_sin(self.config.rope, self.config.head_dim, positions, rope_lengths)
+        x = self.embed[tokens].astype(self.dtype)  # [T, d]
+        for layer in self.layers:
+            x, cache = layer(x, cos, sin, cache, attend)
+        return rms_norm(x, self.final_norm, self.config.rms_norm_eps), cache
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Logits f32[N, V] of final hidden states x [N, d]."""
+        weight, contract = (self.embed, 1) if self.config.tie_embeddings else (self.lm_head, 0)
+        return jax.lax.dot_general(
+            x,
+            weight.astype(self.dtype),
+            (((1,), (contract,)), ((), ())),
+            precision=_precision(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+class DecoderLayer(nn.Module):
+    """Attention and gated MLP, each after an RMSNorm and added to the residual stream."""
+
+    config: ModelConfig
+    dtype: Any
+    index: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        config = self.config
+        num_tokens = x.shape[0]
+
+        def linear(name: str, features: int, bias: bool) -> nn.Dense:
+            return nn.Dense(
+                features,
+                use_bias=bias,
+                dtype=self.dtype,
+                param_dtype=self.dtype,
+                precision=_precision(self.dtype),
+                kernel_init=nn.initializers.normal(INIT_SCALE),
+                name=name,
+            )
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            weight = self.param(name, nn.initializers.ones, (x.shape[-1],), self.dtype)
+            return rms_norm(x, weight, config.rms_norm_eps)
+
+        heads = config.num_heads + 2 * config.num_kv_heads
+        qkv = linear("qkv", heads * config.head_dim, config.qkv_bias)(norm("attn_norm", x))
+        qkv = qkv.reshape(num_tokens, heads, config.head_dim)
+        q, k, v = jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
+        if config.qk_norm:
+            q, k = norm("q_norm", q), norm("k_norm", k)
+        out, cache = attend(self.index, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, k, cache)
+        out = out.reshape(num_tokens, config.num_heads * config.head_dim)
+        x = x + linear("o", config.hidden_size, config.o_bias)(out)
+
+        gate_up = linear("gate_up", 2 * config.intermediate_size, config.mlp_bias)(norm("mlp_norm", x))
+        gate, up = jnp.split(gate_up, 2, axis=-1)  # [T, F] each
+        return x + linear("down", config.hidden_size, config.mlp_bias)(jax.nn.silu(gate) * up), cache
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis, times weight; the mean square is taken in float32 (arXiv:1910.07467)."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def abstract_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
+    """The parameter tree as `jax.ShapeDtypeStruct` leaves; nothing is allocated."""
+
+    def no_attention(layer, q, k, v, k_pre_rope, cache):
+        return q, cache
+
+    token = jnp.zeros(1, jnp.int32)
+    variables = jax.eval_shape(
+        lambda key: Decoder(config, dtype).init(key, token, token, None, no_attention), jax.random.key(0)
+    )
+    return variables["params"]
+
+
+def init_params(config: ModelConfig, key: jax.Array, dtype: Any) -> dict[str, Any]:
+    """Random parameters in `dtype` on the default device: weights normal(0, 0.02), norms 1, biases 0.
+
+    Drawn one array at a time, so the peak is the parameters plus one array in float32.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
+
+    def draw(index: int, path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path[-1].key
+        if name.endswith("norm"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if name == "bias":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return _normal(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
+
+    return jax.tree.unflatten(tree, [draw(i, path, leaf) for i, (path, leaf) in enumerate(leaves)])
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return (INIT_SCALE * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def _precision(dtype: Any) -> jax.lax.Precision | None:
+    # On a GPU float32 would otherwise be rounded to TF32 (10 bits).
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None

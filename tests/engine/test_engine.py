@@ -1,0 +1,271 @@
+"""The engine as a whole: whatever else happens to a request, its tokens are those it would get alone."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_engine import CONFIG, VOCAB
+
+from serve.generate import generate
+from sparsejax import CompressionParams, SamplingParams
+from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.errors import InvalidArgumentError, PromptTooLongError, UnknownArgumentError
+from sparsejax.models import Decoder, dense_causal_attend
+
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(3, VOCAB, size).tolist() for size in (5, 3, 50, 21, 1, 33, 12)]
+SCARCE = 4 * 20  # pages: 19 table entries of 4 tokens, for prompts of up to 50 tokens
+GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+MIXED = [
+    GREEDY,
+    SamplingParams(temperature=1.0, seed=1, max_tokens=9, ignore_eos=True),
+    SamplingParams(temperature=0.7, top_k=5, seed=2, max_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=1.3, top_p=0.8, min_p=0.02, seed=3, max_tokens=7, ignore_eos=True),
+    SamplingParams(temperature=0.0, repetition_penalty=1.4, max_tokens=11, ignore_eos=True),
+    SamplingParams(temperature=1.0, presence_penalty=0.5, frequency_penalty=0.7, seed=4, max_tokens=10, ignore_eos=True),
+    SamplingParams(temperature=0.0, min_tokens=6, max_tokens=8),
+]
+
+
+def tokens(outputs) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def assert_all_free(llm) -> None:
+    cache = llm.engine.runner.cache
+    llm.engine.runner.release(llm.engine.scheduler.schedule().release)
+    assert int(llm.engine.runner.cache.free.count) == cache.layout.num_entries - 1
+    assert llm.engine.scheduler.free_entries == cache.layout.num_entries - 1
+    assert not llm.engine.has_unfinished
+
+
+@pytest.fixture(scope="module")
+def llm(make_llm):
+    return make_llm()
+
+
+@pytest.fixture(scope="module")
+def alone(llm):
+    """What each prompt gets with each parameter set when nothing else runs."""
+    return [tokens(llm.generate(prompt, params, use_tqdm=False))[0] for prompt, params in zip(PROMPTS, MIXED, strict=True)]
+
+
+def test_alone_equals_batched(llm, alone):
+    assert tokens(llm.generate(PROMPTS, MIXED, use_tqdm=False)) == alone
+    assert_all_free(llm)
+
+
+def test_engine_equals_jitted_loop(params, alone):
+    assert generate(CONFIG, params, PROMPTS, MIXED) == alone
+
+
+def test_chunked_equals_one_shot(make_llm, alone):
+    assert tokens(make_llm(max_num_batched_tokens=7).generate(PROMPTS, MIXED, use_tqdm=False)) == alone
+
+
+@pytest.mark.parametrize(("page_size", "granularity"), [(1, "shared"), (32, "per_layer"), (4, "per_head")])
+def test_layout_does_not_change_tokens(make_llm, llm, page_size, granularity):
+    other = make_llm(page_size=page_size, num_pages=None, table_granularity=granularity)
+    expected = tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+    assert tokens(other.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+    assert_all_free(other)
+
+
+def test_preempted_equals_uninterrupted(make_llm, alone):
+    llm = make_llm(num_pages=SCARCE)
+    outputs = llm.generate(PROMPTS, MIXED, use_tqdm=False)
+    assert tokens(outputs) == alone
+    assert sum(output.metrics.num_preemptions for output in outputs) > 0
+    assert_all_free(llm)
+
+
+def test_cancelled_requests_harm_nobody(llm, alone):
+    engine = llm.engine
+    submissions = [
+        engine.add(f"cancel-{i}", TokenizedPrompt(None, prompt), params)
+        for i, (prompt, params) in enumerate(zip(PROMPTS, MIXED, strict=True))
+    ]
+    for step in range(40):
+        engine.step()
+        if step < 3:
+            engine.cancel(submissions[2 * step])
+    for i, submission in enumerate(submissions):
+        answer = submission.output().outputs[0]
+        assert submission.finished
+        if i in (0, 2, 4):
+            assert answer.finish_reason == "abort"
+            assert answer.token_ids == alone[i][: len(answer.token_ids)]
+        else:
+            assert answer.token_ids == alone[i]
+    assert_all_free(llm)
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_random_arrivals_and_cancellations(make_llm, alone, data):
+    """Scarce pages, arrivals at any time, cancellations at any time: survivors get their tokens, nothing leaks."""
+    llm = make_llm(num_pages=SCARCE)
+    engine, pending, submissions, cancelled = llm.engine, list(range(len(PROMPTS))), {}, set()
+    while pending or engine.has_unfinished:
+        action = data.draw(st.sampled_from(["add", "step", "step", "step", "cancel"]), label="action")
+        if action == "add" and pending:
+            i = pending.pop(0)
+            submissions[i] = engine.add(str(i), TokenizedPrompt(None, PROMPTS[i]), MIXED[i])
+        elif action == "cancel" and submissions and len(cancelled) < 2:
+            i = data.draw(st.sampled_from(sorted(submissions)), label="which")
+            if not submissions[i].finished:
+                engine.cancel(submissions[i])
+                cancelled.add(i)
+        else:
+            engine.step()
+    for i, submission in submissions.items():
+        got = submission.output().outputs[0].token_ids
+        assert got == (alone[i][: len(got)] if i in cancelled else alone[i])
+    assert_all_free(llm)
+
+
+def test_same_seed_same_tokens_and_n(llm):
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=8, n=3, ignore_eos=True)
+    first = llm.generate(PROMPTS[0], params, use_tqdm=False)[0]
+    again = llm.generate([PROMPTS[1], PROMPTS[0]], [GREEDY, params], use_tqdm=False)[1]
+    assert [a.token_ids for a in first.outputs] == [a.token_ids for a in again.outputs]
+    assert [a.index for a in first.outputs] == [0, 1, 2]
+    assert len({tuple(a.token_ids) for a in first.outputs}) > 1
+    assert first.metrics.num_generated_tokens == 24
+
+
+def test_end_tokens_end_exactly_where_they_should(llm, alone):
+    whole = alone[0]
+    stop = whole[4]
+    cut = whole[: whole.index(stop) + 1]
+    out = llm.generate(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, stop_token_ids=[stop]))
+    assert out[0].outputs[0].token_ids == cut
+    assert (out[0].outputs[0].finish_reason, out[0].outputs[0].stop_reason) == ("stop", stop)
+    later = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, stop_token_ids=[stop], min_tokens=7)
+    assert len(llm.generate(PROMPTS[0], later)[0].outputs[0].token_ids) >= 7
+    assert llm.generate(PROMPTS[0], GREEDY)[0].outputs[0].finish_reason == "length"
+    assert_all_free(llm)
+
+
+def dense_logprobs(params, text: list[int]) -> np.ndarray:
+    """log softmax of the logits at every position of a text, by dense attention without a cache: [T, V]."""
+    attend = dense_causal_attend(1, CONFIG.head_dim**-0.5)
+    index = jnp.arange(len(text), dtype=jnp.int32)
+    logits, _ = Decoder(CONFIG, jnp.float32).apply({"params": params}, jnp.asarray(text, jnp.int32), index, None, attend)
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("chunk", [32, 7])
+def test_logprobs_are_those_of_the_dense_model(make_llm, params, chunk):
+    llm = make_llm(max_num_batched_tokens=chunk)
+    want = SamplingParams(temperature=1.0, seed=1, max_tokens=5, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+    plain = llm.generate(PROMPTS[2], SamplingParams(temperature=1.0, seed=1, max_tokens=5, ignore_eos=True))[0].outputs[0]
+    output = llm.generate([PROMPTS[2], PROMPTS[0]], [want, GREEDY], use_tqdm=False)[0]
+    answer = output.outputs[0]
+    assert answer.token_ids == plain.token_ids
+    text = PROMPTS[2] + answer.token_ids
+    expected = dense_logprobs(params, text)
+    assert output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == len(PROMPTS[2])
+    entries = [*output.prompt_logprobs[1:], *answer.logprobs]
+    for position, entry in enumerate(entries):
+        token, row = text[position + 1], expected[position]
+        for rival, logprob in entry.items():
+            assert logprob.logprob == pytest.approx(row[rival], abs=2e-4)
+        assert entry[token].rank == 1 + (row > row[token] + 1e-6).sum()
+        assert max(entry, key=lambda t: entry[t].logprob) == row.argmax()
+    assert answer.cumulative_logprob == pytest.approx(sum(e[t].logprob for e, t in zip(answer.logprobs, answer.token_ids, strict=True)))
+
+
+def test_nothing_compiles_after_warm_up(make_llm):
+    llm = make_llm(warmup=True, max_num_seqs=2, max_num_batched_tokens=16)
+    before = llm.engine.runner.compilations
+    asked = [*MIXED[:-1], SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=1, max_tokens=4)]
+    llm.generate(PROMPTS, asked, use_tqdm=False)
+    llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert llm.engine.runner.compilations == before
+    assert sum(before.values()) > 0
+    assert_all_free(llm)
+
+
+def test_steps_hold_no_copy_of_the_pool(make_llm):
+    """The compiled steps update the pools in place: their scratch is far smaller than one pool."""
+    llm = make_llm(num_pages=4 * 3000, max_num_seqs=200)
+    runner = llm.engine.runner
+    pool = runner.cache.pool.k.nbytes
+    batch = runner._pack([], size=16)
+    from sparsejax.engine.steps import StepOptions
+
+    for step, work in ((runner._steps.prefill, batch), (runner._steps.decode, jnp.zeros(2, jnp.int32))):
+        lowered = step.lower(runner.params, runner.cache, runner.state, work, StepOptions(implementation="xla"))
+        analysis = lowered.compile().memory_analysis()
+        assert analysis.alias_size_in_bytes >= 2 * pool
+        assert analysis.temp_size_in_bytes < pool
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "words"),
+    [
+        ([[]], InvalidArgumentError, "empty"),
+        ([[1, VOCAB]], InvalidArgumentError, f"0 to {VOCAB - 1}"),
+        ([[1, 2.5]], InvalidArgumentError, "token ids"),
+        (["text"], InvalidArgumentError, "tokenizer"),
+        ([[3] * 128], PromptTooLongError, "max_model_len=128"),
+    ],
+)
+def test_a_bad_prompt_is_refused_before_anything_runs(llm, prompts, error, words):
+    with pytest.raises(error, match=words):
+        llm.generate([PROMPTS[0], *prompts], GREEDY)
+    assert_all_free(llm)
+
+
+def test_a_prompt_that_no_pool_holds_is_refused(make_llm):
+    with pytest.raises(PromptTooLongError, match="num_pages"):
+        make_llm(num_pages=4 * 5).generate(PROMPTS[2], GREEDY)
+
+
+def test_bad_parameters_are_named(llm, make_llm):
+    with pytest.raises(InvalidArgumentError, match="2 items for 1"):
+        llm.generate(PROMPTS[0], [GREEDY, GREEDY])
+    with pytest.raises(InvalidArgumentError, match="sampling_params"):
+        llm.generate(PROMPTS[0], {"temperature": 0})
+    with pytest.raises(InvalidArgumentError, match="stop strings"):
+        llm.generate(PROMPTS[0], SamplingParams(stop="x"))
+    with pytest.raises(UnknownArgumentError, match="max_num_seqs"):
+        make_llm(max_num_seq=3)
+    with pytest.raises(InvalidArgumentError, match="at most 128"):
+        make_llm(max_model_len=129)
+    with pytest.raises(InvalidArgumentError, match="power of two"):
+        make_llm(page_size=3)
+    with pytest.raises(UnknownArgumentError, match="full"):
+        CompressionParams(method="ful")
+
+
+def test_stream_yields_what_generate_returns(llm, alone):
+    parts = list(llm.stream(PROMPTS[3], MIXED[3]))
+    assert [token for part in parts for token in part.outputs[0].token_ids] == alone[3]
+    assert [part.finished for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert len(parts) > 2
+    assert parts[-1].outputs[0].finish_reason == "length"
+
+
+def test_leaving_a_stream_cancels_it(llm):
+    for _ in llm.stream(PROMPTS[3], GREEDY):
+        break
+    assert not llm.engine.scheduler.has_unfinished
+    llm.engine.step()
+    assert_all_free(llm)
+
+
+def test_metrics(llm):
+    output = llm.generate([PROMPTS[3]], GREEDY, use_tqdm=False)[0]
+    metrics = output.metrics
+    assert (metrics.num_prompt_tokens, metrics.num_generated_tokens) == (len(PROMPTS[3]), 10)
+    assert 0 <= metrics.queue_time <= metrics.ttft <= metrics.e2e_time
+    cached = len(PROMPTS[3]) + 9  # the last token never enters the cache
+    pages = -(-cached // 4) * CONFIG.num_layers * CONFIG.num_kv_heads
+    assert metrics.kv_bytes == pages * 4 * CONFIG.head_dim * 2 * 4
