@@ -1,0 +1,110 @@
+"""The way of a checkpoint at full size: random Hugging Face shards -> convert -> load -> generate, timed."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from sparsejax import LLM, SamplingParams
+from sparsejax.checkpoint import convert_from_hf
+from sparsejax.models import ModelConfig
+
+SHARD_BYTES = 4 << 30
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Hugging Face checkpoint's tensors, [out, in] for projections."""
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, d),
+        "model.norm.weight": (d,),
+    }
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, d)
+    for i in range(config.num_layers):
+        layer = f"model.layers.{i}."
+        projections = {"q": (q, d), "k": (kv, d), "v": (kv, d), "o": (d, q)}
+        for name, shape in projections.items():
+            shapes[f"{layer}self_attn.{name}_proj.weight"] = shape
+            if config.o_bias if name == "o" else config.qkv_bias:
+                shapes[f"{layer}self_attn.{name}_proj.bias"] = shape[:1]
+        for name, shape in {"gate": (f, d), "up": (f, d), "down": (d, f)}.items():
+            shapes[f"{layer}mlp.{name}_proj.weight"] = shape
+            if config.mlp_bias:
+                shapes[f"{layer}mlp.{name}_proj.bias"] = shape[:1]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{layer}{name}.weight"] = (d,)
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                shapes[f"{layer}self_attn.{name}.weight"] = (config.head_dim,)
+    return shapes
+
+
+def write_random_checkpoint(folder: Path, raw_config: dict[str, Any], *, seed: int = 0) -> int:
+    """Writes a bf16 checkpoint of random weights in Hugging Face layout, sharded. Returns its bytes."""
+    config = ModelConfig.from_hf(raw_config)
+    rng = np.random.default_rng(seed)
+    # Drawing 16 GB of normal numbers takes minutes; slices of one block at random offsets serve a loader as well.
+    block = (0.02 * rng.standard_normal(1 << 26, np.float32)).astype(ml_dtypes.bfloat16)
+    folder.mkdir(parents=True)
+    shards: list[dict[str, np.ndarray]] = [{}]
+    index, total = {}, 0
+
+    def flush() -> None:
+        save_file(shards[-1], folder / f"model-{len(shards):05d}.safetensors", metadata={"format": "pt"})
+        shards[-1] = dict.fromkeys(shards[-1], np.empty(0))  # the names stay, the memory goes
+
+    for name, shape in tqdm(tensor_shapes(config).items(), desc="writing random weights", unit="tensor"):
+        size = int(np.prod(shape))
+        tensor = np.resize(block[rng.integers(0, block.size // 2) :], size).reshape(shape)
+        if name.endswith("norm.weight"):
+            tensor = np.ones(shape, ml_dtypes.bfloat16)
+        if sum(x.nbytes for x in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+            flush()
+            shards.append({})
+        shards[-1][name] = tensor
+        index[name] = f"model-{len(shards):05d}.safetensors"
+        total += tensor.nbytes
+    flush()
+    (folder / "config.json").write_text(json.dumps(raw_config), encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index}), encoding="utf-8"
+    )
+    return total
+
+
+def run(raw_config: dict[str, Any], folder: Path, *, prompt_tokens: int = 1000) -> dict[str, Any]:
+    """Writes, converts, loads both layouts and generates; `folder` receives "hf" and "orbax".
+
+    Returns:
+      Seconds of each stage, checkpoint bytes, peak host memory of the process and whether both loads generate alike.
+    """
+    report: dict[str, Any] = {"bytes": write_random_checkpoint(folder / "hf", raw_config)}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    convert_from_hf(folder / "hf", folder / "orbax")
+    report["convert_seconds"] = time.perf_counter() - start
+    report["peak_host_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report["peak_host_bytes_before_convert"] = 1024 * before
+    prompt = np.random.default_rng(1).integers(0, raw_config["vocab_size"], prompt_tokens).tolist()
+    answers = []
+    for layout in ("hf", "orbax"):
+        start = time.perf_counter()
+        llm = LLM(folder / layout, skip_tokenizer_init=True, max_num_seqs=4, max_model_len=4096, num_pages=1 << 16)
+        jax.block_until_ready(llm.engine.runner.params)
+        report[f"load_{layout}_seconds"] = time.perf_counter() - start
+        output = llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True), use_tqdm=False)
+        answers.append(output[0].outputs[0].token_ids)
+        del llm
+    report["layouts_agree"] = answers[0] == answers[1]
+    return report

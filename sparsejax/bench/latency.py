@@ -1,0 +1,160 @@
+"""Latency of fixed batches on a model with random weights: time to first token, and milliseconds a decode step.
+
+Every figure stands beside its physical limit: a decode step cannot be faster than reading the weights and the K/V once,
+a prefill not faster than its matrix products.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+
+import jax
+import numpy as np
+
+from sparsejax.bench.ceilings import Ceilings
+from sparsejax.bench.timing import summary
+from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.engine.llm import LLM
+from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.models import ModelConfig
+
+WARMUP_STEPS = 6  # decode steps before the clock starts
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One batch.
+
+    Attributes:
+      batch: requests at once, all with a prompt of `context` tokens.
+      context: tokens of each prompt.
+      prefill_seconds: from the first chunk to the last prompt's first token.
+      prefill_rate: prompt tokens per second.
+      prefill_fraction: of the bf16 matmul rate, counting the model's and attention's products.
+      step_seconds: median wall time of a decode step.
+      step_spread: width of the middle half of the step times, as a fraction.
+      host_seconds: median time the host needs to plan and dispatch a step.
+      bytes_read: weights and K/V that a step must read.
+      step_fraction: of the limit: bytes_read over the read-only bandwidth, over step_seconds.
+      peak_bytes: most device memory in use so far, as the allocator reports; 0 where it does not.
+    """
+
+    batch: int
+    context: int
+    prefill_seconds: float
+    prefill_rate: float
+    prefill_fraction: float
+    step_seconds: float
+    step_spread: float
+    host_seconds: float
+    bytes_read: int
+    step_fraction: float
+    peak_bytes: int
+
+
+def weight_bytes(config: ModelConfig, params) -> int:
+    """Bytes of parameters that every step reads: all, but of an untied embedding table only single rows."""
+    total = sum(x.nbytes for x in jax.tree.leaves(params))
+    return total if config.tie_embeddings else total - params["embed"].nbytes
+
+
+def prefill_flops(config: ModelConfig, params, context: int) -> int:
+    """Floating-point operations of one prompt: two per weight and token, and causal attention's two products."""
+    weights = sum(x.size for x in jax.tree.leaves(params)) - params["embed"].size
+    if not config.tie_embeddings:
+        weights -= params["lm_head"].size  # logits of the last token only
+    attention = 2 * context**2 * config.num_heads * config.head_dim * config.num_layers
+    return 2 * weights * context + attention
+
+
+def measure(llm: LLM, ceilings: Ceilings, *, batch: int, context: int, steps: int, seed: int = 0) -> Latency:
+    """Prefills `batch` prompts of random tokens, then times decode steps with all of them running.
+
+    Args:
+      llm: its max_num_seqs, max_model_len and pool must hold the batch at `context + steps` tokens.
+    """
+    config, runner = llm.model_config, llm.engine.runner
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(0, config.vocab_size, (batch, context)).tolist()
+    chunk = runner.prefill_buckets[-1]
+    total = batch * context
+    # Compiles what the real run needs: a full chunk, a last one of the same size, and the decode of this batch.
+    rehearsal = -(-min(total, chunk + total % chunk) // batch)
+    _run(llm, [prompt[:rehearsal] for prompt in prompts], num_tokens=WARMUP_STEPS + batch, steps=1)
+    prefill_seconds = _run(llm, prompts, num_tokens=1, steps=0).first_tokens
+    # The first prompts decode while the last are still being prefilled.
+    decode = _run(llm, prompts, num_tokens=steps + WARMUP_STEPS + batch + -(-total // chunk), steps=steps)
+    step = summary(decode.steps)
+    item = np.dtype(runner.layout.dtype).itemsize
+    kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * item
+    bytes_read = weight_bytes(config, runner.params) + decode.tokens * kv_per_token
+    stats = jax.devices()[0].memory_stats() or {}
+    return Latency(
+        batch=batch,
+        context=context,
+        prefill_seconds=prefill_seconds,
+        prefill_rate=total / prefill_seconds,
+        prefill_fraction=batch * prefill_flops(config, runner.params, context) / prefill_seconds / ceilings.matmul,
+        step_seconds=step.median,
+        step_spread=step.spread,
+        host_seconds=summary(decode.host).median,
+        bytes_read=bytes_read,
+        step_fraction=bytes_read / ceilings.read / step.median,
+        peak_bytes=stats.get("peak_bytes_in_use", 0),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Seconds to the last prompt's first token, seconds of each decode step, host share of each, mean tokens held."""
+
+    first_tokens: float
+    steps: list[float]
+    host: list[float]
+    tokens: int
+
+
+def _run(llm: LLM, prompts: list[list[int]], *, num_tokens: int, steps: int) -> _Run:
+    """Runs the prompts together, times `steps` decode steps once all of them decode, and cancels what is left."""
+    engine = llm.engine
+    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    start = time.perf_counter()
+    submissions = [
+        engine.add(f"latency-{i}", TokenizedPrompt(None, prompt), params) for i, prompt in enumerate(prompts)
+    ]
+    while any(not submission.num_generated_tokens for submission in submissions):
+        engine.step()
+    first_tokens = time.perf_counter() - start
+    for _ in range(WARMUP_STEPS if steps else 0):
+        engine.step()
+    seconds, host = [], []
+    for _ in range(steps):
+        before, waited = time.perf_counter(), engine.wait_seconds
+        engine.step()
+        seconds.append(time.perf_counter() - before)
+        host.append(seconds[-1] - (engine.wait_seconds - waited))
+    held = sum(answer.request.num_computed for submission in submissions for answer in submission.answers)
+    for submission in submissions:
+        engine.cancel(submission)
+    while engine.has_unfinished:
+        engine.step()
+    engine.step()  # releases the rows, so that no later run pays for it
+    return _Run(first_tokens, seconds, host, held - len(prompts) * steps // 2)
+
+
+def format_table(rows: list[Latency]) -> str:
+    """A line per batch."""
+    lines = ["batch  context  prefill s   tok/s  of matmul  step ms  spread  host ms  of limit  peak GiB"]
+    for row in rows:
+        lines.append(
+            f"{row.batch:5d}  {row.context:7d}  {row.prefill_seconds:9.2f}  {row.prefill_rate:6.0f}"
+            f"  {row.prefill_fraction:9.2f}  {1e3 * row.step_seconds:7.2f}  {row.step_spread:6.3f}"
+            f"  {1e3 * row.host_seconds:7.2f}  {row.step_fraction:8.3f}  {row.peak_bytes / 2**30:8.1f}"
+        )
+    return "\n".join(lines)
+
+
+def as_dicts(rows: list[Latency]) -> list[dict]:
+    """For JSON."""
+    return [asdict(row) for row in rows]

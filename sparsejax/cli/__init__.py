@@ -1,0 +1,51 @@
+"""The `sparsejax` command: one module a subcommand, each with `add_parser(subparsers)` and `run(args) -> exit code`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sparsejax.cli import bench, chat, convert, demo, doctor, evaluate, generate
+from sparsejax.errors import SparsejaxError
+
+COMMANDS = (generate, chat, convert, evaluate, bench, demo, doctor)
+
+EPILOG = """examples:
+  sparsejax demo                                      answer long prompts with the embedded model
+  sparsejax generate "Once upon a time" --max-tokens 64
+  sparsejax chat --model Qwen/Qwen2.5-7B-Instruct
+  sparsejax convert meta-llama/Llama-3.1-8B-Instruct llama-8b
+  sparsejax eval ruler --lengths 1024,4096
+  sparsejax doctor                                    what runs here, and what to do where it does not
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    from sparsejax import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="sparsejax",
+        description="Long-context LLM inference in JAX, with a KV cache that is sparse from the start.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sparsejax {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; a foreseen error is one paragraph on stderr and exit code 1, not a traceback."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except SparsejaxError as error:
+        print(f"sparsejax {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

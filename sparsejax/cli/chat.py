@@ -1,0 +1,62 @@
+"""`sparsejax chat`: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from sparsejax.cli import options
+from sparsejax.errors import SparsejaxError
+
+HELP = "/clear forgets the conversation, /exit (or end of input) leaves, /help shows this."
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "chat",
+        help="talk to a model",
+        description=f"Chats through the model's own chat template, streaming the answer. {HELP}",
+        epilog='example: echo "Hello" | sparsejax chat',
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message to start with")
+    options.add_sampling_options(parser, max_tokens=512)
+    options.add_compression_options(parser)
+    options.add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    llm = options.make_llm(args)
+    params, compression = options.sampling_params(args), options.compression_params(args)
+    start = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(start)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(HELP)
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            return 0
+        if line.strip() == "/exit":
+            return 0
+        if line.strip() == "/clear":
+            messages = list(start)
+        elif line.strip() == "/help":
+            print(HELP)
+        elif line.strip():
+            messages.append({"role": "user", "content": line})
+            try:
+                messages.append({"role": "assistant", "content": _answer(llm, messages, params, compression)})
+            except SparsejaxError as error:  # a turn that cannot be served must not lose the conversation
+                messages.pop()
+                print(f"error: {error}", file=sys.stderr)
+
+
+def _answer(llm, messages: list[dict], params, compression) -> str:
+    text = ""
+    for increment in llm.stream(messages, params, compression):
+        print(increment.text, end="", flush=True)
+        text += increment.text
+    print()
+    return text

@@ -1,0 +1,60 @@
+"""`sparsejax generate`: complete prompts from the command line, a file or standard input."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from sparsejax.cli import options
+from sparsejax.errors import InvalidArgumentError
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="complete one or more prompts",
+        description="Completes prompts as plain text (use `sparsejax chat` for a chat template).",
+        epilog='example: sparsejax generate "The capital of France is" --max-tokens 8 --json',
+    )
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to complete; - reads standard input")
+    parser.add_argument("--file", type=Path, metavar="FILE", help="a file of prompts, one a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt, metrics included")
+    parser.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)")
+    options.add_sampling_options(parser, max_tokens=128)
+    options.add_compression_options(parser)
+    options.add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = read_prompts(args)
+    llm = options.make_llm(args)
+    outputs = llm.generate(
+        prompts, options.sampling_params(args, n=args.n), options.compression_params(args), use_tqdm=len(prompts) > 1
+    )
+    for output in outputs:
+        if args.json:
+            print(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
+            continue
+        for completion in output.outputs:
+            if len(prompts) > 1 or args.n > 1:
+                print(f"--- {output.prompt!r}" + (f" [{completion.index}]" if args.n > 1 else ""))
+            print(completion.text)
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the arguments, then those of --file."""
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
+    if args.file is not None:
+        try:
+            lines = args.file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise InvalidArgumentError(f"--file {args.file} cannot be read: {error.strerror}.") from error
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise InvalidArgumentError("no prompt was given: pass one or more, --file FILE, or - to read standard input.")
+    return prompts

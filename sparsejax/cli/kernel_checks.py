@@ -1,0 +1,80 @@
+"""Small random cases of every kernel against its plain reference, for `sparsejax doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels as kernels
+from pallas_kernels.paging import PageAddress
+
+ROWS, ENTRIES, HEADS, GROUP, DIM, PAGE = 3, 4, 2, 4, 64, 16
+LENGTHS = (0, 37, 64)  # of the null row and two requests: one ends inside a page, one fills its pages
+ADDRESS = PageAddress(table_layer=0, entry_stride=HEADS, layer_offset=0, head_stride=1)
+
+
+def _dtype() -> jnp.dtype:
+    return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
+
+
+def _draw(rng: np.random.Generator, *shape: int) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape), _dtype())
+
+
+def _paged(rng: np.random.Generator):
+    """Random pools and a shared table whose pages lie in random order: k, v, table, lengths."""
+    used = (ROWS - 1) * ENTRIES
+    table = np.zeros((1, ROWS, 1, ENTRIES), np.int32)
+    table[0, 1:, 0] = 1 + rng.permutation(used).reshape(ROWS - 1, ENTRIES)
+    pages = ((1 + used) * HEADS, PAGE, DIM)
+    return _draw(rng, *pages), _draw(rng, *pages), jnp.asarray(table), jnp.asarray(LENGTHS, jnp.int32)[None, :, None]
+
+
+def _error(got, expected) -> float:
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+    return max(float(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max()) for a, b in pairs)
+
+
+def _decode_attention() -> float:
+    rng = np.random.default_rng(0)
+    k, v, table, lengths = _paged(rng)
+    args = (_draw(rng, ROWS, HEADS * GROUP, DIM), k, v, table, lengths, jnp.arange(ROWS, dtype=jnp.int32))
+    options = {"address": ADDRESS, "num_kv_heads": HEADS, "scale": DIM**-0.5}
+    return _error(kernels.decode_attention(*args, **options), kernels.decode_attention_reference(*args, **options)[0])
+
+
+def _prefill_attention() -> float:
+    rng = np.random.default_rng(1)
+    k, v, table, history = _paged(rng)
+    tokens = 48
+    new = (_draw(rng, tokens, HEADS * GROUP, DIM), _draw(rng, tokens, HEADS, DIM), _draw(rng, tokens, HEADS, DIM))
+    args = (*new, k, v, table, history, jnp.asarray([1, 2], jnp.int32), jnp.asarray([0, 19, 45], jnp.int32))
+    options = {"address": ADDRESS, "scale": DIM**-0.5}
+    return _error(kernels.prefill_attention(*args, **options), kernels.prefill_attention_reference(*args, **options)[0])
+
+
+def _store_kv() -> float:
+    rng = np.random.default_rng(2)
+    k, v, _, _ = _paged(rng)
+    new = (_draw(rng, 3, HEADS, DIM), _draw(rng, 3, HEADS, DIM))
+    entry, slot = (jnp.asarray(x, jnp.int32)[None, :, None] for x in ([2, 0, 5], [1, 0, 15]))
+    args = (k, v, *new, entry, slot)
+    return _error(kernels.store_kv(*args, address=ADDRESS), kernels.store_kv_reference(*args, address=ADDRESS))
+
+
+def _move_slots() -> float:
+    rng = np.random.default_rng(3)
+    k, v, _, _ = _paged(rng)
+    moves = jnp.asarray([40, 41, 70], jnp.int32), jnp.asarray([20, 3, k.shape[0] * PAGE], jnp.int32)
+    return _error(kernels.move_slots(k, v, *moves), kernels.move_slots_reference(k, v, *moves))
+
+
+CHECKS: dict[str, Callable[[], float]] = {
+    "decode attention": _decode_attention,
+    "prefill attention": _prefill_attention,
+    "K/V store": _store_kv,
+    "slot moves": _move_slots,
+}

@@ -1,0 +1,103 @@
+"""Options that several subcommands share: the model and engine, sampling, compression."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sparsejax.config import DTYPES
+from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model and the engine's options; read them back with `make_llm`."""
+    group = parser.add_argument_group("model and engine")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="Hugging Face folder or id, or a folder written by `sparsejax convert` (default: the embedded tiny model)",
+    )
+    group.add_argument("--tokenizer", metavar="NAME", help="folder or id of the tokenizer (default: the model's)")
+    group.add_argument("--dtype", choices=DTYPES, help="compute and cache dtype (default: auto)")
+    group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt plus answer, in tokens")
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help="most requests running at once")
+    group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="most prompt tokens in one step")
+    group.add_argument(
+        "--gpu-memory-utilization", type=float, metavar="F", help="fraction of the GPU to reserve (default: 0.9)"
+    )
+    group.add_argument("--page-size", type=int, metavar="N", help="tokens in a page of the KV cache (default: 32)")
+    group.add_argument("--num-pages", type=int, metavar="N", help="physical pages in the pool (default: what fits)")
+    group.add_argument("--implementation", choices=("triton", "xla"), help="kernels (default: triton on a GPU)")
+    group.add_argument("--engine-seed", type=int, metavar="N", help="seeds requests that bring no seed (default: 0)")
+
+
+ENGINE_OPTIONS = (
+    "tokenizer",
+    "dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "gpu_memory_utilization",
+    "page_size",
+    "num_pages",
+    "implementation",
+)
+
+
+def make_llm(args: argparse.Namespace, **overrides: Any):
+    """The LLM that the options of `add_model_options` describe."""
+    from sparsejax import LLM
+
+    kwargs = {name: getattr(args, name) for name in ENGINE_OPTIONS if getattr(args, name) is not None}
+    if args.engine_seed is not None:
+        kwargs["seed"] = args.engine_seed
+    return LLM(args.model, **(kwargs | overrides))
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    """Sampling options; read them back with `sampling_params`."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
+    )
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of mass P")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P of the likeliest")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same tokens")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer here (repeatable)")
+    group.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens")
+
+
+def sampling_params(args: argparse.Namespace, **overrides: Any) -> SamplingParams:
+    """SamplingParams from the options of `add_sampling_options`."""
+    names = (
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "stop",
+        "ignore_eos",
+    )
+    return SamplingParams(**({name: getattr(args, name) for name in names} | overrides))
+
+
+def add_compression_options(parser: argparse.ArgumentParser) -> None:
+    """--method; read it back with `compression_params`."""
+    from sparsejax import methods
+
+    group = parser.add_argument_group("KV cache")
+    group.add_argument(
+        "--method", choices=methods.available(), default="full", help="sparse method (default: full, keep all)"
+    )
+
+
+def compression_params(args: argparse.Namespace) -> CompressionParams:
+    """CompressionParams from the options of `add_compression_options`."""
+    return CompressionParams(method=args.method)
