@@ -42,7 +42,7 @@ lint: $(VENV)/.dev  ## check style
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev  ## check types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint types test  ## everything that CI runs
 
