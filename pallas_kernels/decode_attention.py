@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import online_softmax
 from pallas_kernels.checks import check_integer, check_pool, check_shape, check_table, query_group
+from pallas_kernels.decode_attention_xla import decode_attention_xla
 from pallas_kernels.decode_work import WorkList, decode_work_list
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.online_softmax import LOG2_E
@@ -23,6 +24,7 @@ from pallas_kernels.tiles import (
     WHOLE,
     exact_dot,
     index_grid,
+    kernel_exp2,
     load_vectors,
     locate_slots,
     next_power_of_two,
@@ -49,8 +51,7 @@ _TILES = {
 }
 _FALLBACK_TILE = DecodeTile(16, 4, 2)
 _MIN_DOT_ROWS = 16  # the smallest tile of a tensor-core product
-_MERGE_BLOCK, _MERGE_WARPS = 64, 4
-_XLA_BLOCK = 256  # slots read per step of the XLA program
+_MERGE_BLOCKS = (4, 64)  # items per step of the merge: as many as a head has at most, within these bounds
 
 
 @overload
@@ -159,7 +160,7 @@ def decode_attention(
     if q.shape[0] == 0:
         out, lse = q, jnp.zeros(q.shape[:2], jnp.float32)
     elif implementation == "xla":
-        out, lse = _decode_xla(
+        out, lse = decode_attention_xla(
             q, k_pages, v_pages, page_table, lengths, rows, indices, layer,
             address=common, heads=num_kv_heads, scale=scale,
         )  # fmt: skip
@@ -221,66 +222,7 @@ def decode_attention_reference(
     return out.reshape(batch, q_heads, dim), lse.reshape(batch, q_heads)
 
 
-@functools.partial(jax.jit, static_argnames=("address", "heads", "scale"))
-def _decode_xla(q, k_pages, v_pages, page_table, lengths, rows, indices, layer, *, address, heads, scale):
-    """A loop over blocks of slots that ends at the longest live length, so work follows what is held and not M."""
-    address = address.join_layer(layer)
-    batch, q_heads, dim = q.shape
-    page_size = k_pages.shape[1]
-    table_heads, columns = page_table.shape[2:]
-    tl = address.table_layer
-    head = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
-    length = jnp.broadcast_to(lengths[tl, rows], (batch, heads))
-    q = (q.astype(jnp.float32) * (scale * LOG2_E)).reshape(batch, heads, -1, dim)
-
-    def pages_of(column):
-        """Pages at table columns i32[B, n_heads, n], n_heads in {1, H} -> i32[B, H, n]."""
-        table_head = jnp.minimum(head, table_heads - 1) if table_heads > 1 else 0
-        return jnp.broadcast_to(
-            address.page(page_table[tl, rows[:, None, None], table_head, column], head), (batch, heads, column.shape[2])
-        )
-
-    if indices is None:
-        width = min(max(1, _XLA_BLOCK // page_size), columns)  # whole pages per step
-        block = width * page_size
-        steps = -(-length.max() // block)
-
-        def read_pages(step):
-            column = step * width + jnp.arange(width, dtype=jnp.int32)[None, None]
-            page = pages_of(jnp.minimum(column, columns - 1))
-            position = step * block + jnp.arange(block, dtype=jnp.int32)
-            k, v = (pool[page].reshape(batch, heads, block, dim) for pool in (k_pages, v_pages))
-            return k, v, position < length[..., None]
-
-        read = read_pages
-    else:
-        block = min(_XLA_BLOCK, indices.shape[2])
-        steps = -(-indices.shape[2] // block)
-        indices = jnp.pad(indices, ((0, 0), (0, 0), (0, steps * block - indices.shape[2])), constant_values=-1)
-
-        def read_listed(step):
-            slot = jax.lax.dynamic_slice_in_dim(indices, step * block, block, axis=2)
-            live = (slot >= 0) & (slot < length[..., None])
-            slot = jnp.where(live, slot, 0)
-            page = pages_of(slot // page_size)
-            return k_pages[page, slot % page_size], v_pages[page, slot % page_size], live
-
-        read = read_listed
-
-    def visit(step, state):
-        k, v, live = read(step)
-        scores = jnp.einsum("bhgd,bhnd->bhgn", q, k.astype(jnp.float32), precision="highest")
-        # Dead slots may hold anything, NaN included, and 0 * NaN is NaN.
-        v = jnp.where(live[..., None], v.astype(jnp.float32), 0.0)
-        weighted_sum = functools.partial(jnp.einsum, "bhgn,bhnd->bhgd", precision="highest")
-        return online_softmax.absorb(state, scores, live[:, :, None], lambda weights: weighted_sum(weights, v))
-
-    state = online_softmax.start(q.shape[:3], dim)
-    out, lse = online_softmax.finish(jax.lax.fori_loop(0, steps, visit, state))
-    return out.reshape(batch, q_heads, dim), lse.reshape(batch, q_heads)
-
-
-def _span_kernel(*refs, address, heads, group, scale, tile, indexed):
+def _span_kernel(*refs, address, heads, group, scale, tile, indexed, exp2):
     """One item of the work list: its partial output [items, G, D] and log-sum-exp [items, G]."""
     q_ref, k_ref, v_ref, table_ref, length_ref, rows_ref, layer_ref, *refs = refs
     index_ref, refs = (refs[0], refs[1:]) if indexed else (None, refs)
@@ -324,9 +266,10 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed):
                     None if live is None else live[None, :],
                     lambda weights: exact_dot(weights.astype(v.dtype), v),
                     scale=scale * LOG2_E,
+                    exp2=exp2,
                 )
 
-            return jax.lax.fori_loop(*steps, visit, state)
+            return jax.lax.fori_loop(steps[0], steps[1], visit, state)
 
         # Only the end of a head is not a whole block.
         full, steps = (last - first) // tile.block, pl.cdiv(last - first, tile.block)
@@ -391,7 +334,14 @@ def _decode_triton(
     inputs += [work.head_row, work.first, work.last]
     out, lse = pl.pallas_call(
         functools.partial(
-            _span_kernel, address=address, heads=heads, group=group, scale=scale, tile=tile, indexed=indices is not None
+            _span_kernel,
+            address=address,
+            heads=heads,
+            group=group,
+            scale=scale,
+            tile=tile,
+            indexed=indices is not None,
+            exp2=kernel_exp2(interpret),
         ),
         grid=(items,),
         in_specs=[WHOLE] * len(inputs),
@@ -404,8 +354,10 @@ def _decode_triton(
         interpret=interpret,
         name="decode_attention_spans",
     )(*inputs)
+    parts = next_power_of_two(-(-items // (batch * heads)))
+    block = min(max(parts, _MERGE_BLOCKS[0]), _MERGE_BLOCKS[1])
     merged, merged_lse = pl.pallas_call(
-        functools.partial(_merge_kernel, heads=heads, group=group, block=_MERGE_BLOCK),
+        functools.partial(_merge_kernel, heads=heads, group=group, block=block),
         grid=(batch * heads, group),
         in_specs=[WHOLE] * 6,
         out_specs=[WHOLE, WHOLE],
@@ -413,7 +365,7 @@ def _decode_triton(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, q_heads), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=_MERGE_WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=max(1, block // 16), num_stages=1),
         interpret=interpret,
         name="decode_attention_merge",
     )(out, lse, layer, work.first, work.last, work.first_span)

@@ -16,16 +16,22 @@ from pallas_kernels.checks import check_integer, check_shape
 class SpanLimits(NamedTuple):
     """How long the spans may be, and so how many there are.
 
-    The span is the total number of slots over `wave` programs, but within [min_span, max_span]: enough programs to fill
-    the GPU when there is little to read, spans long enough to amortise a program's start when there is much. Beyond
-    `most_spans * max_span` slots it grows again, which bounds the grid and the partial results.
+    Attributes:
+      wave: programs that the GPU runs at once. While spans of the total number of slots over `wave` stay within
+        [min_span, wave_span], there is one wave of them and little to merge.
+      min_span: no span is shorter, so that a program's start is worth while.
+      wave_span: longest span of a single wave. Beyond it, programs that happen to run slower would hold up the end.
+      max_span: span of many waves, which start and end at different times.
+      most_spans: bounds the grid and the partial results; beyond `most_spans * max_span` slots the spans grow again.
+      multiple: spans are a multiple of this, which is one of every block.
     """
 
-    wave: int = 1056  # 8 programs on each of an H200's 132 multiprocessors
+    wave: int = 396  # 3 programs on each of an H200's 132 multiprocessors
     min_span: int = 256
+    wave_span: int = 3072
     max_span: int = 2048
     most_spans: int = 4096
-    multiple: int = 128  # spans are a multiple of this, which is one of every block
+    multiple: int = 128
 
 
 DEFAULT_LIMITS = SpanLimits()
@@ -93,8 +99,8 @@ def _work_list(lengths, rows, *, num_kv_heads, max_slots, num_indices, limits):
         length = jnp.where(length > 0, num_indices, 0)
     heads = length.shape[1]
     total = length.sum(axis=1, keepdims=True)
-    span = jnp.clip(-(-total // limits.wave), limits.min_span, limits.max_span)
-    span = jnp.maximum(span, -(-total // limits.most_spans))
+    span = jnp.maximum(-(-total // limits.wave), limits.min_span)
+    span = jnp.where(span > limits.wave_span, jnp.maximum(limits.max_span, -(-total // limits.most_spans)), span)
     span = (-(-span // limits.multiple) * limits.multiple).astype(jnp.int32)  # [Lt, 1]
 
     spans = length // span

@@ -51,6 +51,7 @@ def absorb(
     weighted_sum: Callable[[jax.Array], jax.Array],
     *,
     scale: float = 1.0,
+    exp2: Callable[[jax.Array], jax.Array] = jnp.exp2,
 ) -> SoftmaxState:
     """Adds one block of keys.
 
@@ -60,12 +61,13 @@ def absorb(
       live: bool, broadcastable to `scores`: which keys each query attends to. None means all.
       weighted_sum: maps weights f32[..., queries, keys] to `weights @ values`, f32[..., queries, D].
       scale: positive factor of the scores. Applied here it joins the subtraction of the largest in one instruction.
+      exp2: the exponential to use.
     """
     if live is not None:
         scores = jnp.where(live, scores, _DEAD_SCORE)
     top = jnp.maximum(state.top, scores.max(axis=-1) * scale)
-    weights = jnp.exp2(scores * scale - top[..., None])
-    shrink = jnp.exp2(state.top - top)
+    weights = exp2(scores * scale - top[..., None])
+    shrink = exp2(state.top - top)
     return SoftmaxState(
         state.values * shrink[..., None] + weighted_sum(weights), top, state.total * shrink + weights.sum(axis=-1)
     )

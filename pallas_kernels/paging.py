@@ -33,11 +33,12 @@ class PageAddress:
         return entry * self.entry_stride + self.layer_offset + head * self.head_stride
 
     def split_layer(self) -> tuple["PageAddress", jax.Array]:
-        """(what the layers have in common, this layer's part as i32[2]); `join_layer` puts them together again.
+        """(what the layers have in common, this layer's part as an i32 array); `join_layer` puts them together again.
 
         With the layer as data, the layers of a model share one trace and one compiled kernel.
         """
-        layer = jnp.array([self.table_layer, self.layer_offset], jnp.int32)
+        # XLA would compute a constant (0, n) as iota * n, one more kernel a layer; a third element keeps it constant.
+        layer = jnp.array([self.table_layer, self.layer_offset, 0], jnp.int32)
         return replace(self, table_layer=0, layer_offset=0), layer
 
     def join_layer(self, layer) -> "PageAddress":

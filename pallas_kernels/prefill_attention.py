@@ -17,10 +17,13 @@ from pallas_kernels.checks import check_integer, check_pool, check_shape, check_
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.paging import PageAddress
+from pallas_kernels.prefill_attention_xla import prefill_attention_xla
+from pallas_kernels.query_tiles import query_tiles
 from pallas_kernels.tiles import (
     WHOLE,
     exact_dot,
     index_grid,
+    kernel_exp2,
     load_vectors,
     locate_slots,
     next_power_of_two,
@@ -40,30 +43,13 @@ class PrefillTile(NamedTuple):
 # By (bytes per element, padded head_dim).
 _TILES = {
     (2, 64): PrefillTile(128, 64, 4, 3),
-    (2, 128): PrefillTile(128, 64, 8, 3),
+    (2, 128): PrefillTile(128, 64, 4, 2),
     (2, 256): PrefillTile(64, 32, 8, 2),
     (4, 64): PrefillTile(64, 32, 4, 2),
     (4, 128): PrefillTile(32, 32, 4, 2),
     (4, 256): PrefillTile(16, 16, 4, 2),
 }
 _FALLBACK_TILE = PrefillTile(16, 16, 4, 2)
-_XLA_TILE = PrefillTile(64, 256, 0, 0)
-
-
-class _QueryTiles(NamedTuple):
-    """Which packed tokens each tile covers: `first .. last-1`, at most block_q of them; none where first >= last.
-
-    Attributes:
-      row: i32[tiles] table row whose history the tile reads; the null row for padding tokens.
-      first: i32[tiles] the tile's first token.
-      last: i32[tiles] end of the tile's segment.
-      key_first: i32[tiles] first token of the segment; for padding its end, so that the tile reads no keys.
-    """
-
-    row: jax.Array
-    first: jax.Array
-    last: jax.Array
-    key_first: jax.Array
 
 
 @overload
@@ -171,7 +157,7 @@ def prefill_attention(
     if q.shape[0] == 0:
         out, lse = q, jnp.zeros(q.shape[:2], jnp.float32)
     elif implementation == "xla":
-        out, lse = _prefill_xla(
+        out, lse = prefill_attention_xla(
             q, k, v, k_pages, v_pages, page_table, history, rows, starts, layer, address=common, scale=scale
         )
     else:
@@ -223,92 +209,9 @@ def prefill_attention_reference(
     return out.reshape(tokens, q_heads, dim), lse.reshape(tokens, q_heads)
 
 
-def _query_tiles(rows: jax.Array, starts: jax.Array, tokens: int, block_q: int) -> _QueryTiles:
-    """Cuts the segments, and the padding behind them as one more segment, into tiles."""
-    segments = rows.shape[0] + 1
-    rows = jnp.concatenate([rows, jnp.zeros(1, jnp.int32)])
-    starts = jnp.concatenate([starts, jnp.full(1, tokens, jnp.int32)])
-    first_tile = jnp.concatenate(
-        [jnp.zeros(1, jnp.int32), jnp.cumsum(-(-jnp.diff(starts) // block_q), dtype=jnp.int32)]
-    )
-    # Every segment has at most one tile that is not full.
-    tile = jnp.arange(min(tokens // block_q + segments, tokens), dtype=jnp.int32)
-    segment = jnp.searchsorted(first_tile[1:], tile, side="right", method="compare_all").astype(jnp.int32)
-    last = starts[jnp.minimum(segment, segments - 1) + 1]
-    first = starts[jnp.minimum(segment, segments - 1)]
-    return _QueryTiles(
-        row=rows[jnp.minimum(segment, segments - 1)],
-        first=jnp.where(segment < segments, first + (tile - first_tile[segment]) * block_q, tokens),
-        last=last,
-        key_first=jnp.where(segment < segments - 1, first, last),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("address", "scale"))
-def _prefill_xla(q, k, v, k_pages, v_pages, page_table, history, rows, starts, layer, *, address, scale):
-    """One query tile after the other; each loops over the blocks of keys that it really has."""
-    address = address.join_layer(layer)
-    tokens, q_heads, dim = q.shape
-    heads, page_size = k.shape[1], k_pages.shape[1]
-    group = q_heads // heads
-    table_heads, columns = page_table.shape[2:]
-    block_q = min(_XLA_TILE.block_q, next_power_of_two(tokens))
-    own_block = min(_XLA_TILE.block_k, next_power_of_two(tokens))
-    width = min(max(1, _XLA_TILE.block_k // page_size), columns)  # whole pages per step
-    head = jnp.arange(heads, dtype=jnp.int32)[:, None]
-    table_head = head if table_heads > 1 else head[:1]
-
-    def attend(state, queries, keys, values, live):
-        """queries [H, G*block_q, D], keys and values [H, n, D], live broadcastable to [H, G*block_q, n]."""
-        scores = jnp.einsum("hmd,hnd->hmn", queries, keys.astype(jnp.float32), precision="highest")
-        values = values.astype(jnp.float32)
-        return online_softmax.absorb(
-            state, scores, live, lambda weights: jnp.einsum("hmn,hnd->hmd", weights, values, precision="highest")
-        )
-
-    def one_tile(tile: _QueryTiles):
-        token = tile.first + jnp.arange(block_q, dtype=jnp.int32)
-        queries = q[jnp.minimum(token, tokens - 1)].astype(jnp.float32) * (scale * LOG2_E)
-        queries = queries.reshape(block_q, heads, group, dim).transpose(1, 2, 0, 3).reshape(heads, -1, dim)
-        held = jnp.broadcast_to(history[address.table_layer, tile.row], (heads,))[:, None]  # [H, 1]
-        held = jnp.where(tile.key_first < tile.last, held, 0)  # padding reads nothing
-
-        def visit_history(step, state):
-            column = step * width + jnp.arange(width, dtype=jnp.int32)
-            entry = page_table[address.table_layer, tile.row, table_head, jnp.minimum(column, columns - 1)]
-            page = address.page(entry, head)  # [H, width]
-            keys, values = (pool[page].reshape(heads, -1, dim) for pool in (k_pages, v_pages))
-            position = step * width * page_size + jnp.arange(width * page_size, dtype=jnp.int32)
-            live = position < held  # [H, n]
-            # Dead slots may hold anything, NaN included, and 0 * NaN is NaN.
-            return attend(state, queries, keys, jnp.where(live[..., None], values, 0), live[:, None])
-
-        def visit_own(step, state):
-            key = tile.key_first + step * own_block + jnp.arange(own_block, dtype=jnp.int32)
-            keys, values = (x[jnp.minimum(key, tokens - 1)].transpose(1, 0, 2) for x in (k, v))
-            live = (key <= token[:, None]) & (key < tile.last)  # [block_q, n]
-            values = jnp.where((key < tile.last)[:, None], values, 0)
-            return attend(state, queries, keys, values, jnp.tile(live, (group, 1)))
-
-        state = online_softmax.start((heads, group * block_q), dim)
-        state = jax.lax.fori_loop(0, -(-held.max() // (width * page_size)), visit_history, state)
-        own = jnp.minimum(tile.first + block_q, tile.last) - tile.key_first
-        state = jax.lax.fori_loop(0, -(-own // own_block), visit_own, state)
-        out, lse = online_softmax.finish(state)
-        out = out.reshape(heads, group, block_q, dim).transpose(2, 0, 1, 3).reshape(block_q, q_heads, dim)
-        lse = lse.reshape(heads, group, block_q).transpose(2, 0, 1).reshape(block_q, q_heads)
-        return jnp.where(token < tile.last, token, tokens), out, lse
-
-    token, out, lse = jax.lax.map(one_tile, _query_tiles(rows, starts, tokens, block_q))
-    return (
-        jnp.zeros((tokens, q_heads, dim), jnp.float32).at[token].set(out, mode="drop"),
-        jnp.zeros((tokens, q_heads), jnp.float32).at[token].set(lse, mode="drop"),
-    )
-
-
 def _prefill_kernel(
     q_ref, k_ref, v_ref, k_pages_ref, v_pages_ref, table_ref, history_ref, layer_ref, row_ref, first_ref, last_ref,
-    key_first_ref, out_ref, lse_ref, *, address, group, scale, tile, num_tiles,
+    key_first_ref, out_ref, lse_ref, *, address, group, scale, tile, num_tiles, exp2,
 ):  # fmt: skip
     """One tile of queries of one query head."""
     q_head = pl.program_id(0)
@@ -345,13 +248,27 @@ def _prefill_kernel(
                 token = step * tile.block_k + jnp.arange(tile.block_k, dtype=jnp.int32)
                 k, v = read(token, None if live_keys is None else live_keys(token))
                 live = None if live_pairs is None else live_pairs(token[None, :])
-                return online_softmax.absorb(
-                    state,
-                    exact_dot(q, k.T),
-                    live,
-                    lambda weights: exact_dot(weights.astype(v.dtype), v),
-                    scale=scale * LOG2_E,
-                )
+                return absorb(state, k, v, live)
+
+            return jax.lax.fori_loop(steps[0], steps[1], visit, state)
+
+        def absorb(state, k, v, live=None):
+            return online_softmax.absorb(
+                state,
+                exact_dot(q, k.T),
+                live,
+                lambda weights: exact_dot(weights.astype(v.dtype), v),
+                scale=scale * LOG2_E,
+                exp2=exp2,
+            )
+
+        def attend_own_runs(state, steps):
+            """As `attend` with `read_own`, but a block is a slice: only its start moves, no offsets are computed."""
+
+            def visit(step, state):
+                run = pl.ds(key_first + step * tile.block_k, tile.block_k)
+                k, v = (plgpu.load(new.at[run, head, pl.ds(0, dim)]) for new in (k_ref, v_ref))
+                return absorb(state, k, v)
 
             return jax.lax.fori_loop(steps[0], steps[1], visit, state)
 
@@ -371,7 +288,10 @@ def _prefill_kernel(
         state = attend(state, (full, steps), read_history, held_slots, held_slots)
         seen = jnp.maximum(first - key_first, 0)  # 0 for padding, whose key_first is its end
         full, steps = seen // tile.block_k, pl.cdiv(jnp.minimum(seen + tile.block_q, last - key_first), tile.block_k)
-        state = attend(state, (0, full), read_own)
+        if dim == next_power_of_two(dim):
+            state = attend_own_runs(state, (0, full))
+        else:
+            state = attend(state, (0, full), read_own)
         state = attend(state, (full, steps), read_own, own_tokens, causal)
         out, lse = online_softmax.finish(state)
         plgpu.store(out_ref.at[at_query, q_head, at_column], out.astype(out_ref.dtype), mask=mask)
@@ -384,7 +304,7 @@ def _prefill_triton(
 ):
     tokens, q_heads, _ = q.shape
     tile = tile._replace(block_q=min(tile.block_q, max(16, next_power_of_two(tokens))))
-    tiles = _query_tiles(rows, starts, tokens, tile.block_q)
+    tiles = query_tiles(rows, starts, tokens, tile.block_q)
     num_tiles = tiles.row.shape[0]
     out, lse = pl.pallas_call(
         functools.partial(
@@ -394,6 +314,7 @@ def _prefill_triton(
             scale=scale,
             tile=tile,
             num_tiles=num_tiles,
+            exp2=kernel_exp2(interpret),
         ),
         grid=(q_heads, num_tiles),
         in_specs=[WHOLE] * 12,

@@ -17,6 +17,7 @@ import numpy as np
 
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, Granularity, KVCache, init_cache
+from sparsejax.engine import inputs
 from sparsejax.engine.packing import pack
 from sparsejax.engine.request import Request
 from sparsejax.engine.sampling_params import SamplingParams
@@ -102,20 +103,21 @@ def generate(
 
     Returns:
       Each prompt's generated ids, the end token included.
+
+    Raises:
+      InvalidArgumentError: an empty prompt, ids outside the vocabulary, or parameters that need the engine.
     """
-    each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-    if len(each) != len(prompts):
-        raise InvalidArgumentError(
-            f"sampling must be one SamplingParams or {len(prompts)}, one a prompt; got {len(each)}."
-        )
-    if not all(len(prompt) for prompt in prompts):
-        raise InvalidArgumentError("prompts must not be empty: give at least one token id each.")
+    prompts = [
+        inputs.tokenize(prompt, None, config.vocab_size, index=i).token_ids
+        for i, prompt in enumerate(inputs.as_prompts(prompts))
+    ]
+    each = inputs.one_each("sampling", sampling, SamplingParams, SamplingParams(), len(prompts))
     if any(p.stop_strings or p.n != 1 for p in each):
         raise InvalidArgumentError("stop strings and n > 1 need the engine: use LLM.generate.")
     if not prompts:
         return []
     requests = [
-        Request(request_id=str(i), prompt_token_ids=list(prompt), params=params_, row=i + 1, seed=params_.seed or 0)
+        Request(request_id=str(i), prompt_token_ids=prompt, params=params_, row=i + 1, seed=params_.seed or 0)
         for i, (prompt, params_) in enumerate(zip(prompts, each, strict=True))
     ]
     chunks = [Chunk(request=r, start=0, count=len(r.prompt_token_ids), is_last=True) for r in requests]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pallas_kernels import Implementation
-from sparsejax.cache import Granularity
+from sparsejax.engine.sampling_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError, unknown_key_error
+
+if TYPE_CHECKING:  # both bring JAX, which the command line's parser does not need
+    from pallas_kernels import Implementation
+    from sparsejax.cache import Granularity
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GRANULARITIES = ("shared", "per_layer", "per_head")
@@ -39,7 +42,8 @@ class EngineConfig:
       num_pages: physical pages in the pool (one KV head of one layer each). Default: what memory allows.
       table_granularity: "shared", "per_layer" or "per_head" slot tables. Default: the coarsest the methods allow.
       implementation: "triton" or "xla" kernels. Default: triton on a GPU, xla on a CPU.
-      warmup: compile every step variant when the engine is built rather than when first needed.
+      warmup: compile every step variant when the engine is built rather than when first needed; "greedy" only those
+        of requests that take the likeliest token.
     """
 
     dtype: str = "auto"
@@ -54,12 +58,12 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     enable_prefix_caching: bool = False
     methods: tuple[str, ...] | None = None
-    default_compression: Any = None
+    default_compression: CompressionParams | None = None
     page_size: int = 32
     num_pages: int | None = None
     table_granularity: Granularity | None = None
     implementation: Implementation | None = None
-    warmup: bool = False
+    warmup: bool | Literal["greedy"] = False
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_seqs", "num_pages"):
@@ -68,13 +72,15 @@ class EngineConfig:
                 raise InvalidArgumentError(f"{name} must be a positive whole number, got {value!r}.")
         if not isinstance(self.page_size, int) or self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise InvalidArgumentError(f"page_size must be a power of two (1, 2, 4, ..., 256), got {self.page_size!r}.")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise InvalidArgumentError(
-                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}."
-            )
+        fraction = self.gpu_memory_utilization
+        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise InvalidArgumentError(f"gpu_memory_utilization must be a number in (0, 1], got {fraction!r}.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise InvalidArgumentError(f"seed must be a whole number of at least 0, got {self.seed!r}.")
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("table_granularity", self.table_granularity, (None, *GRANULARITIES))
         _require_choice("implementation", self.implementation, (None, "triton", "xla"))
+        _require_choice("warmup", self.warmup, (False, True, "greedy"))
         if self.tensor_parallel_size != 1:
             raise InvalidArgumentError(
                 f"tensor_parallel_size must be 1: tensor parallelism is not available yet, got "
@@ -87,6 +93,10 @@ class EngineConfig:
 
             for name in self.methods:
                 _require_choice("methods", name, methods.available())
+        if self.default_compression is not None and not isinstance(self.default_compression, CompressionParams):
+            raise InvalidArgumentError(
+                f"default_compression must be CompressionParams, got {self.default_compression!r}."
+            )
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:

@@ -43,19 +43,24 @@ def measure(*, num_bytes: int | None = None, matmul_size: int | None = None) -> 
     on_gpu = jax.default_backend() == "gpu"
     num_bytes = num_bytes or ((4 << 30) if on_gpu else (64 << 20))
     n = matmul_size or (8192 if on_gpu else 512)
-    # The reduction must not be a plain sum over a constant: random bits, viewed as float32 after a mask to stay finite.
-    data = jax.jit(lambda key: jax.random.bits(key, (num_bytes // 4,), jnp.uint32) & 0x3FFFFFFF)(jax.random.key(0))
+    calls = 64 if on_gpu else 4  # enough to hide the wait for the last one
+    copy, read = _measure_memory(num_bytes, calls)
+    return Ceilings(jax.devices()[0].device_kind, copy, read, _measure_matmul(n, calls))
+
+
+def _measure_memory(num_bytes: int, calls: int) -> tuple[float, float]:
+    """(copy, read) in bytes per second. The number of the call changes the result, so that nothing can be kept."""
+    data = jax.jit(lambda key: jax.random.bits(key, (num_bytes // 4,), jnp.uint32))(jax.random.key(0))
+    salts = [jnp.uint32(i) for i in range(8)]  # made beforehand: each is a transfer to the device
     copy = jax.jit(lambda x, i: x ^ i)
     read = jax.jit(lambda x, i: jnp.max(x ^ i))
-    copied = time_calls(lambda i: copy(data, jnp.uint32(i)), calls=4)
-    reduced = time_calls(lambda i: read(data, jnp.uint32(i)), calls=4)
-    del data
+    copied = time_calls(lambda i: copy(data, salts[i % 8]), calls=calls)
+    reduced = time_calls(lambda i: read(data, salts[i % 8]), calls=calls)
+    return 2 * num_bytes / copied.median, num_bytes / reduced.median
+
+
+def _measure_matmul(n: int, calls: int) -> float:
+    """FLOP per second of an n x n bf16 product of random matrices."""
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in (1, 2))
     product = jax.jit(lambda a, b: a @ b)
-    multiplied = time_calls(lambda i: product(a, b), calls=8)
-    return Ceilings(
-        device=jax.devices()[0].device_kind,
-        copy=2 * num_bytes / copied.median,
-        read=num_bytes / reduced.median,
-        matmul=2 * n**3 / multiplied.median,
-    )
+    return 2 * n**3 / time_calls(lambda i: product(a, b), calls=calls).median

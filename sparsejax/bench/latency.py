@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from sparsejax.bench.ceilings import Ceilings
+from sparsejax.bench.profile import Profile, profile
 from sparsejax.bench.timing import summary
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.llm import LLM
@@ -20,6 +23,7 @@ from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.models import ModelConfig
 
 WARMUP_STEPS = 6  # decode steps before the clock starts
+PROFILED_STEPS = 10  # decode steps under the profiler, after those that are timed
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class Latency:
       bytes_read: weights and K/V that a step must read.
       step_fraction: of the limit: bytes_read over the read-only bandwidth, over step_seconds.
       peak_bytes: most device memory in use so far, as the allocator reports; 0 where it does not.
+      device_seconds: of a decode step with a kernel running, by the profiler; None if not profiled, or without a GPU.
+      idle_share: of step_seconds in which no kernel runs (profiled kernels against the time without a profiler).
+      trace_idle_share: of the profiled steps' span; larger where the profiler holds up the host.
+      profile: of the decode steps; None if not profiled.
     """
 
     batch: int
@@ -51,6 +59,10 @@ class Latency:
     bytes_read: int
     step_fraction: float
     peak_bytes: int
+    device_seconds: float | None = None
+    idle_share: float | None = None
+    trace_idle_share: float | None = None
+    profile: Profile | None = None
 
 
 def weight_bytes(config: ModelConfig, params) -> int:
@@ -68,11 +80,33 @@ def prefill_flops(config: ModelConfig, params, context: int) -> int:
     return 2 * weights * context + attention
 
 
-def measure(llm: LLM, ceilings: Ceilings, *, batch: int, context: int, steps: int, seed: int = 0) -> Latency:
+def tokens_needed(context: int, steps: int, *, batch: int, chunk: int) -> int:
+    """The max_model_len that `measure` needs: every prompt, and what it decodes until all have been measured."""
+    return context + _decoded(steps, batch=batch, context=context, chunk=chunk)
+
+
+def _decoded(steps: int, *, batch: int, context: int, chunk: int) -> int:
+    """Tokens each prompt may generate: the first prompts decode while the last are still being prefilled."""
+    return steps + PROFILED_STEPS + 2 * WARMUP_STEPS + batch + -(-batch * context // chunk)
+
+
+def measure(
+    llm: LLM,
+    ceilings: Ceilings,
+    *,
+    batch: int,
+    context: int,
+    steps: int,
+    seed: int = 0,
+    profiled: bool = False,
+    trace_folder: Path | None = None,
+) -> Latency:
     """Prefills `batch` prompts of random tokens, then times decode steps with all of them running.
 
     Args:
-      llm: its max_num_seqs, max_model_len and pool must hold the batch at `context + steps` tokens.
+      llm: its max_num_seqs must hold the batch, and its max_model_len and pool `tokens_needed` for each request.
+      profiled: run some more steps under the profiler.
+      trace_folder: keeps the profiler's trace.
     """
     config, runner = llm.model_config, llm.engine.runner
     rng = np.random.default_rng(seed)
@@ -83,13 +117,14 @@ def measure(llm: LLM, ceilings: Ceilings, *, batch: int, context: int, steps: in
     rehearsal = -(-min(total, chunk + total % chunk) // batch)
     _run(llm, [prompt[:rehearsal] for prompt in prompts], num_tokens=WARMUP_STEPS + batch, steps=1)
     prefill_seconds = _run(llm, prompts, num_tokens=1, steps=0).first_tokens
-    # The first prompts decode while the last are still being prefilled.
-    decode = _run(llm, prompts, num_tokens=steps + WARMUP_STEPS + batch + -(-total // chunk), steps=steps)
+    num_tokens = _decoded(steps, batch=batch, context=context, chunk=chunk)
+    decode = _run(llm, prompts, num_tokens=num_tokens, steps=steps, profiled=profiled, trace_folder=trace_folder)
     step = summary(decode.steps)
     item = np.dtype(runner.layout.dtype).itemsize
     kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * item
     bytes_read = weight_bytes(config, runner.params) + decode.tokens * kv_per_token
     stats = jax.devices()[0].memory_stats() or {}
+    busy = decode.profile.busy_seconds if decode.profile and decode.profile.kernels else None
     return Latency(
         batch=batch,
         context=context,
@@ -102,6 +137,10 @@ def measure(llm: LLM, ceilings: Ceilings, *, batch: int, context: int, steps: in
         bytes_read=bytes_read,
         step_fraction=bytes_read / ceilings.read / step.median,
         peak_bytes=stats.get("peak_bytes_in_use", 0),
+        device_seconds=busy,
+        idle_share=None if busy is None else max(0.0, 1 - busy / step.median),
+        trace_idle_share=None if decode.profile is None else decode.profile.idle_share,
+        profile=decode.profile,
     )
 
 
@@ -113,9 +152,18 @@ class _Run:
     steps: list[float]
     host: list[float]
     tokens: int
+    profile: Profile | None
 
 
-def _run(llm: LLM, prompts: list[list[int]], *, num_tokens: int, steps: int) -> _Run:
+def _run(
+    llm: LLM,
+    prompts: list[list[int]],
+    *,
+    num_tokens: int,
+    steps: int,
+    profiled: bool = False,
+    trace_folder: Path | None = None,
+) -> _Run:
     """Runs the prompts together, times `steps` decode steps once all of them decode, and cancels what is left."""
     engine = llm.engine
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
@@ -135,26 +183,39 @@ def _run(llm: LLM, prompts: list[list[int]], *, num_tokens: int, steps: int) -> 
         seconds.append(time.perf_counter() - before)
         host.append(seconds[-1] - (engine.wait_seconds - waited))
     held = sum(answer.request.num_computed for submission in submissions for answer in submission.answers)
+
+    def step() -> Any:
+        engine.step()
+        return engine.runner.state.token
+
+    seen = profile(step, calls=PROFILED_STEPS, folder=trace_folder) if profiled else None
     for submission in submissions:
         engine.cancel(submission)
     while engine.has_unfinished:
         engine.step()
     engine.step()  # releases the rows, so that no later run pays for it
-    return _Run(first_tokens, seconds, host, held - len(prompts) * steps // 2)
+    return _Run(first_tokens, seconds, host, held - len(prompts) * steps // 2, seen)
 
 
 def format_table(rows: list[Latency]) -> str:
-    """A line per batch."""
-    lines = ["batch  context  prefill s   tok/s  of matmul  step ms  spread  host ms  of limit  peak GiB"]
+    """A line per batch; "idle" is the GPU's, and "-" where the steps were not profiled."""
+    lines = ["batch  context  prefill s   tok/s  of matmul  step ms  spread  host ms  of limit   idle  peak GiB"]
     for row in rows:
+        idle = "-" if row.idle_share is None else f"{row.idle_share:.1%}"
         lines.append(
             f"{row.batch:5d}  {row.context:7d}  {row.prefill_seconds:9.2f}  {row.prefill_rate:6.0f}"
             f"  {row.prefill_fraction:9.2f}  {1e3 * row.step_seconds:7.2f}  {row.step_spread:6.3f}"
-            f"  {1e3 * row.host_seconds:7.2f}  {row.step_fraction:8.3f}  {row.peak_bytes / 2**30:8.1f}"
+            f"  {1e3 * row.host_seconds:7.2f}  {row.step_fraction:8.3f}  {idle:>5}  {row.peak_bytes / 2**30:8.1f}"
         )
     return "\n".join(lines)
 
 
-def as_dicts(rows: list[Latency]) -> list[dict]:
-    """For JSON."""
-    return [asdict(row) for row in rows]
+def as_dict(rows: list[Latency], ceilings: Ceilings, *, model: str) -> dict[str, Any]:
+    """For JSON, and for `sparsejax.bench.compare`."""
+    return {
+        "kind": "latency",
+        "model": model,
+        "jax": jax.__version__,
+        "ceilings": asdict(ceilings),
+        "rows": [asdict(row) for row in rows],
+    }

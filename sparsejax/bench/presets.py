@@ -85,7 +85,7 @@ def config_dict(name: str) -> dict[str, Any]:
     guess = nearest(name, PRESETS)
     hint = f" Did you mean {guess!r}?" if guess else ""
     raise InvalidArgumentError(
-        f"--config {name!r} is neither a file nor a known model.{hint} Known: {', '.join(PRESETS)}."
+        f"--random-weights {name!r} is neither a file nor a known model.{hint} Known: {', '.join(PRESETS)}."
     )
 
 

@@ -16,6 +16,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _TOKENIZER_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # whose files say everything
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -67,8 +68,6 @@ def load_tokenizer(source: str | Path) -> Any:
       CheckpointNotFoundError: no such folder or id, or offline and not in the cache.
       CheckpointError: there are no tokenizer files that transformers can read.
     """
-    from transformers import AutoTokenizer  # slow to import, and not needed to run on token ids
-
     folder = _local_folder(source)
     if folder is None:
         folder = _snapshot(str(source), _TOKENIZER_PATTERNS)
@@ -77,9 +76,22 @@ def load_tokenizer(source: str | Path) -> Any:
             f"{folder} holds no tokenizer (no tokenizer.json, tokenizer_config.json, tokenizer.model)."
         )
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return _tokenizer_class(folder).from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """The transformers class that loads a folder's tokenizer. Imported late: it is slow, and token ids need none."""
+    config = folder / "tokenizer_config.json"
+    named = read_json(config).get("tokenizer_class") if config.is_file() else None
+    if named in _GENERIC_TOKENIZERS and (folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer  # seconds more: it brings the code of every model, and PyTorch if installed
+
+    return AutoTokenizer
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,6 +107,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _local_folder(source: str | Path) -> Path | None:
     """The folder that source names, or None if it can only be a Hugging Face id."""
+    if not isinstance(source, str | Path) or not str(source):
+        raise CheckpointNotFoundError(f"A model is named by a folder or a Hugging Face id, got {source!r}.")
     path = Path(source).expanduser()
     if path.is_dir():
         return path

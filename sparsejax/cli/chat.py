@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
 def _answer(llm, messages: list[dict], params, compression) -> str:
     text = ""
     for increment in llm.stream(messages, params, compression):
-        print(increment.text, end="", flush=True)
-        text += increment.text
+        fresh = increment.outputs[0].text
+        print(fresh, end="", flush=True)
+        text += fresh
     print()
     return text

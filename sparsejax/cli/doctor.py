@@ -10,6 +10,8 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from sparsejax.cli import options
+
 PACKAGES = (
     "sparsejax",
     "jax",
@@ -75,7 +77,7 @@ def _devices() -> Iterator[Check]:
     for device in jax.devices():
         stats = device.memory_stats() or {}
         memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB for JAX" if "bytes_limit" in stats else ""
-        yield Check(f"device {device.id}", f"{device.device_kind} ({device.platform}){memory}")
+        yield Check(f"device {device.id}", f"{options.device_name(device)}{memory}")
     backend = jax.default_backend()
     if gpu and backend != "gpu":
         extra = "cuda13" if int(gpu.split(".")[0]) >= 580 else "cuda12"

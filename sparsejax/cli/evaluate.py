@@ -43,6 +43,8 @@ def run_ruler(args: argparse.Namespace) -> int:
         raise InvalidArgumentError(f"--tasks has no task {unknown[0]!r}; there are {', '.join(TASKS)}.")
     if args.samples < 1:
         raise InvalidArgumentError(f"--samples must be at least 1, got {args.samples}.")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise InvalidArgumentError(f"--json {args.json} cannot be written: there is no folder {args.json.parent}.")
     llm = options.make_llm(args)
     rows = evaluate(
         answering(llm, options.compression_params(args)),

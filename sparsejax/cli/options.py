@@ -54,6 +54,11 @@ def make_llm(args: argparse.Namespace, **overrides: Any):
     return LLM(args.model, **(kwargs | overrides))
 
 
+def device_name(device: Any) -> str:
+    """What a JAX device is, in words."""
+    return "CPU" if device.platform == "cpu" else f"{device.device_kind} ({device.platform})"
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     """Sampling options; read them back with `sampling_params`."""
     group = parser.add_argument_group("sampling")

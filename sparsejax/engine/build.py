@@ -34,6 +34,8 @@ def build_engine(
     """
     device = next(iter(jax.tree.leaves(params)[0].devices()))
     on_cpu = device.platform == "cpu"
+    if on_cpu and config.implementation == "triton":
+        raise InvalidArgumentError('implementation="triton" needs an NVIDIA GPU, and the model is on a CPU: use "xla".')
     max_num_seqs = config.max_num_seqs or (16 if on_cpu else 256)
     max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 2048)
     max_model_len = _max_model_len(model_config, config.max_model_len)
@@ -80,7 +82,10 @@ def build_engine(
             implementation=config.implementation,
         )
     if config.warmup:
-        runner.warm_up(progress=lambda variants: tqdm(variants, desc="compiling", unit="step"))
+        runner.warm_up(
+            greedy_only=config.warmup == "greedy",
+            progress=lambda variants: tqdm(variants, desc="compiling", unit="step"),
+        )
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=max_num_seqs,

@@ -21,6 +21,7 @@ import numpy as np
 
 from sparsejax.engine.detokenizer import decode_function
 from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.engine.memory import explain_out_of_memory
 from sparsejax.engine.outputs import Logprob, logprobs_of_token
 from sparsejax.engine.request import Request, derive_seed, expand
 from sparsejax.engine.runner import Runner
@@ -98,13 +99,16 @@ class Engine:
         """Whether a step has anything to do: requests to serve, or results to read."""
         return self.scheduler.has_unfinished or bool(self._in_flight)
 
-    def check(self, prompt: TokenizedPrompt, params: SamplingParams) -> None:
+    def check(self, prompt: TokenizedPrompt, params: SamplingParams, *, name: str = "prompt") -> None:
         """Raises what `add` would raise for this prompt, and changes nothing.
+
+        Args:
+          name: what messages call the prompt.
 
         Raises:
           InvalidArgumentError: the prompt is longer than the engine can ever serve.
         """
-        self.scheduler.check(Request(PROBE, prompt.token_ids, params))
+        self.scheduler.check(Request(PROBE, prompt.token_ids, params), name=name)
 
     def add(
         self,
@@ -141,7 +145,24 @@ class Engine:
                 self._finish(submission, answer, "abort")
 
     def step(self) -> None:
-        """Dispatches the next step and reads the previous one."""
+        """Dispatches the next step and reads the previous one.
+
+        If a step fails or is interrupted, requests that were being computed are kept and replayed by the next call.
+
+        Raises:
+          OutOfMemoryError: the device has no room for the step.
+          SchedulingError: device and scheduler disagree about the cache.
+        """
+        try:
+            with explain_out_of_memory("running a step"):
+                self._step()
+        except BaseException:  # what the device has done is unknown, and its cache may be gone: it was donated
+            self._in_flight = []
+            self.scheduler.restart()
+            self.runner.reset()
+            raise
+
+    def _step(self) -> None:
         if self.scheduler.must_preempt():
             self._read()  # a victim's replay needs every token it was given
         plan = self.scheduler.schedule()
@@ -175,7 +196,7 @@ class Engine:
             if not output.ok or flight.free_entries not in (None, int(output.free_entries)):
                 raise SchedulingError(
                     f"the device has {int(output.free_entries)} free table entries where the scheduler counted "
-                    f"{flight.free_entries}; the cache can no longer be trusted. Please report this."
+                    f"{flight.free_entries}. The cache is emptied. Please report this."
                 )
             if output.prompt is not None:
                 self._take_prompt_logprobs(flight.chunks, output.prompt)

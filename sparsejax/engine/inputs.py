@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sparsejax.errors import InvalidArgumentError
+import jinja2
+
+from sparsejax.errors import EmptyPromptError, InvalidArgumentError
 
 Prompt = str | Sequence[int]
 Params = TypeVar("Params")
+PROMPT_FORMS = "text or token ids (str, list[str], list[int] or list[list[int]])"
 
 
 @dataclass(frozen=True)
@@ -21,22 +25,21 @@ class TokenizedPrompt:
 
 
 def as_prompts(prompts: Any) -> list[Prompt]:
-    """One prompt or several -> a list. Prompts are str, list[str], list[int] or list[list[int]]."""
+    """One prompt or several -> a list of prompts. Arrays of token ids count as lists."""
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):
-        prompts = list(prompts)
-    if prompts and all(_is_token(item) for item in prompts):
-        return [list(prompts)]
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            continue
-        if not isinstance(prompt, Sequence) or not all(_is_token(item) for item in prompt):
-            raise InvalidArgumentError(
-                f"prompts must be text or token ids (str, list[str], list[int] or list[list[int]]); "
-                f"prompt {i} is {prompt!r:.80}."
-            )
-    return list(prompts)
+    items = _items(prompts)
+    if items is None:
+        raise InvalidArgumentError(f"prompts must be {PROMPT_FORMS}, got {prompts!r:.80}.")
+    if items and all(_is_token(item) for item in items):
+        return [items]
+    several: list[Prompt] = []
+    for i, prompt in enumerate(items):
+        tokens = prompt if isinstance(prompt, str) else _items(prompt)
+        if tokens is None or not (isinstance(tokens, str) or all(_is_token(item) for item in tokens)):
+            raise InvalidArgumentError(f"prompts must be {PROMPT_FORMS}; prompt {i} is {prompt!r:.80}.")
+        several.append(tokens)
+    return several
 
 
 def tokenize(
@@ -59,11 +62,15 @@ def tokenize(
             raise InvalidArgumentError(
                 f"prompt {index} is text, but there is no tokenizer (skip_tokenizer_init): pass token ids."
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, or bytes of a command line that are no UTF-8
+            raise InvalidArgumentError(f"prompt {index} is no valid Unicode text: {error}.") from error
         token_ids = list(tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"])
     else:
         token_ids = [int(token) for token in prompt]
     if not token_ids:
-        raise InvalidArgumentError(f"prompt {index} is empty: give it at least one token.")
+        raise EmptyPromptError(f"prompt {index} is empty: give it at least one token.")
     outside = [token for token in token_ids if not 0 <= token < vocab_size]
     if outside:
         raise InvalidArgumentError(
@@ -95,6 +102,19 @@ def is_conversation(messages: Any) -> bool:
     return isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], dict)
 
 
+def as_conversations(messages: Any) -> list[Sequence[dict]]:
+    """One conversation or several -> a list."""
+    conversations = [messages] if is_conversation(messages) else _items(messages)
+    if conversations is None or not all(
+        isinstance(each, Sequence) and not isinstance(each, str) for each in conversations
+    ):
+        raise InvalidArgumentError(
+            'messages must be a list of {"role": ..., "content": ...} dicts, or a list of such lists; '
+            f"got {messages!r:.80}."
+        )
+    return conversations
+
+
 def render_chat(messages: Sequence[dict], tokenizer: Any, *, index: int, **template: Any) -> str:
     """A conversation as prompt text, through the tokenizer's chat template.
 
@@ -115,8 +135,22 @@ def render_chat(messages: Sequence[dict], tokenizer: Any, *, index: int, **templ
         raise InvalidArgumentError(
             "this model's tokenizer has no chat template: use generate, or pass chat_template=..."
         )
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **template)
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **template)
+    except jinja2.TemplateError as error:  # templates refuse what their model was not trained on, such as a role
+        raise InvalidArgumentError(f"conversation {index}: the chat template refuses it: {error}") from error
+
+
+def _items(value: Any) -> list | None:
+    """A list of what an iterable holds; None for what is no list of anything (a number, a dict, bytes)."""
+    if hasattr(value, "tolist"):  # arrays of tokens, of any library
+        value = value.tolist()
+    return None if isinstance(value, Mapping | bytes) or not isinstance(value, Iterable) else list(value)
 
 
 def _is_token(item: Any) -> bool:
-    return hasattr(item, "__index__") and not isinstance(item, bool)
+    try:
+        operator.index(item)
+    except TypeError:
+        return False
+    return not isinstance(item, bool)

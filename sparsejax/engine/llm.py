@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sparsejax import methods
 from sparsejax.assets import tiny_model_path
-from sparsejax.checkpoint import load_model, load_tokenizer, resolve
+from sparsejax.checkpoint import load_config, load_model, load_tokenizer, resolve
 from sparsejax.config import EngineConfig
 from sparsejax.engine import inputs, memory
 from sparsejax.engine.build import build_engine
@@ -45,6 +45,7 @@ class LLM:
         config = EngineConfig.from_kwargs(**engine)
         memory.reserve_device_memory(config.gpu_memory_utilization)
         checkpoint = resolve(model if model is not None else tiny_model_path())
+        load_config(checkpoint)  # a model that cannot run is refused before its tokenizer is looked at
         tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or checkpoint.folder)
         dtype = config.dtype
         if dtype == "auto" and jax.default_backend() == "cpu":
@@ -128,10 +129,9 @@ class LLM:
         Args:
           messages: a list of {"role": ..., "content": ...}, or a list of such lists.
         """
-        conversations: Sequence[Any] = [messages] if inputs.is_conversation(messages) else messages
         tokenized = [
             self._tokenize_chat(conversation, i, add_generation_prompt, chat_template, tools)
-            for i, conversation in enumerate(conversations)
+            for i, conversation in enumerate(inputs.as_conversations(messages))
         ]
         return self._run(tokenized, sampling_params, compression_params, use_tqdm)
 
@@ -209,7 +209,7 @@ class LLM:
                 raise InvalidArgumentError(
                     f"sampling_params {i} has stop strings, but there is no tokenizer to see them."
                 )
-            self.engine.check(prompt, each)
+            self.engine.check(prompt, each, name=f"prompt {i}")
         allowed = self.config.methods or methods.available()
         for i, each in enumerate(compression):
             if each.method not in allowed:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, KVCache, init_cache, release
@@ -24,6 +25,8 @@ from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, init_s
 from sparsejax.engine.steps import StepOptions, decode_step, options_for, prefill_step
 from sparsejax.models import Decoder
 
+# Rematerialisation counts a donated pool twice, and so spends compile time on saving memory that is not short.
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 RELEASE_ROWS = 8  # rows one release call takes; more are released by more calls
 
 
@@ -53,7 +56,7 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
             compilations[name] += 1  # runs when traced, and is no part of what is compiled
             return step(params, cache, state, work, decoder=decoder, options=options)
 
-        return jax.jit(run, static_argnums=4, donate_argnums=(1, 2))
+        return jax.jit(run, static_argnums=4, donate_argnums=(1, 2), compiler_options=COMPILER_OPTIONS)
 
     def run_release(cache, rows):
         compilations["release"] += 1
@@ -90,10 +93,18 @@ class Runner:
         self.implementation: Implementation | None = implementation
         self.decode_buckets = buckets.decode_buckets(max_num_seqs)
         self.prefill_buckets = buckets.prefill_buckets(max_num_batched_tokens)
-        self.cache: KVCache = init_cache(layout)
-        self.state: DecodeState = init_state(layout.max_rows + 1, decoder.config.vocab_size)
+        self.cache: KVCache
+        self.state: DecodeState
+        self.reset()
         self._steps = compiled_steps(decoder)  # pyright: ignore[reportArgumentType]
         self._decode_rows: tuple[tuple[int, ...], jax.Array] = ((), jnp.zeros(1, jnp.int32))
+
+    def reset(self) -> None:
+        """An empty cache and an idle state, whatever became of those before."""
+        self.__dict__.pop("cache", None)  # first, for there is no room for two
+        self.__dict__.pop("state", None)
+        self.cache = init_cache(self.layout)
+        self.state = init_state(self.layout.max_rows + 1, self.decoder.config.vocab_size)
 
     @property
     def compilations(self) -> Counter[str]:
@@ -114,7 +125,7 @@ class Runner:
         rows = [request.row or 0 for request in requests]
         rows += [0] * (buckets.bucket(len(rows), self.decode_buckets) - len(rows))
         if tuple(rows) != self._decode_rows[0]:  # most steps decode the same rows: no transfer then
-            self._decode_rows = (tuple(rows), jnp.asarray(rows, jnp.int32))
+            self._decode_rows = (tuple(rows), jnp.asarray(np.asarray(rows, np.int32)))
         options = options_for([request.params for request in requests], implementation=self.implementation)
         self.cache, self.state, output = self._steps.decode(
             self.params, self.cache, self.state, self._decode_rows[1], options
@@ -126,12 +137,15 @@ class Runner:
         for first in range(0, len(rows), RELEASE_ROWS):
             some = list(rows[first : first + RELEASE_ROWS])
             some += [0] * (RELEASE_ROWS - len(some))
-            self.cache = self._steps.release(self.cache, jnp.asarray(some, jnp.int32))
+            self.cache = self._steps.release(self.cache, jnp.asarray(np.asarray(some, np.int32)))
 
-    def warm_up(self, *, progress: Callable[[Sequence], Iterable] = lambda steps: steps) -> None:
+    def warm_up(
+        self, *, greedy_only: bool = False, progress: Callable[[Sequence], Iterable] = lambda steps: steps
+    ) -> None:
         """Compiles and runs every step variant on the null row, which leaves no trace.
 
         Args:
+          greedy_only: only the variants of requests that take the likeliest token and ask for nothing else.
           progress: wraps the list of variants, for a progress bar.
         """
         variants = [
@@ -139,6 +153,7 @@ class Runner:
             for kind, sizes in (("prefill", self.prefill_buckets), ("decode", self.decode_buckets))
             for size in sizes
             for options in self._variants(kind)
+            if options.plain or not greedy_only
         ]
         for kind, size, options in progress(variants):
             if kind == "prefill":

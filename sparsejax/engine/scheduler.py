@@ -152,8 +152,11 @@ class Scheduler:
         """Entries that `num_tokens` tokens of one request hold."""
         return self.config.entries_per_page_column * -(-num_tokens // self.config.page_size)
 
-    def check(self, request: Request) -> None:
+    def check(self, request: Request, *, name: str | None = None) -> None:
         """Raises what `add` would raise, and changes nothing: to refuse a batch before any of it is taken.
+
+        Args:
+          name: what messages call the prompt. Default: by the request's id.
 
         Raises:
           EmptyPromptError: no tokens.
@@ -161,18 +164,19 @@ class Scheduler:
           DuplicateRequestError: an unfinished request has the same id.
         """
         length, config = len(request.prompt_token_ids), self.config
+        name = name or f"prompt of request {request.request_id!r}"
         if request.request_id in self._requests:
             raise DuplicateRequestError(f"request_id {request.request_id!r} is in use by an unfinished request.")
         if length == 0:
-            raise EmptyPromptError(f"prompt of request {request.request_id!r} is empty: give at least one token.")
+            raise EmptyPromptError(f"{name} is empty: give at least one token.")
         if length + 1 > config.max_model_len:
             raise PromptTooLongError(
-                f"prompt of request {request.request_id!r} has {length} tokens; with at least one generated token it "
+                f"{name} has {length} tokens; with at least one generated token it "
                 f"must fit into max_model_len={config.max_model_len}. Shorten the prompt or raise max_model_len."
             )
         if length > config.max_tokens_in_pool:
             raise PromptTooLongError(
-                f"prompt of request {request.request_id!r} has {length} tokens, but the whole KV cache holds "
+                f"{name} has {length} tokens, but the whole KV cache holds "
                 f"{config.max_tokens_in_pool}. Shorten the prompt, or give the cache more pages (num_pages, "
                 "gpu_memory_utilization)."
             )
@@ -221,6 +225,20 @@ class Scheduler:
         if request is not None:
             self.finish(request, "abort")
         return request
+
+    def restart(self) -> None:
+        """Makes every request that holds a row wait again, to be replayed: for a device whose cache was lost.
+
+        Tokens that have not been read are forgotten; the replays draw them again, the same ones.
+        """
+        for request in reversed(self._admitted):
+            self._give_back(request)
+            request.status = Status.WAITING
+            request.num_dispatched_outputs = len(request.output_token_ids)
+            request.num_preemptions += 1
+            self._waiting.appendleft(request)
+        self._admitted.clear()
+        self._released.clear()
 
     def must_preempt(self) -> bool:
         """Whether the next decode does not fit, so that `schedule` would preempt. Read all results in flight first."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sparsejax.errors import InvalidArgumentError
 from sparsejax.evaluation.scoring import Row, exact_match
 from sparsejax.evaluation.tasks import ANSWER_TOKENS, TASKS, Measure, Sample, make_sample
 
@@ -61,10 +62,10 @@ def build_samples(
     """The samples of an evaluation, task by task and length by length, measured with the given tokenizer.
 
     Raises:
-        ValueError: an unknown task, a length too short for its task, or no samples asked for.
+        InvalidArgumentError: an unknown task, a length too short for its task, or no samples asked for.
     """
     if samples < 1:
-        raise ValueError(f"samples must be at least 1; got {samples}")
+        raise InvalidArgumentError(f"samples must be at least 1; got {samples}")
     measure = token_measure(tokenizer)
     overhead = len(_chat_ids(tokenizer, "?")) - 1
     return [

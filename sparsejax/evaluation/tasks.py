@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from sparsejax.errors import InvalidArgumentError
 from sparsejax.evaluation import words
 
 Measure = Callable[[str], int]
@@ -111,7 +112,7 @@ class Deck:
     def deal(self, pool: list[str], count: int) -> list[str]:
         """Removes and returns the next `count` words of one of this deck's pools."""
         if count > len(pool):
-            raise ValueError(f"a context needs {count} more distinct words, but only {len(pool)} are left")
+            raise InvalidArgumentError(f"a context needs {count} more distinct words, but only {len(pool)} are left")
         dealt = pool[-count:]
         del pool[-count:]
         return dealt
@@ -237,11 +238,11 @@ def compose(
         filler: makes one sentence of filler.
 
     Raises:
-        ValueError: the threads alone exceed `budget`.
+        InvalidArgumentError: the threads alone exceed `budget`.
     """
     used = sum(measure(f" {sentence}") for thread in threads for sentence in thread)
     if used > budget:
-        raise ValueError(
+        raise InvalidArgumentError(
             f"length is too short: the sentences that matter need {used} tokens, the context has room for {budget}"
         )
     prose: list[str] = []
@@ -286,10 +287,10 @@ def make_sample(
         overhead: tokens that the chat template adds to the prompt (the embedded model: 4).
 
     Raises:
-        ValueError: unknown task, or a length too short for it.
+        InvalidArgumentError: unknown task, or a length too short for it.
     """
     if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
+        raise InvalidArgumentError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
     rng = random.Random(f"evaluation/{task}/{length}/{seed}/{index}")
     material = TASKS[task](Deck(rng), length)
     question = material.questions[0]

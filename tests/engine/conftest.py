@@ -7,11 +7,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import pytest
-
 from tiny_engine import CONFIG, ENGINE
 
 from sparsejax import LLM
 from sparsejax.models import init_params
+
 
 @pytest.fixture(scope="session")
 def params():

@@ -25,7 +25,9 @@ MIXED = [
     SamplingParams(temperature=0.7, top_k=5, seed=2, max_tokens=12, ignore_eos=True),
     SamplingParams(temperature=1.3, top_p=0.8, min_p=0.02, seed=3, max_tokens=7, ignore_eos=True),
     SamplingParams(temperature=0.0, repetition_penalty=1.4, max_tokens=11, ignore_eos=True),
-    SamplingParams(temperature=1.0, presence_penalty=0.5, frequency_penalty=0.7, seed=4, max_tokens=10, ignore_eos=True),
+    SamplingParams(
+        temperature=1.0, presence_penalty=0.5, frequency_penalty=0.7, seed=4, max_tokens=10, ignore_eos=True
+    ),
     SamplingParams(temperature=0.0, min_tokens=6, max_tokens=8),
 ]
 
@@ -50,7 +52,9 @@ def llm(make_llm):
 @pytest.fixture(scope="module")
 def alone(llm):
     """What each prompt gets with each parameter set when nothing else runs."""
-    return [tokens(llm.generate(prompt, params, use_tqdm=False))[0] for prompt, params in zip(PROMPTS, MIXED, strict=True)]
+    return [
+        tokens(llm.generate(prompt, params, use_tqdm=False))[0] for prompt, params in zip(PROMPTS, MIXED, strict=True)
+    ]
 
 
 def test_alone_equals_batched(llm, alone):
@@ -141,7 +145,9 @@ def test_end_tokens_end_exactly_where_they_should(llm, alone):
     whole = alone[0]
     stop = whole[4]
     cut = whole[: whole.index(stop) + 1]
-    out = llm.generate(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, stop_token_ids=[stop]))
+    out = llm.generate(
+        PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, stop_token_ids=[stop])
+    )
     assert out[0].outputs[0].token_ids == cut
     assert (out[0].outputs[0].finish_reason, out[0].outputs[0].stop_reason) == ("stop", stop)
     later = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, stop_token_ids=[stop], min_tokens=7)
@@ -154,7 +160,9 @@ def dense_logprobs(params, text: list[int]) -> np.ndarray:
     """log softmax of the logits at every position of a text, by dense attention without a cache: [T, V]."""
     attend = dense_causal_attend(1, CONFIG.head_dim**-0.5)
     index = jnp.arange(len(text), dtype=jnp.int32)
-    logits, _ = Decoder(CONFIG, jnp.float32).apply({"params": params}, jnp.asarray(text, jnp.int32), index, None, attend)
+    logits, _ = Decoder(CONFIG, jnp.float32).apply(
+        {"params": params}, jnp.asarray(text, jnp.int32), index, None, attend
+    )
     logits = np.asarray(logits, np.float64)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -163,7 +171,9 @@ def dense_logprobs(params, text: list[int]) -> np.ndarray:
 def test_logprobs_are_those_of_the_dense_model(make_llm, params, chunk):
     llm = make_llm(max_num_batched_tokens=chunk)
     want = SamplingParams(temperature=1.0, seed=1, max_tokens=5, ignore_eos=True, logprobs=3, prompt_logprobs=2)
-    plain = llm.generate(PROMPTS[2], SamplingParams(temperature=1.0, seed=1, max_tokens=5, ignore_eos=True))[0].outputs[0]
+    plain = llm.generate(PROMPTS[2], SamplingParams(temperature=1.0, seed=1, max_tokens=5, ignore_eos=True))[0].outputs[
+        0
+    ]
     output = llm.generate([PROMPTS[2], PROMPTS[0]], [want, GREEDY], use_tqdm=False)[0]
     answer = output.outputs[0]
     assert answer.token_ids == plain.token_ids
@@ -178,7 +188,9 @@ def test_logprobs_are_those_of_the_dense_model(make_llm, params, chunk):
             assert logprob.logprob == pytest.approx(row[rival], abs=2e-4)
         assert entry[token].rank == 1 + (row > row[token] + 1e-6).sum()
         assert max(entry, key=lambda t: entry[t].logprob) == row.argmax()
-    assert answer.cumulative_logprob == pytest.approx(sum(e[t].logprob for e, t in zip(answer.logprobs, answer.token_ids, strict=True)))
+    assert answer.cumulative_logprob == pytest.approx(
+        sum(e[t].logprob for e, t in zip(answer.logprobs, answer.token_ids, strict=True))
+    )
 
 
 def test_nothing_compiles_after_warm_up(make_llm):

@@ -29,7 +29,7 @@ from pallas_kernels import (
 BLOCK = 16
 TILE = DecodeTile(BLOCK, num_warps=2, num_stages=3)
 # Spans of two blocks, so that the longer heads are merged from several.
-LIMITS = SpanLimits(wave=4, min_span=2 * BLOCK, max_span=2 * BLOCK, multiple=BLOCK)
+LIMITS = SpanLimits(wave=4, min_span=2 * BLOCK, wave_span=2 * BLOCK, max_span=2 * BLOCK, multiple=BLOCK)
 LENGTHS = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 96)
 MAX_SLOTS = 96
 ROWS = jnp.array([3, 0, 6, 1, 2, 5, 4], jnp.int32)
@@ -225,6 +225,16 @@ def test_errors_name_the_argument(change, message):
     arguments = {**case._asdict(), "q": jnp.zeros((2, 8, 64)), "rows": jnp.array([1, 2], jnp.int32), "num_kv_heads": 2}
     with pytest.raises(ValueError, match=message):
         decode_attention(**{**arguments, **change}, scale=1.0)
+
+
+@pytest.mark.parametrize("mode", [{"implementation": "xla"}, {"implementation": "triton", "interpret": True}])
+def test_an_empty_batch_gives_an_empty_result(mode):
+    case = make_paged(lengths=(3,), granularity="shared", heads=2, dim=64, page=4, columns=2, dtype=jnp.float32)
+    q, rows = jnp.zeros((0, 8, 64), jnp.bfloat16), jnp.zeros(0, jnp.int32)
+    out, lse = decode_attention(
+        q, *case[:4], rows, address=case.address, num_kv_heads=2, scale=1.0, return_lse=True, **mode
+    )
+    assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, (0, 8))
 
 
 def test_the_layer_of_the_cases_is_not_the_first():

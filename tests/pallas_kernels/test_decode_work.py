@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels import SpanLimits, decode_work_list
 from pallas_kernels.decode_work import max_items
 
-SMALL = SpanLimits(wave=8, min_span=4, max_span=16, most_spans=24, multiple=4)
+SMALL = SpanLimits(wave=8, min_span=4, wave_span=16, max_span=16, most_spans=24, multiple=4)
 
 
 def items_of(lengths, limits, **options):
@@ -65,6 +65,13 @@ def test_spans_shrink_when_there_is_little_to_read():
     assert len(items_of([[16]], SMALL, max_slots=64)[1]) == 4
     assert items_of([[16]], SMALL, max_slots=64)[1][0][2] == SMALL.min_span
     assert items_of([[120]], SMALL, max_slots=128)[1][0][2] == SMALL.max_span
+
+
+def test_one_wave_of_long_spans_and_several_of_shorter_ones():
+    limits = SMALL._replace(wave_span=20)
+    assert items_of([[160]], limits, max_slots=400)[1][0] == (0, 0, 20)
+    assert items_of([[161]], limits, max_slots=400)[1][0] == (0, 0, 16)
+    assert items_of([[400]], limits, max_slots=400)[1][0] == (0, 0, 20)  # most_spans of 16 are too few
 
 
 def test_nothing_held_is_no_work():

@@ -90,6 +90,19 @@ def test_every_default_tile_on_the_gpu(dtype, dim):
     assert_same_attention(got, reference(*arguments, address=case.address, scale=dim**-0.5), dtype)
 
 
+@pytest.mark.parametrize("mode", [{"implementation": "xla"}, {"implementation": "triton", "interpret": True}])
+@pytest.mark.parametrize(("tokens", "segments"), [(0, 1), (5, 0)])
+def test_nothing_to_do(mode, tokens, segments):
+    case = make_paged(lengths=(3,), granularity="shared", heads=2, dim=64, page=4, columns=2, dtype=jnp.float32)
+    rows, starts = jnp.ones(segments, jnp.int32), jnp.zeros(segments + 1, jnp.int32)
+    out, lse = prefill_attention(
+        *inputs(tokens, 4, 2, 64, jnp.float32), *case[:4], rows, starts, address=case.address, scale=1.0,
+        return_lse=True, **mode,
+    )  # fmt: skip
+    assert (out.shape, lse.shape) == ((tokens, 4, 64), (tokens, 4))
+    assert not np.asarray(out).any()
+
+
 def test_one_token_equals_decode_with_that_token_in_the_pool():
     case = make_paged(lengths=(21,), granularity="shared", heads=2, dim=64, page=8, columns=4, dtype=jnp.float32)
     q = normal(1, 1, 8, 64, dtype=jnp.float32)

@@ -1,0 +1,70 @@
+"""Decode attention as an XLA program, for backends without Triton."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import online_softmax
+from pallas_kernels.online_softmax import LOG2_E
+
+_BLOCK = 256  # slots read per step
+
+
+@functools.partial(jax.jit, static_argnames=("address", "heads", "scale"))
+def decode_attention_xla(q, k_pages, v_pages, page_table, lengths, rows, indices, layer, *, address, heads, scale):
+    """A loop over blocks of slots that ends at the longest live length, so work follows what is held and not M."""
+    address = address.join_layer(layer)
+    batch, q_heads, dim = q.shape
+    page_size = k_pages.shape[1]
+    table_heads, columns = page_table.shape[2:]
+    tl = address.table_layer
+    head = jnp.arange(heads, dtype=jnp.int32)[None, :, None]
+    length = jnp.broadcast_to(lengths[tl, rows], (batch, heads))
+    q = (q.astype(jnp.float32) * (scale * LOG2_E)).reshape(batch, heads, -1, dim)
+
+    def pages_of(column):
+        """Pages at table columns i32[B, n_heads, n], n_heads in {1, H} -> i32[B, H, n]."""
+        table_head = jnp.minimum(head, table_heads - 1) if table_heads > 1 else 0
+        return jnp.broadcast_to(
+            address.page(page_table[tl, rows[:, None, None], table_head, column], head), (batch, heads, column.shape[2])
+        )
+
+    if indices is None:
+        width = min(max(1, _BLOCK // page_size), columns)  # whole pages per step
+        block = width * page_size
+        steps = -(-length.max() // block)
+
+        def read_pages(step):
+            column = step * width + jnp.arange(width, dtype=jnp.int32)[None, None]
+            page = pages_of(jnp.minimum(column, columns - 1))
+            position = step * block + jnp.arange(block, dtype=jnp.int32)
+            k, v = (pool[page].reshape(batch, heads, block, dim) for pool in (k_pages, v_pages))
+            return k, v, position < length[..., None]
+
+        read = read_pages
+    else:
+        block = min(_BLOCK, indices.shape[2])
+        steps = -(-indices.shape[2] // block)
+        indices = jnp.pad(indices, ((0, 0), (0, 0), (0, steps * block - indices.shape[2])), constant_values=-1)
+
+        def read_listed(step):
+            slot = jax.lax.dynamic_slice_in_dim(indices, step * block, block, axis=2)
+            live = (slot >= 0) & (slot < length[..., None])
+            slot = jnp.where(live, slot, 0)
+            page = pages_of(slot // page_size)
+            return k_pages[page, slot % page_size], v_pages[page, slot % page_size], live
+
+        read = read_listed
+
+    def visit(step, state):
+        k, v, live = read(step)
+        scores = jnp.einsum("bhgd,bhnd->bhgn", q, k.astype(jnp.float32), precision="highest")
+        # Dead slots may hold anything, NaN included, and 0 * NaN is NaN.
+        v = jnp.where(live[..., None], v.astype(jnp.float32), 0.0)
+        weighted_sum = functools.partial(jnp.einsum, "bhgn,bhnd->bhgd", precision="highest")
+        return online_softmax.absorb(state, scores, live[:, :, None], lambda weights: weighted_sum(weights, v))
+
+    state = online_softmax.start(q.shape[:3], dim)
+    out, lse = online_softmax.finish(jax.lax.fori_loop(0, steps, visit, state))
+    return out.reshape(batch, q_heads, dim), lse.reshape(batch, q_heads)

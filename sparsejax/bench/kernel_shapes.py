@@ -1,0 +1,269 @@
+"""The shapes at which kernels are measured, and the programs that measure them.
+
+Each case is one program of several calls, one for each layer of a pool that is larger than any cache, as a model's
+step issues them: the work list of decode attention is made once in it and counts. Pages are in random order, data is
+random. A call of attention starts only when the one before has ended, since its query is that call's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import (
+    DecodeTile,
+    PageAddress,
+    PrefillTile,
+    SpanLimits,
+    decode_attention,
+    decode_work_list,
+    move_slots,
+    prefill_attention,
+    store_kv,
+)
+
+DTYPE = jnp.bfloat16
+BYTES = 2  # of an element of DTYPE
+
+
+class Program(NamedTuple):
+    """Something to time.
+
+    Attributes:
+      call: given a number that rises by one each time, dispatches the program and returns something to wait for.
+      operations: kernel calls in it.
+      amount: bytes or floating-point operations that one of these calls really needs.
+    """
+
+    call: Callable[[int], Any]
+    operations: int
+    amount: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at one shape.
+
+    Attributes:
+      name: unique name.
+      kernel: the operation.
+      ceiling: what it is compared with: "read", "copy" or the name of the case that is its yardstick.
+      build: makes the program; keyword options go to the kernel (`tile`) or the work list (`limits`), for tuning.
+    """
+
+    name: str
+    kernel: str
+    ceiling: str
+    build: Callable[..., Program]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention of a model: query heads, KV heads and their size."""
+
+    query: int
+    kv: int
+    dim: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """K and V of one token of one head."""
+        return 2 * self.dim * BYTES
+
+
+LLAMA_8B = Heads(32, 8, 128)
+QWEN_7B = Heads(28, 4, 128)
+
+
+def _operations(layers: int, *, many: int = 32) -> int:
+    """Kernel calls of a program that goes round `layers` layers: as many as a model has, few on a CPU."""
+    return layers * max(1, (many if jax.default_backend() == "gpu" else 1) // layers)
+
+
+def _random(seed: int, *shape: int) -> jax.Array:
+    return jax.jit(partial(jax.random.normal, shape=shape, dtype=DTYPE))(jax.random.key(seed))
+
+
+def _random_table(lengths: np.ndarray, page: int, columns: int) -> tuple[jax.Array, int]:
+    """(page_table i32[Lt, R, Ht, M] of entries in random order, number of entries with the null one)."""
+    used = -(-lengths // page)
+    entries = int(used.sum()) + 1
+    table = np.zeros((*lengths.shape, columns), np.int32)
+    table[np.arange(columns) < used[..., None]] = np.random.default_rng(0).permutation(np.arange(1, entries))
+    return jnp.asarray(table), entries
+
+
+def _addresses(layers: int, heads: Heads, per_head: bool) -> list[PageAddress]:
+    if per_head:
+        return [PageAddress(layer, 1, 0, 0) for layer in range(layers)]
+    return [PageAddress(0, layers * heads.kv, layer * heads.kv, 1) for layer in range(layers)]
+
+
+def _decode(
+    batch: int,
+    context: int,
+    page: int,
+    heads: Heads,
+    ragged: bool,
+    layers: int,
+    *,
+    tile: DecodeTile | None = None,
+    limits: SpanLimits | None = None,
+) -> Program:
+    """Ragged: a table per layer and head, lengths from 0.1 to 0.9 of the context. Otherwise one table for all."""
+    lengths = np.zeros((layers, batch + 1, heads.kv) if ragged else (1, batch + 1, 1), np.int32)
+    lengths[:, 1:] = context
+    if ragged:
+        lengths[:, 1:] = np.random.default_rng(1).uniform(0.1, 0.9, lengths[:, 1:].shape) * context
+    addresses = _addresses(layers, heads, ragged)
+    columns = -(-context // page)
+    table, entries = _random_table(lengths, page, columns)
+    pool = [_random(seed, entries * addresses[0].entry_stride, page, heads.dim) for seed in (1, 2)]
+    operations = _operations(layers)
+
+    @jax.jit
+    def step(q, k_pages, v_pages, table, lengths, rows):
+        work = None
+        if limits is not None:
+            work = decode_work_list(lengths, rows, num_kv_heads=heads.kv, max_slots=columns * page, limits=limits)
+        for operation in range(operations):
+            q = decode_attention(
+                q, k_pages, v_pages, table, lengths, rows, address=addresses[operation % layers],
+                num_kv_heads=heads.kv, scale=1.0, work=work, tile=tile,
+            )  # fmt: skip
+        return q
+
+    arguments = (*pool, table, jnp.asarray(lengths), jnp.arange(1, batch + 1, dtype=jnp.int32))
+    queries = [_random(10 + i, batch, heads.query, heads.dim) for i in range(2)]
+    slots = lengths.sum() / layers if ragged else lengths.sum() * heads.kv
+    return Program(lambda i: step(queries[i % 2], *arguments), operations, slots * heads.slot_bytes)
+
+
+def _causal_flops(tokens: int, history: int, heads: Heads) -> float:
+    """Two products of a multiplication and an addition for every (query, key) pair, half of the chunk's own pairs."""
+    return 4.0 * heads.query * heads.dim * tokens * (history + tokens / 2)
+
+
+def _prefill(tokens: int, history: int, page: int, heads: Heads, *, tile: PrefillTile | None = None) -> Program:
+    lengths = np.zeros((1, 2, 1), np.int32)
+    lengths[:, 1:] = history
+    table, entries = _random_table(lengths, page, max(1, -(-history // page)))
+    operations = _operations(2, many=4)
+    addresses = _addresses(operations, heads, per_head=False)
+    pool = [_random(seed, entries * addresses[0].entry_stride, page, heads.dim) for seed in (1, 2)]
+
+    @jax.jit
+    def step(q, k, v, k_pages, v_pages, table, history, rows, starts):
+        for address in addresses:
+            q = prefill_attention(
+                q, k, v, k_pages, v_pages, table, history, rows, starts, address=address, scale=heads.dim**-0.5,
+                tile=tile,
+            )  # fmt: skip
+        return q
+
+    new = [_random(3 + i, tokens, n, heads.dim) for i, n in enumerate((heads.query, heads.kv, heads.kv))]
+    where = (table, jnp.asarray(lengths), jnp.array([1], jnp.int32), jnp.array([0, tokens], jnp.int32))
+    return Program(lambda i: step(*new, *pool, *where), operations, _causal_flops(tokens, history, heads))
+
+
+def _cudnn(tokens: int, heads: Heads) -> Program:
+    """cuDNN's causal attention through JAX, the yardstick of prefill; XLA's on a CPU."""
+    operations = _operations(2, many=4)
+    implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
+
+    @jax.jit
+    def step(q, k, v):
+        for _ in range(operations):
+            q = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+        return q
+
+    new = [_random(3 + i, 1, tokens, n, heads.dim) for i, n in enumerate((heads.query, heads.kv, heads.kv))]
+    return Program(lambda i: step(*new), operations, _causal_flops(tokens, 0, heads))
+
+
+def _in_place(step: Callable[..., Any], pool: list[jax.Array], *arguments: Any) -> Callable[[int], Any]:
+    """A call of `step(k_pages, v_pages, *arguments)` that donates the pools and keeps what it returns."""
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+
+    def call(i: int):
+        pool[:] = compiled(*pool, *arguments)
+        return pool
+
+    return call
+
+
+def _store(tokens: int, page: int, heads: Heads) -> Program:
+    layers = max(4, min(32, (1 << 30) // (tokens * heads.kv * heads.slot_bytes)))
+    table, entries = _random_table(np.array([[[0], [tokens]]]), page, -(-tokens // page))
+    addresses = _addresses(layers, heads, per_head=False)
+    pool = [_random(seed, entries * addresses[0].entry_stride, page, heads.dim) for seed in (1, 2)]
+    token = np.arange(tokens, dtype=np.int32)
+    entry = table[0, 1, 0][token // page].reshape(1, tokens, 1)
+    slot = jnp.asarray(token % page).reshape(1, tokens, 1)
+
+    def step(k_pages, v_pages, k, v, entry, slot):
+        for address in addresses:
+            k_pages, v_pages = store_kv(k_pages, v_pages, k, v, entry, slot, address=address)
+        return k_pages, v_pages
+
+    new = [_random(3 + i, tokens, heads.kv, heads.dim) for i in range(2)]
+    return Program(_in_place(step, pool, *new, entry, slot), layers, 2 * tokens * heads.kv * heads.slot_bytes)
+
+
+def _move(moves: int, page: int, heads: Heads) -> Program:
+    pages = -(-4 * moves // page)
+    pool = [_random(seed, pages, page, heads.dim) for seed in (1, 2)]
+    slots = jnp.asarray(np.random.default_rng(0).permutation(pages * page)[: 2 * moves].astype(np.int32))
+    call = _in_place(move_slots, pool, slots[:moves], slots[moves:])
+    return Program(call, 1, 2 * moves * heads.slot_bytes)
+
+
+def _decode_case(batch: int, context: int, page: int, heads: Heads = LLAMA_8B, ragged: bool = False) -> Case:
+    size = f"{context // 1024}k" if context >= 1024 else str(context)
+    model = "" if heads == LLAMA_8B else f", {heads.query}/{heads.kv} heads"
+    name = f"decode {batch} x {size}, page {page}{model}{', ragged' if ragged else ''}"
+    layers = max(1, min(8, (4 << 30) // (batch * context * heads.kv * heads.slot_bytes)))
+    return Case(name, "decode_attention", "read", partial(_decode, batch, context, page, heads, ragged, layers))
+
+
+def cases() -> list[Case]:
+    """All cases at production shapes, bf16."""
+    uniform = [(8, 32768), (32, 8192), (64, 16384), (1, 131072)]
+    ragged = [(8, 32768), (32, 32768), (1, 131072)]
+    return [
+        *(_decode_case(*shape, page) for page in (32, 1) for shape in uniform),
+        *(_decode_case(*shape, 32, QWEN_7B) for shape in uniform),
+        *(_decode_case(*shape, 32, ragged=True) for shape in ragged),
+        Case("cuDNN causal 8k", "cudnn", "matmul", partial(_cudnn, 8192, LLAMA_8B)),
+        Case("cuDNN causal 32k", "cudnn", "matmul", partial(_cudnn, 32768, LLAMA_8B)),
+        *(
+            Case(name, "prefill_attention", yardstick, partial(_prefill, tokens, history, 32, LLAMA_8B))
+            for name, yardstick, tokens, history in (
+                ("prefill 8k", "cuDNN causal 8k", 8192, 0),
+                ("prefill 32k", "cuDNN causal 32k", 32768, 0),
+                ("prefill 2k after 30k", "cuDNN causal 32k", 2048, 30720),
+            )
+        ),
+        Case("store_kv 8192 tokens", "store_kv", "copy", partial(_store, 8192, 32, LLAMA_8B)),
+        Case("store_kv 256 tokens", "store_kv", "copy", partial(_store, 256, 32, LLAMA_8B)),
+        Case("move_slots 512k", "move_slots", "copy", partial(_move, 1 << 19, 32, LLAMA_8B)),
+    ]
+
+
+def tiny_cases() -> list[Case]:
+    """One small case of each kernel, for tests."""
+    heads = Heads(4, 2, 16)
+    return [
+        _decode_case(2, 64, 8, heads),
+        _decode_case(2, 64, 8, heads, ragged=True),
+        Case("cuDNN causal tiny", "cudnn", "matmul", partial(_cudnn, 32, heads)),
+        Case("prefill tiny", "prefill_attention", "cuDNN causal tiny", partial(_prefill, 32, 16, 8, heads)),
+        Case("store_kv tiny", "store_kv", "copy", partial(_store, 16, 8, heads)),
+        Case("move_slots tiny", "move_slots", "copy", partial(_move, 16, 8, heads)),
+    ]

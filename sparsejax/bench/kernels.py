@@ -1,0 +1,213 @@
+"""Every kernel at production shapes (`kernel_shapes`), as a fraction of what the card can do in the same run."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels import DecodeTile, PrefillTile, SpanLimits
+from sparsejax.bench.ceilings import Ceilings, measure
+from sparsejax.bench.kernel_shapes import Case, Program, cases, tiny_cases
+from sparsejax.bench.timing import Timing, device_seconds, time_calls
+from sparsejax.errors import InvalidArgumentError, nearest
+
+__all__ = ["Case", "Row", "cases", "format_table", "run", "tiny_cases", "tune"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured case; times are in milliseconds a call.
+
+    Attributes:
+      wall: median by the clock of the host, `spread` the width of the middle half over the median.
+      device: inside GPU kernels according to the profiler, without the gaps between them; 0 where there is no GPU.
+      rate: needed bytes or floating-point operations per second of wall time, in `unit`.
+      fraction: of the `ceiling`.
+      by_kernel: `device` by GPU kernel.
+    """
+
+    name: str
+    kernel: str
+    wall: float
+    spread: float
+    device: float
+    rate: float
+    unit: str
+    ceiling: str
+    fraction: float
+    by_kernel: dict[str, float]
+
+
+def _unknown(name: str, known: Iterable[str]) -> InvalidArgumentError:
+    known = sorted(known)
+    guess = nearest(name, known)
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    return InvalidArgumentError(f"there is no kernel or case {name!r} to measure.{hint} Known: {', '.join(known)}.")
+
+
+def _chosen(every: Sequence[Case], names: Sequence[str] | None) -> list[Case]:
+    """The cases whose name or kernel is in `names`, and the yardsticks that they need, in order."""
+    if names is None:
+        return list(every)
+    for name in names:
+        if not any(name in (case.name, case.kernel) for case in every):
+            raise _unknown(name, {x for case in every for x in (case.name, case.kernel)})
+    wanted = {case.name for case in every if case.name in names or case.kernel in names}
+    wanted |= {case.ceiling for case in every if case.name in wanted}
+    return [case for case in every if case.name in wanted]
+
+
+def _calls(program: Program) -> int:
+    """Calls in a row that last long enough to hide the wait for the last one, half a millisecond on a remote GPU."""
+    seconds = 0.1 if jax.default_backend() == "gpu" else 0.01
+    first = time_calls(program.call, repeats=1, calls=2).median
+    return max(1, min(400, round(seconds / first)))
+
+
+def _measure(case: Case, limit: float, repeats: int) -> Row:
+    program = case.build()
+    timing: Timing = time_calls(program.call, repeats=repeats, calls=_calls(program))
+    by_kernel = {name: 1e3 * seconds / program.operations for name, seconds in device_seconds(program.call).items()}
+    seconds = timing.median / program.operations
+    rate = program.amount / seconds
+    flops = case.kernel in ("cudnn", "prefill_attention")
+    return Row(
+        name=case.name,
+        kernel=case.kernel,
+        wall=1e3 * seconds,
+        spread=timing.spread,
+        device=sum(by_kernel.values()),
+        rate=rate / (1e12 if flops else 1e9),
+        unit="TFLOP/s" if flops else "GB/s",
+        ceiling=case.ceiling,
+        fraction=rate / limit,
+        by_kernel=by_kernel,
+    )
+
+
+def run(
+    names: Sequence[str] | None = None,
+    json_path: str | None = None,
+    *,
+    every: Sequence[Case] | None = None,
+    ceilings: Ceilings | None = None,
+    repeats: int = 7,
+    report: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """Measures kernels.
+
+    Args:
+      names: cases or kernels (as `Case.name`, `Case.kernel`) to measure; None means all.
+      json_path: file that gets the ceilings and the rows.
+      every: the cases to choose from; None means `cases()`.
+      ceilings: those of this device; None measures them first.
+      repeats: timings of each case.
+      report: called with a line of text about each result as it comes.
+
+    Returns:
+      A row for each chosen case. Those that are a yardstick of others come along.
+    """
+    chosen = _chosen(cases() if every is None else every, names)
+    ceilings = ceilings or measure()
+    report = report or (lambda line: None)
+    report(str(ceilings))
+    limits = {"read": ceilings.read, "copy": ceilings.copy, "matmul": ceilings.matmul}
+    rows = []
+    for case in chosen:
+        row = _measure(case, limits[case.ceiling], repeats)
+        limits[case.name] = row.rate * (1e12 if row.unit == "TFLOP/s" else 1e9)
+        rows.append(row)
+        report(_line(row))
+        gc.collect()  # the pools of a case are gone before the next case needs the memory
+    if json_path is not None:
+        with open(json_path, "w", encoding="utf-8") as file:
+            json.dump({"ceilings": asdict(ceilings), "jax": jax.__version__, "rows": [asdict(r) for r in rows]}, file)
+    return rows
+
+
+_HEADER = f"{'case':44} {'wall ms':>9} {'spread':>7} {'device ms':>10} {'rate':>8}         {'fraction of':>11}"
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.name:44} {row.wall:9.4f} {row.spread:7.1%} {row.device:10.4f} {row.rate:8.1f} {row.unit:7} "
+        f"{row.fraction:6.3f} {row.ceiling}"
+    )
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text."""
+    return "\n".join([_HEADER, *map(_line, rows)])
+
+
+# What `tune` tries: options of `Case.build`. The winners stand in the tables of the files that they are named after.
+_CANDIDATES: dict[str, list[dict[str, Any]]] = {
+    "decode_attention": [
+        {"tile": DecodeTile(*tile)}
+        for tile in (
+            (32, 1, 4), (64, 2, 2), (64, 2, 3), (64, 2, 4), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 4, 3),
+        )
+    ],
+    "decode_work": [
+        {"limits": SpanLimits(wave=wave, wave_span=wave_span, max_span=max_span)}
+        for wave in (264, 396, 528)
+        for wave_span, max_span in ((3072, 2048), (3072, 1024), (4096, 3072), (1 << 20, 2048))
+    ],
+    "prefill_attention": [
+        {"tile": PrefillTile(*tile)}
+        for tile in (
+            (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 4, 3), (128, 64, 4, 1), (128, 64, 4, 2), (128, 64, 4, 3),
+            (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (256, 64, 8, 2),
+        )
+    ],
+}  # fmt: skip
+_MEASURED_WITH = {"decode_work": "decode_attention"}
+
+
+def tune(
+    kernel: str,
+    names: Sequence[str] | None = None,
+    *,
+    every: Sequence[Case] | None = None,
+    candidates: Sequence[dict[str, Any]] | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Times the candidates of `kernel` and reports them.
+
+    Args:
+      kernel: "decode_attention" or "prefill_attention" for their tiles, "decode_work" for the limits of the spans.
+      names: cases to weigh; None means all of this kernel.
+      every: the cases to choose from; None means `cases()`.
+      candidates: options of `Case.build`; None means the built-in ones.
+      report: gets a line for each candidate.
+
+    Returns:
+      The candidate with the smallest sum, over the cases, of its time relative to the best of that case.
+    """
+    if kernel not in _CANDIDATES:
+        raise _unknown(kernel, _CANDIDATES)
+    kernel_of_cases = _MEASURED_WITH.get(kernel, kernel)
+    chosen = _chosen(cases() if every is None else every, names or [kernel_of_cases])
+    chosen = [case for case in chosen if case.kernel == kernel_of_cases]
+    candidates = candidates or _CANDIDATES[kernel]
+    times = np.full((len(candidates), len(chosen)), np.inf)
+    for column, case in enumerate(chosen):
+        report(case.name)
+        for i, options in enumerate(candidates):
+            try:
+                program = case.build(**options)
+                timing = time_calls(program.call, repeats=3, calls=_calls(program))
+            except jax.errors.JaxRuntimeError as error:  # too much shared memory, for one
+                report(f"  {options}: {str(error).splitlines()[0][:120]}")
+                continue
+            times[i, column] = timing.median / program.operations
+            report(f"  {1e3 * times[i, column]:9.4f} ms  {program.amount / times[i, column] / 1e9:9.1f} G/s  {options}")
+    best = int((times / times.min(axis=0)).sum(axis=1).argmin())
+    report(f"best: {candidates[best]}")
+    return candidates[best]

@@ -1,0 +1,325 @@
+"""A trace through the whole engine: latencies as users would see them, rates, memory, and what had to be compiled.
+
+Requests are added when they arrive, whether or not the engine is ready for them, and every latency counts from that
+arrival. A token's time is when the host had read it; all tokens of a step share one reading of the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from sparsejax.bench.traces import Trace
+from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.engine.llm import LLM
+from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.engine.submission import Submission
+from sparsejax.errors import InvalidArgumentError
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Seconds, over requests or tokens."""
+
+    mean: float
+    median: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Distribution | None:
+        """None if there are no values."""
+        if not len(values):
+            return None
+        return cls(float(np.mean(values)), float(np.median(values)), float(np.percentile(values, 99)))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One request. Times are seconds from its arrival; the trace's clock starts with the trace.
+
+    Attributes:
+      arrival: on the trace's clock.
+      input_tokens, output_tokens: as served.
+      ttft: until the first token.
+      tpot: mean between tokens after the first; None for a single token.
+      e2e: until the last token.
+      preemptions: how often it lost its cache and was recomputed.
+    """
+
+    arrival: float
+    input_tokens: int
+    output_tokens: int
+    ttft: float
+    tpot: float | None
+    e2e: float
+    preemptions: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The engine after each step: seconds on the trace's clock, requests that hold a row, waiting ones, pages used."""
+
+    seconds: list[float]
+    running: list[int]
+    waiting: list[int]
+    pages: list[int]
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """A served trace.
+
+    Attributes:
+      trace: its name.
+      requests, input_tokens, output_tokens: served.
+      wall_seconds: from the start of the trace to the last token.
+      output_rate, total_rate: tokens per second of answers, and of prompts and answers.
+      ttft, tpot, itl, e2e: time to first token, time per output token (a request's mean), between successive tokens
+        (of all requests), from arrival to the last token; None where there is nothing to measure.
+      host_seconds: of the wall time not spent waiting for the device or for arrivals.
+      steps: of the engine.
+      max_running: most requests that held a row at once.
+      max_pages, pool_pages: most physical pages in use, and how many there are.
+      preemptions: of all requests.
+      compilations: of the engine's steps while serving, by name.
+      programs_compiled: of any program while serving, those above included.
+      peak_bytes: most device memory in use so far, as the allocator reports; 0 where it does not.
+      records: by arrival.
+      timeline: by step.
+      itls: every time between successive tokens, for plots.
+    """
+
+    trace: str
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    wall_seconds: float
+    output_rate: float
+    total_rate: float
+    ttft: Distribution | None
+    tpot: Distribution | None
+    itl: Distribution | None
+    e2e: Distribution | None
+    host_seconds: float
+    steps: int
+    max_running: int
+    max_pages: int
+    pool_pages: int
+    preemptions: int
+    compilations: dict[str, int]
+    programs_compiled: int
+    peak_bytes: int
+    records: list[Record]
+    timeline: Timeline
+    itls: list[float]
+
+
+def serve(llm: LLM, trace: Trace, *, use_tqdm: bool = True) -> Throughput:
+    """Runs the trace.
+
+    Args:
+      llm: its max_model_len must reach `trace.longest`. Warm it up before (`warmup="greedy"` suffices), or compilations
+        will be part of what is measured.
+
+    Raises:
+      InvalidArgumentError: a request that the engine can never serve in full.
+    """
+    engine, runner = llm.engine, llm.engine.runner
+    work = [
+        (
+            TokenizedPrompt(None, request.prompt(llm.model_config.vocab_size)),
+            SamplingParams(temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True),
+        )
+        for request in trace.requests
+    ]
+    limits = engine.scheduler.config
+    longest = min(limits.max_model_len, limits.max_tokens_in_pool + 1)
+    for i, (request, (prompt, params)) in enumerate(zip(trace.requests, work, strict=True)):
+        engine.check(prompt, params, name=f"request {i} of trace {trace.name!r}")
+        if request.input_tokens + request.output_tokens > longest:
+            raise InvalidArgumentError(
+                f"request {i} of trace {trace.name!r} has {request.input_tokens} tokens and asks for "
+                f"{request.output_tokens} more; max_model_len and the cache allow {longest} together."
+            )
+    before, waited, preempted = runner.compilations, engine.wait_seconds, engine.scheduler.num_preemptions
+    with _count_compilations() as programs:
+        served = _Server(llm, trace, work).run(use_tqdm)
+    seconds = served.seconds
+    records = [
+        _record(request.arrival, submission, times)
+        for request, submission, times in zip(trace.requests, served.submissions, served.times, strict=True)
+    ]
+    itls = np.concatenate([np.diff(times) for times in served.times]).tolist()
+    output_tokens = sum(record.output_tokens for record in records)
+    stats = jax.devices()[0].memory_stats() or {}
+    return Throughput(
+        trace=trace.name,
+        requests=len(records),
+        input_tokens=trace.input_tokens,
+        output_tokens=output_tokens,
+        wall_seconds=seconds,
+        output_rate=output_tokens / seconds,
+        total_rate=(trace.input_tokens + output_tokens) / seconds,
+        ttft=Distribution.of([record.ttft for record in records]),
+        tpot=Distribution.of([record.tpot for record in records if record.tpot is not None]),
+        itl=Distribution.of(itls),
+        e2e=Distribution.of([record.e2e for record in records]),
+        host_seconds=seconds - (engine.wait_seconds - waited) - served.slept,
+        steps=len(served.timeline.seconds),
+        max_running=max(served.timeline.running),
+        max_pages=max(served.timeline.pages),
+        pool_pages=limits.num_free_entries * runner.layout.pages_per_entry,
+        preemptions=engine.scheduler.num_preemptions - preempted,
+        compilations=dict(runner.compilations - before),
+        programs_compiled=programs[0],
+        peak_bytes=stats.get("peak_bytes_in_use", 0),
+        records=records,
+        timeline=served.timeline,
+        itls=itls,
+    )
+
+
+class _Server:
+    """Drives an engine by the clock.
+
+    Attributes:
+      seconds: from the start to the last token.
+      slept: of these, waiting for arrivals with nothing to do.
+      submissions, times: of each request of the trace, and the seconds at which its tokens were there.
+    """
+
+    def __init__(self, llm: LLM, trace: Trace, work: list[tuple[TokenizedPrompt, SamplingParams]]) -> None:
+        self.engine = llm.engine
+        self.requests = trace.requests
+        self.work = work
+        self.submissions: list[Submission] = []
+        self.times: list[list[float]] = []
+        self.timeline = Timeline([], [], [], [])
+        self.seconds = 0.0
+        self.slept = 0.0
+        self._active: list[int] = []
+
+    def run(self, use_tqdm: bool) -> _Server:
+        start = time.perf_counter()
+        total = len(self.requests)
+        try:
+            with tqdm(total=total, desc="serving", unit="request", disable=not use_tqdm) as bar:
+                while self._active or len(self.submissions) < total:
+                    self._add_arrived(time.perf_counter() - start)
+                    if not self._active:
+                        self._sleep(start)
+                        continue
+                    self.engine.step()
+                    self.seconds = time.perf_counter() - start
+                    ended = self._look(self.seconds)
+                    if ended:
+                        tokens = sum(map(len, self.times))
+                        bar.set_postfix_str(f"{tokens / self.seconds:.0f} tok/s", refresh=False)
+                        bar.update(ended)
+        finally:  # leaves an idle engine behind, whatever happened
+            for submission in self.submissions:
+                self.engine.cancel(submission)
+            while self.engine.has_unfinished:
+                self.engine.step()
+            self.engine.step()  # releases the last rows
+        return self
+
+    def _add_arrived(self, now: float) -> None:
+        while len(self.submissions) < len(self.requests):
+            i = len(self.submissions)
+            if self.requests[i].arrival > now:
+                return
+            self._active.append(i)
+            self.times.append([])
+            self.submissions.append(self.engine.add(f"trace-{i}", *self.work[i]))
+
+    def _sleep(self, start: float) -> None:
+        before = time.perf_counter()
+        time.sleep(max(0.0, start + self.requests[len(self.submissions)].arrival - before))
+        self.slept += time.perf_counter() - before
+
+    def _look(self, now: float) -> int:
+        """Notes what a step has changed. Returns how many requests have ended with it."""
+        ended = 0
+        for i in self._active:
+            request, times = self.submissions[i].answers[0].request, self.times[i]
+            if len(request.output_token_ids) > len(times):
+                times.extend([now] * (len(request.output_token_ids) - len(times)))
+                ended += request.finished
+        if ended:
+            self._active = [i for i in self._active if not self.submissions[i].finished]
+        scheduler = self.engine.scheduler
+        used = scheduler.config.num_free_entries - scheduler.free_entries
+        self.timeline.seconds.append(now)
+        self.timeline.running.append(scheduler.num_running)
+        self.timeline.waiting.append(scheduler.num_waiting)
+        self.timeline.pages.append(used * self.engine.runner.layout.pages_per_entry)
+        return ended
+
+
+def _record(arrival: float, submission: Submission, times: list[float]) -> Record:
+    request = submission.answers[0].request
+    return Record(
+        arrival=arrival,
+        input_tokens=len(request.prompt_token_ids),
+        output_tokens=len(times),
+        ttft=times[0] - arrival,
+        tpot=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+        e2e=times[-1] - arrival,
+        preemptions=request.num_preemptions,
+    )
+
+
+@contextlib.contextmanager
+def _count_compilations() -> Iterator[list[int]]:
+    """Counts the programs that XLA compiles (or takes from its cache on disk) in [0] of what it yields."""
+    count = [0]
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        del duration_secs, kwargs
+        count[0] += event == COMPILE_EVENT
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield count
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def format_report(result: Throughput) -> str:
+    """What a person wants to know."""
+    compiled = ", ".join(f"{name} {count}" for name, count in result.compilations.items()) or "none"
+    lines = [
+        f"{result.trace}: {result.requests} requests, {result.input_tokens} tokens in, {result.output_tokens} out, "
+        f"{result.wall_seconds:.2f} s",
+        f"output {result.output_rate:.0f} tok/s, total {result.total_rate:.0f} tok/s",
+        f"{'seconds':8} {'mean':>9} {'median':>9} {'p99':>9}",
+    ]
+    for name in ("ttft", "tpot", "itl", "e2e"):
+        value: Distribution | None = getattr(result, name)
+        if value is not None:
+            lines.append(f"{name:8} {value.mean:9.4f} {value.median:9.4f} {value.p99:9.4f}")
+    lines += [
+        f"steps {result.steps}, at most {result.max_running} requests at once, host {result.host_seconds:.2f} s",
+        f"pages {result.max_pages} of {result.pool_pages} at most, preemptions {result.preemptions}, "
+        f"peak memory {result.peak_bytes / 2**30:.1f} GiB",
+        f"compiled while serving: steps {compiled}; programs in all {result.programs_compiled}",
+    ]
+    return "\n".join(lines)
+
+
+def as_dict(result: Throughput, *, model: str) -> dict[str, Any]:
+    """For JSON, and for `sparsejax.bench.compare`. Single token times are left out."""
+    report = {"kind": "throughput", "model": model, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    report |= asdict(result)
+    del report["itls"]
+    return report

@@ -1,0 +1,80 @@
+"""Comparing results: rows and metrics are matched by name, and what cannot be compared is refused."""
+
+import json
+
+import pytest
+
+from sparsejax.bench.compare import compare, format_comparison
+from sparsejax.errors import InvalidArgumentError
+
+
+@pytest.fixture
+def files(tmp_path):
+    def write(name, data):
+        path = tmp_path / name
+        path.write_text(json.dumps(data))
+        return path
+
+    return write
+
+
+def latency(**rows):
+    return {
+        "kind": "latency",
+        "ceilings": {"read": 1.0},
+        "rows": [
+            {"batch": 1, "context": int(name[1:]), "step_seconds": seconds, "step_fraction": 0.5, "idle_share": None}
+            | {"profile": {"wall_seconds": 9.0}}
+            for name, seconds in rows.items()
+        ],
+    }
+
+
+def throughput(trace, rate, ttft):
+    return {"kind": "throughput", "trace": trace, "output_rate": rate, "ttft": {"mean": ttft, "p99": 2 * ttft}} | {
+        "compilations": {"decode": 0},
+        "records": [{"ttft": 1.0}],
+        "timeline": {"seconds": [1.0]},
+    }
+
+
+def test_latency_rows_are_matched_by_shape(files):
+    found = compare(files("a", latency(c64=2.0, c128=4.0)), files("b", latency(c128=3.0, c256=1.0)))
+    assert [(each.row, each.metric) for each in found] == [("1 x 128", "step_seconds"), ("1 x 128", "step_fraction")]
+    assert found[0].ratio == 0.75
+    assert found[0].verdict == "better"
+    assert found[1].verdict == ""
+
+
+def test_throughput_with_distributions(files):
+    found = compare(files("a", throughput("mix600", 100.0, 1.0)), files("b", throughput("mix600", 80.0, 1.0)))
+    verdicts = {each.metric: each.verdict for each in found}
+    assert verdicts == {"output_rate": "worse", "ttft.mean": "", "ttft.p99": "", "compilations.decode": ""}
+    ratios = {each.metric: each.ratio for each in found}
+    assert ratios["output_rate"] == 0.8
+    assert ratios["compilations.decode"] is None
+    table = format_comparison(found, "a.json", "b.json")
+    assert "a.json" in table
+    assert "0.800  worse" in table
+
+
+def test_kernels_by_name(files):
+    rows = [{"name": "decode x", "kernel": "decode_attention", "wall": 2.0, "unit": "GB/s", "by_kernel": {"k": 1.0}}]
+    found = compare(files("a", {"rows": rows}), files("b", {"kind": "kernels", "rows": rows}))
+    assert [(each.row, each.metric, each.ratio) for each in found] == [("decode x", "wall", 1.0)]
+
+
+def test_what_cannot_be_compared(files):
+    a = files("a", latency(c64=2.0))
+    with pytest.raises(InvalidArgumentError, match=r"latency.*throughput"):
+        compare(a, files("b", throughput("mix600", 1.0, 1.0)))
+    with pytest.raises(InvalidArgumentError, match="nothing in common: 1 x 64 and 1 x 128"):
+        compare(a, files("c", latency(c128=2.0)))
+    with pytest.raises(InvalidArgumentError, match="not a result"):
+        compare(a, files("d", [1, 2]))
+    with pytest.raises(InvalidArgumentError, match="not a result"):
+        compare(a, files("e", {"kind": "lateness"}))
+    text = files("f", {})
+    text.write_text("{")
+    with pytest.raises(InvalidArgumentError, match="not JSON"):
+        compare(a, text)

@@ -1,0 +1,158 @@
+"""Serving a trace with a tiny random model: what is counted adds up, and the command line writes what it measured."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sparsejax import LLM
+from sparsejax.bench import throughput, traces
+from sparsejax.bench.compare import compare
+from sparsejax.bench.traces import Trace, TraceRequest
+from sparsejax.cli import main
+from sparsejax.errors import InvalidArgumentError
+from sparsejax.models import ModelConfig, init_params
+
+PLOTS = importlib.util.find_spec("matplotlib") is not None
+RAW = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+}
+TRACE = Trace(
+    "six",
+    tuple(TraceRequest(0.03 * i, 5 + 3 * i, answer, seed=i) for i, answer in enumerate((8, 1, 6, 12, 3, 9))),
+)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    config = ModelConfig.from_hf(RAW)
+    return LLM.from_params(
+        config,
+        init_params(config, jax.random.key(0), jnp.float32),
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        page_size=4,
+        num_pages=4 * 13,  # 12 columns of 4 tokens: less than four requests need, so that some are preempted
+        max_model_len=40,
+        warmup="greedy",
+    )
+
+
+@pytest.fixture(scope="module")
+def served(llm):
+    return throughput.serve(llm, TRACE, use_tqdm=False)
+
+
+def test_everything_is_served_and_adds_up(llm, served):
+    assert served.requests == 6
+    assert [record.output_tokens for record in served.records] == [8, 1, 6, 12, 3, 9]
+    assert [record.input_tokens for record in served.records] == [5, 8, 11, 14, 17, 20]
+    assert served.output_tokens == 39
+    assert served.output_rate * served.wall_seconds == pytest.approx(39)
+    assert served.total_rate * served.wall_seconds == pytest.approx(39 + 75)
+    assert len(served.itls) == 39 - 6
+    assert all(gap >= 0 for gap in served.itls)
+    assert served.wall_seconds == pytest.approx(max(record.arrival + record.e2e for record in served.records))
+    for record in served.records:
+        assert 0 < record.ttft <= record.e2e
+        between = 0.0 if record.tpot is None else record.tpot * (record.output_tokens - 1)
+        assert record.ttft + between == pytest.approx(record.e2e)
+    assert sum(served.itls) == pytest.approx(sum(record.e2e - record.ttft for record in served.records))
+    assert served.records[1].tpot is None
+    assert 0 < served.host_seconds < served.wall_seconds
+    assert llm.engine.scheduler.free_entries == llm.engine.scheduler.config.num_free_entries
+    assert not llm.engine.has_unfinished
+
+
+def test_latencies_count_from_arrival(served):
+    for record, request in zip(served.records, TRACE.requests, strict=True):
+        assert record.arrival == request.arrival
+    assert served.wall_seconds > TRACE.requests[-1].arrival
+
+
+def test_the_timeline_stays_within_limits(served):
+    timeline = served.timeline
+    assert served.steps == len(timeline.seconds) == len(timeline.pages) == len(timeline.running)
+    assert timeline.seconds == sorted(timeline.seconds)
+    assert served.max_running == max(timeline.running) <= 4
+    assert 0 < served.max_pages <= served.pool_pages == 4 * 12
+
+
+def test_nothing_is_compiled_while_serving(served):
+    assert served.compilations == {}
+    assert served.programs_compiled == 0
+
+
+def test_preemptions_are_counted(llm):
+    greedy = traces.uniform(4, 10, 20)
+    result = throughput.serve(llm, greedy, use_tqdm=False)
+    assert result.preemptions == sum(record.preemptions for record in result.records) > 0
+    assert result.output_tokens == greedy.output_tokens
+
+
+def test_a_request_that_cannot_be_served_is_refused(llm):
+    with pytest.raises(InvalidArgumentError, match=r"request 0 .*allow 40 together"):
+        throughput.serve(llm, traces.uniform(1, 30, 11), use_tqdm=False)
+    with pytest.raises(InvalidArgumentError, match=r"request 0 .*max_model_len"):
+        throughput.serve(llm, traces.uniform(1, 41, 1), use_tqdm=False)
+
+
+def test_compiled_programs_are_counted():
+    with throughput._count_compilations() as count:
+        jax.jit(lambda x: x * 3 + 1)(jnp.ones(7))
+        seen = count[0]
+    assert seen >= 1
+    jax.jit(lambda x: x * 5 + 1)(jnp.ones(7))
+    assert count[0] == seen
+
+
+def test_distribution():
+    value = throughput.Distribution.of([1.0, 2.0, 9.0])
+    assert value is not None
+    assert (value.mean, value.median) == (4.0, 2.0)
+    assert 2.0 < value.p99 <= 9.0
+    assert throughput.Distribution.of([]) is None
+
+
+def test_command_line(tmp_path, capsys):
+    config, trace, report, figure = (tmp_path / name for name in ("config.json", "t.jsonl", "a.json", "a.png"))
+    config.write_text(json.dumps(RAW))
+    options = ["--requests", "6", "--input-len", "9", "--output-len", "4", "--seed", "5"]
+    assert main(["bench", "throughput", "--trace", "random", *options, "--write-trace", str(trace)]) == 0
+    engine = ["--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--num-pages", "400", "--no-warmup"]
+    outputs = ["--json", str(report), *(["--plot", str(figure)] if PLOTS else [])]
+    command = ["bench", "throughput", "--trace", str(trace), "--random-weights", str(config), *engine, *outputs]
+    assert main(command) == 0
+    assert figure.exists() == PLOTS
+    data = json.loads(report.read_text())
+    drawn = traces.generate("random", requests=6, input_len=9, output_len=4, seed=5)
+    assert data["kind"] == "throughput"
+    assert data["output_tokens"] == drawn.output_tokens
+    assert data["input_tokens"] == drawn.input_tokens
+    assert len(data["records"]) == 6
+    assert data["compilations"]["decode"] >= 1  # there was no warm-up
+    assert f"{drawn.output_tokens} out" in capsys.readouterr().out
+    assert all(each.a == each.b for each in compare(report, report))
+    assert main(["bench", "compare", str(report), str(report)]) == 0
+    assert "output_rate" in capsys.readouterr().out
+
+
+def test_command_line_errors(tmp_path, capsys):
+    assert main(["bench", "throughput", "--trace", "mix60"]) == 1
+    assert "mix600" in capsys.readouterr().err
+    assert main(["bench", "throughput", "--json", str(tmp_path / "missing" / "a.json")]) == 1
+    assert "no folder" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""The command line: every command explains itself, does its work, and fails with a paragraph."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+from checkpoint_stubs import write_config
+from embedded import OPTIONS
+
+from sparsejax.assets import tiny_model_path
+from sparsejax.checkpoint import load_model
+from sparsejax.cli import COMMANDS, main
+from sparsejax.evaluation import TASKS
+
+HELPS = [
+    ([], "sparsejax demo"),
+    (["generate"], "--max-tokens"),
+    (["chat"], "/clear"),
+    (["convert"], "--to-hf"),
+    (["eval"], "ruler"),
+    (["eval", "ruler"], "--lengths"),
+    (["bench"], "latency"),
+    (["bench", "latency"], "--shapes"),
+    (["bench", "checkpoint"], "--folder"),
+    (["demo"], "--length"),
+    (["doctor"], "Exit code 1"),
+]
+
+
+@pytest.mark.parametrize(("command", "teaches"), HELPS, ids=[" ".join(["sparsejax", *command]) for command, _ in HELPS])
+def test_help_explains(capsys, command, teaches):
+    with pytest.raises(SystemExit) as leaving:
+        main([*command, "--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert teaches in text
+    assert "usage: sparsejax" in text
+
+
+def test_every_command_has_a_help(capsys):
+    assert len(COMMANDS) == len({command[0] for command, _ in HELPS if command})
+    with pytest.raises(SystemExit) as leaving:
+        main(["--version"])
+    assert leaving.value.code == 0
+    assert capsys.readouterr().out.startswith("sparsejax ")
+
+
+def test_help_does_not_wait_for_jax():
+    code = "import sys, sparsejax.cli as cli; cli.build_parser(); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_generate_prints_text(capsys):
+    assert main(["generate", "The secret word of", "--max-tokens", "6", *OPTIONS]) == 0
+    alone = capsys.readouterr().out
+    assert alone.strip()
+    assert main(["generate", "The secret word of", "--max-tokens", "6", "--json", *OPTIONS]) == 0
+    output = json.loads(capsys.readouterr().out)
+    assert output["prompt"] == "The secret word of"
+    assert output["outputs"][0]["text"] == alone[:-1]
+    assert output["metrics"]["num_generated_tokens"] == len(output["outputs"][0]["token_ids"])
+
+
+def test_generate_reads_files_and_standard_input(capsys, monkeypatch, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("An otter\n\nA fox\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("A cat"))
+    assert main(["generate", "-", "--file", str(prompts), "--max-tokens", "2", *OPTIONS]) == 0
+    headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
+    assert headings == ["--- 'A cat'", "--- 'An otter'", "--- 'A fox'"]
+
+
+def test_chat_talks_until_the_input_ends(capsys, monkeypatch):
+    turns = [
+        "The secret word of otter is topaz. Which is it? Question: What is the secret word of otter?",
+        "/help",
+        "otter " * 1200,
+        "/clear",
+        "The secret word of otter is onyx.  Which is it? Question: What is the secret word of otter?",
+        "/exit",
+        "never read",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(turns) + "\n"))
+    assert main(["chat", "--max-tokens", "8", *OPTIONS]) == 0
+    printed = capsys.readouterr()
+    answers = printed.out.splitlines()
+    assert answers[0].split() == ["topaz"]
+    assert answers[1].startswith("/clear")
+    assert answers[2].split() == ["onyx"]
+    assert len(answers) == 3
+    assert printed.err.count("error:") == 1, "a turn that is too long is reported, and the conversation goes on"
+    assert "max_model_len=1024" in printed.err
+
+
+def test_convert_there_and_back(capsys, tmp_path):
+    there, back = tmp_path / "orbax", tmp_path / "huggingface"
+    assert main(["convert", str(tiny_model_path()), str(there), "--no-progress"]) == 0
+    assert main(["convert", "--to-hf", str(there), str(back), "--no-progress"]) == 0
+    assert f"wrote {there}" in capsys.readouterr().out
+    original = (tiny_model_path() / "model.safetensors").read_bytes()
+    assert (back / "model.safetensors").stat().st_size == pytest.approx(len(original), rel=1e-3)
+    assert load_model(there)[0] == load_model(back)[0] == load_model(tiny_model_path())[0]
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (back / file).read_bytes() == (tiny_model_path() / file).read_bytes()
+    assert main(["convert", str(tiny_model_path()), str(there), "--no-progress"]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_eval_scores_the_embedded_model(capsys, tmp_path):
+    scores = tmp_path / "scores.json"
+    command = ["eval", "ruler", "--lengths", "256", "--tasks", "single,multi_key", "--samples", "2"]
+    assert main([*command, "--json", str(scores), *OPTIONS]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["task", "single", "multi_key", "mean"]
+    rows = json.loads(scores.read_text())
+    assert [(row["task"], row["length"], row["samples"]) for row in rows] == [("single", 256, 2), ("multi_key", 256, 2)]
+    assert all(row["score"] == 1.0 for row in rows)
+
+
+def test_doctor_finds_every_kernel_in_order(capsys):
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for kernel in ("decode attention", "prefill attention", "K/V store", "slot moves"):
+        assert any(line.startswith(f"ok {kernel}") for line in lines)
+    assert not any(line.startswith("!!") for line in lines)
+    assert any("device 0" in line for line in lines)
+
+
+def test_demo_answers_and_tells_its_times(capsys):
+    assert main(["demo", "--length", "256", *OPTIONS]) == 0
+    printed = capsys.readouterr()
+    assert "compiling: 100%" in printed.err
+    assert "generating: 100%" in printed.err
+    assert printed.out.count("Answer:") == len(TASKS)
+    assert printed.out.count("(right)") >= len(TASKS) - 1
+    table = printed.out.splitlines()[-len(TASKS) - 2 :]
+    assert [cell.strip() for cell in table[0].split("  ") if cell] == [
+        "request",
+        "prompt tokens",
+        "generated",
+        "first token s",
+        "tokens/s",
+        "KV MiB",
+    ]
+    assert [line.split()[0] for line in table[2:]] == list(TASKS)
+    assert all(200 < int(line.split()[1]) <= 256 and float(line.split()[3]) > 0 for line in table[2:])
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["generate"], "no prompt was given"),
+        (["generate", "", *OPTIONS], "prompt 0 is empty"),
+        (["generate", "x", "--model", "/no/such/folder"], "no checkpoint folder /no/such/folder"),
+        (["generate", "x", "--file", "/no/such/file"], "cannot be read"),
+        (["generate", "x", "--top-p", "2", *OPTIONS], "top_p must be"),
+        (["generate", "x", "--page-size", "3"], "page_size must be a power of two"),
+        (["generate", "x", "--max-model-len", "99999"], "max_model_len must be at most 8192"),
+        (["generate", "x", "--num-pages", "5"], "KV cache would have 5 pages"),
+        (["convert", "/no/such/folder", "out"], "no checkpoint folder"),
+        (["eval", "ruler", "--tasks", "sing"], "no task 'sing'; there are single"),
+        (["eval", "ruler", "--lengths", "1k"], "whole numbers"),
+        (["eval", "ruler", "--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
+        (["eval", "ruler", "--lengths", "16", *OPTIONS], "length is too short"),
+        (["demo", "--length", "16", *OPTIONS], "length is too short"),
+        (["demo", "--length", "2000", *OPTIONS], "prompt 0 has .* max_model_len=1024"),
+        (["bench", "latency", "--shapes", "1024"], "--shapes"),
+    ],
+)
+def test_errors_are_one_paragraph(capsys, command, words):
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    paragraph = printed.err.strip().splitlines()[-1]
+    assert paragraph.startswith(f"sparsejax {command[0]}: ")
+    assert "Traceback" not in printed.err
+    assert re.search(words, paragraph), paragraph
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels run on a GPU")
+def test_kernels_without_a_gpu_are_refused_at_once(capsys):
+    assert main(["generate", "x", "--implementation", "triton", *OPTIONS]) == 1
+    assert 'implementation="triton" needs an NVIDIA GPU' in capsys.readouterr().err
+
+
+def test_an_unsupported_model_is_one_paragraph(capsys, tmp_path):
+    folder = write_config(tmp_path / "model", model_type="mamba")
+    for command in (["generate", "x", "--model"], ["convert"]):
+        assert main([*command, str(folder), *([str(tmp_path / "out")] if command == ["convert"] else [])]) == 1
+        assert "'mamba' is not supported. Supported: llama" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
