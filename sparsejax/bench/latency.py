@@ -113,9 +113,9 @@ def measure(
     prompts = rng.integers(0, config.vocab_size, (batch, context)).tolist()
     chunk = runner.prefill_buckets[-1]
     total = batch * context
-    # Compiles what the real run needs: a full chunk, a last one of the same size, and the decode of this batch.
-    rehearsal = -(-min(total, chunk + total % chunk) // batch)
-    _run(llm, [prompt[:rehearsal] for prompt in prompts], num_tokens=WARMUP_STEPS + batch, steps=1)
+    # Compiles what the timed prefill needs: a full chunk, a last one of the same size, the release of rows.
+    rehearsal = min(total, chunk + total % chunk)
+    _run(llm, [prompt[:rehearsal] for prompt in prompts[: -(-rehearsal // context)]], num_tokens=1, steps=0)
     prefill_seconds = _run(llm, prompts, num_tokens=1, steps=0).first_tokens
     num_tokens = _decoded(steps, batch=batch, context=context, chunk=chunk)
     decode = _run(llm, prompts, num_tokens=num_tokens, steps=steps, profiled=profiled, trace_folder=trace_folder)
