@@ -19,6 +19,7 @@ from sparsejax.bench.profile import Profile, profile
 from sparsejax.bench.timing import summary
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.llm import LLM
+from sparsejax.engine.memory import tree_bytes
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.models import ModelConfig
 
@@ -41,7 +42,10 @@ class Latency:
       host_seconds: median time the host needs to plan and dispatch a step.
       bytes_read: weights and K/V that a step must read.
       step_fraction: of the limit: bytes_read over the read-only bandwidth, over step_seconds.
-      peak_bytes: most device memory in use so far, as the allocator reports; 0 where it does not.
+      weight_bytes, cache_bytes, state_bytes: device memory of the parameters, of the KV cache (pool, tables, free list)
+        and of the decode state.
+      peak_bytes: most device memory in use so far, as the allocator reports; 0 where it does not. What it exceeds the
+        three by is a step's scratch.
       device_seconds: of a decode step with a kernel running, by the profiler; None if not profiled, or without a GPU.
       idle_share: of step_seconds in which no kernel runs (profiled kernels against the time without a profiler).
       trace_idle_share: of the profiled steps' span; larger where the profiler holds up the host.
@@ -58,6 +62,9 @@ class Latency:
     host_seconds: float
     bytes_read: int
     step_fraction: float
+    weight_bytes: int
+    cache_bytes: int
+    state_bytes: int
     peak_bytes: int
     device_seconds: float | None = None
     idle_share: float | None = None
@@ -65,7 +72,7 @@ class Latency:
     profile: Profile | None = None
 
 
-def weight_bytes(config: ModelConfig, params) -> int:
+def weight_bytes_read(config: ModelConfig, params) -> int:
     """Bytes of parameters that every step reads: all, but of an untied embedding table only single rows."""
     total = sum(x.nbytes for x in jax.tree.leaves(params))
     return total if config.tie_embeddings else total - params["embed"].nbytes
@@ -122,7 +129,7 @@ def measure(
     step = summary(decode.steps)
     item = np.dtype(runner.layout.dtype).itemsize
     kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * item
-    bytes_read = weight_bytes(config, runner.params) + decode.tokens * kv_per_token
+    bytes_read = weight_bytes_read(config, runner.params) + decode.tokens * kv_per_token
     stats = jax.devices()[0].memory_stats() or {}
     busy = decode.profile.busy_seconds if decode.profile and decode.profile.kernels else None
     return Latency(
@@ -136,6 +143,9 @@ def measure(
         host_seconds=summary(decode.host).median,
         bytes_read=bytes_read,
         step_fraction=bytes_read / ceilings.read / step.median,
+        weight_bytes=tree_bytes([runner.params]),
+        cache_bytes=tree_bytes([runner.cache]),
+        state_bytes=tree_bytes([runner.state]),
         peak_bytes=stats.get("peak_bytes_in_use", 0),
         device_seconds=busy,
         idle_share=None if busy is None else max(0.0, 1 - busy / step.median),
@@ -199,13 +209,18 @@ def _run(
 
 def format_table(rows: list[Latency]) -> str:
     """A line per batch; "idle" is the GPU's, and "-" where the steps were not profiled."""
-    lines = ["batch  context  prefill s   tok/s  of matmul  step ms  spread  host ms  of limit   idle  peak GiB"]
+    lines = [
+        "batch  context  prefill s   tok/s  of matmul  step ms  spread  host ms  of limit   idle"
+        "  weights + cache + state, peak GiB"
+    ]
     for row in rows:
         idle = "-" if row.idle_share is None else f"{row.idle_share:.1%}"
         lines.append(
             f"{row.batch:5d}  {row.context:7d}  {row.prefill_seconds:9.2f}  {row.prefill_rate:6.0f}"
             f"  {row.prefill_fraction:9.2f}  {1e3 * row.step_seconds:7.2f}  {row.step_spread:6.3f}"
-            f"  {1e3 * row.host_seconds:7.2f}  {row.step_fraction:8.3f}  {idle:>5}  {row.peak_bytes / 2**30:8.1f}"
+            f"  {1e3 * row.host_seconds:7.2f}  {row.step_fraction:8.3f}  {idle:>5}"
+            f"  {row.weight_bytes / 2**30:7.1f} + {row.cache_bytes / 2**30:5.1f} + {row.state_bytes / 2**30:5.2f}"
+            f", {row.peak_bytes / 2**30:8.1f}"
         )
     return "\n".join(lines)
 

@@ -44,7 +44,9 @@ def test_weights_and_work_of_a_model():
     config = ModelConfig.from_hf(RAW)
     params = init_params(config, jax.random.key(0), jnp.float32)
     norms = 5 * 32
-    assert latency.weight_bytes(config, params) == 4 * (PROJECTIONS + norms + 64 * 32)  # lm_head, not the embedding
+    assert latency.weight_bytes_read(config, params) == 4 * (
+        PROJECTIONS + norms + 64 * 32
+    )  # lm_head, not the embedding
     attention = 2 * 10 * 10 * 4 * 8 * 2
     assert latency.prefill_flops(config, params, 10) == 2 * 10 * (PROJECTIONS + norms) + attention
 
