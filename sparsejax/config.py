@@ -35,7 +35,13 @@ class EngineConfig:
       seed: seeds the requests that bring none of their own.
       tokenizer: folder or Hugging Face id of the tokenizer. Default: the model's.
       skip_tokenizer_init: work on token ids only; outputs then carry no text.
-      enable_prefix_caching: share the pages of equal prompt prefixes; not available yet.
+      enable_prefix_caching: keep the tokens of requests that have ended, and give a new request the longest prefix of
+        its prompt that some request has or had, instead of computing it again. Requests with `prompt_logprobs` or a
+        repetition penalty compute their whole prompt all the same. No effect on models with "dynamic" RoPE, whose keys
+        depend on the length of the prompt.
+      max_resident_rows: for prefix caching: requests beyond max_num_seqs that the slot table has rows for. At least as
+        many can be kept after their end; their pages are given up first whenever pages are needed.
+        Default: max_num_seqs.
       methods: sparse methods that requests may use. Default: all that are available.
       default_compression: the method of requests that name none.
       page_size: tokens in one page of the KV cache, a power of two.
@@ -56,7 +62,8 @@ class EngineConfig:
     seed: int = 0
     tokenizer: str | Path | None = None
     skip_tokenizer_init: bool = False
-    enable_prefix_caching: bool = False
+    enable_prefix_caching: bool = True
+    max_resident_rows: int | None = None
     methods: tuple[str, ...] | None = None
     default_compression: CompressionParams | None = None
     page_size: int = 32
@@ -66,7 +73,8 @@ class EngineConfig:
     warmup: bool | Literal["greedy"] = False
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_seqs", "num_pages"):
+        positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_seqs", "num_pages")
+        for name in (*positive, "max_resident_rows"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidArgumentError(f"{name} must be a positive whole number, got {value!r}.")
@@ -80,14 +88,13 @@ class EngineConfig:
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("table_granularity", self.table_granularity, (None, *GRANULARITIES))
         _require_choice("implementation", self.implementation, (None, "triton", "xla"))
+        _require_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
         _require_choice("warmup", self.warmup, (False, True, "greedy"))
         if self.tensor_parallel_size != 1:
             raise InvalidArgumentError(
                 f"tensor_parallel_size must be 1: tensor parallelism is not available yet, got "
                 f"{self.tensor_parallel_size!r}. Run one engine a GPU instead."
             )
-        if self.enable_prefix_caching:
-            raise InvalidArgumentError("enable_prefix_caching must be False: prefix caching is not available yet.")
         if self.methods is not None:
             from sparsejax import methods
 

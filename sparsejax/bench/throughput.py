@@ -258,7 +258,7 @@ class _Server:
         if ended:
             self._active = [i for i in self._active if not self.submissions[i].finished]
         scheduler = self.engine.scheduler
-        used = scheduler.config.num_free_entries - scheduler.free_entries
+        used = scheduler.config.num_free_entries - scheduler.available_entries
         self.timeline.seconds.append(now)
         self.timeline.running.append(scheduler.num_running)
         self.timeline.waiting.append(scheduler.num_waiting)

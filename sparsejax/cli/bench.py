@@ -151,6 +151,8 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "num_pages": args.num_pages,
         "implementation": args.implementation,
         "gpu_memory_utilization": args.gpu_memory_utilization,
+        # Timed prompts are run more than once; a cached prefix would leave nothing to time.
+        "enable_prefix_caching": False,
     }
     return {name: value for name, value in chosen.items() if value is not None}
 

@@ -39,13 +39,14 @@ def build_engine(
     max_num_seqs = config.max_num_seqs or (16 if on_cpu else 256)
     max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 2048)
     max_model_len = _max_model_len(model_config, config.max_model_len)
+    max_resident_rows = _max_resident_rows(model_config, config, max_num_seqs)
     decoder = Decoder(model_config, params["embed"].dtype)
     layout = CacheLayout(
         num_layers=model_config.num_layers,
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         num_pages=2 * model_config.num_layers * model_config.num_kv_heads,  # the smallest; sized below
-        max_rows=max_num_seqs,
+        max_rows=max_num_seqs + max_resident_rows,
         max_slots=max_model_len,
         page_size=config.page_size,
         granularity=config.table_granularity or "shared",  # no method so far lets layers or heads differ
@@ -84,6 +85,7 @@ def build_engine(
     if config.warmup:
         runner.warm_up(
             greedy_only=config.warmup == "greedy",
+            forks=max_resident_rows > 0,
             progress=lambda variants: tqdm(variants, desc="compiling", unit="step"),
         )
     scheduler = Scheduler(
@@ -95,9 +97,17 @@ def build_engine(
             num_free_entries=layout.num_entries - 1,
             entries_per_page_column=layout.entries_per_page_column,
             max_model_len=max_model_len,
+            max_resident_rows=max_resident_rows,
         )
     )
     return Engine(runner, scheduler, tokenizer=tokenizer, seed=config.seed)
+
+
+def _max_resident_rows(model: ModelConfig, config: EngineConfig, max_num_seqs: int) -> int:
+    """Rows for prefix caching; 0 without it, and with dynamic RoPE, where keys depend on the prompt's length."""
+    if not config.enable_prefix_caching or model.rope.kind == "dynamic":
+        return 0
+    return config.max_resident_rows or max_num_seqs
 
 
 def _max_model_len(model: ModelConfig, asked: int | None) -> int:

@@ -11,6 +11,7 @@ has one surplus token in flight, which is discarded.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ from sparsejax.engine.detokenizer import decode_function
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.memory import explain_out_of_memory
 from sparsejax.engine.outputs import Logprob, logprobs_of_token
+from sparsejax.engine.plan import Chunk, Fork, Plan, Release
+from sparsejax.engine.prefix_cache import PrefixCacheStats
 from sparsejax.engine.request import Request, derive_seed, expand
 from sparsejax.engine.runner import Runner
 from sparsejax.engine.sampling import SampleOutput
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
-from sparsejax.engine.scheduler import Chunk, Scheduler
+from sparsejax.engine.scheduler import Scheduler
 from sparsejax.engine.state import StepOutput
 from sparsejax.engine.stopping import check_stop, detokenizer_for
 from sparsejax.engine.submission import Answer, Submission
@@ -44,6 +47,7 @@ class InFlight:
       sampling: (lane of the output, request) of each token it samples.
       chunks: what a prefill step computed, in packing order; empty for a decode step.
       output: device values.
+      forked: bool[] values that must be true: the forks dispatched with the step.
       free_entries: what the device must report if host and device agree; None if a later step of the plan tells.
     """
 
@@ -51,6 +55,7 @@ class InFlight:
     chunks: Sequence[Chunk]
     output: StepOutput
     free_entries: int | None
+    forked: Sequence[jax.Array] = ()
 
 
 class Engine:
@@ -98,6 +103,15 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do: requests to serve, or results to read."""
         return self.scheduler.has_unfinished or bool(self._in_flight)
+
+    @property
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        """What prefix caching did and holds; all zero if it is off."""
+        return self.scheduler.prefix_cache_stats
+
+    def reset_prefix_cache(self) -> None:
+        """Gives up all rows that are kept for reuse; their pages are free with the next step."""
+        self.scheduler.reset_prefix_cache()
 
     def check(self, prompt: TokenizedPrompt, params: SamplingParams, *, name: str = "prompt") -> None:
         """Raises what `add` would raise for this prompt, and changes nothing.
@@ -166,8 +180,7 @@ class Engine:
         if self.scheduler.must_preempt():
             self._read()  # a victim's replay needs every token it was given
         plan = self.scheduler.schedule()
-        if plan.release:
-            self.runner.release(plan.release)
+        forked = self._change_table(plan)
         dispatched: list[InFlight] = []
         expected = self.scheduler.free_entries
         if plan.decode:
@@ -180,20 +193,31 @@ class Engine:
                 for lane, chunk in enumerate(plan.prefill)
                 if chunk.is_last and not chunk.request.is_replay
             ]
-            dispatched.append(InFlight(sampling, plan.prefill, output, expected))
+            dispatched.append(InFlight(sampling, plan.prefill, output, expected, forked))
         for flight in dispatched:
-            jax.tree.map(lambda x: x.copy_to_host_async(), flight.output)
+            jax.tree.map(lambda x: x.copy_to_host_async(), (flight.output, flight.forked))
         self._read()
         self._in_flight = dispatched
+
+    def _change_table(self, plan: Plan) -> list[jax.Array]:
+        """Dispatches the plan's changes in order, neighbours of a kind together; returns what `Runner.fork` does."""
+        forked = []
+        for kind, changes in itertools.groupby(plan.changes, type):
+            if kind is Fork:
+                forked += self.runner.fork([change for change in changes if isinstance(change, Fork)])
+            else:
+                self.runner.release([change.row for change in changes if isinstance(change, Release)])
+        return forked
 
     def _read(self) -> None:
         """Waits for the steps in flight and hands out their tokens."""
         flights, self._in_flight = self._in_flight, []
         for flight in flights:
             start = time.perf_counter()
-            output: StepOutput = jax.device_get(flight.output)
+            output: StepOutput
+            output, forked = jax.device_get((flight.output, flight.forked))
             self.wait_seconds += time.perf_counter() - start
-            if not output.ok or flight.free_entries not in (None, int(output.free_entries)):
+            if not output.ok or not all(forked) or flight.free_entries not in (None, int(output.free_entries)):
                 raise SchedulingError(
                     f"the device has {int(output.free_entries)} free table entries where the scheduler counted "
                     f"{flight.free_entries}. The cache is emptied. Please report this."

@@ -173,6 +173,10 @@ class LLM:
         finally:
             self.engine.cancel(submission)
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets the prefixes that are kept for reuse; their pages are free with the next step."""
+        self.engine.reset_prefix_cache()
+
     def _tokenize_chat(
         self,
         messages: Any,

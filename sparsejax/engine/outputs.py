@@ -90,13 +90,15 @@ class RequestMetrics:
       finished_time: when its last answer ended.
       num_prompt_tokens: of the prompt.
       num_generated_tokens: of all answers together.
+      num_cached_tokens: of the prompt, taken from the prefix cache instead of being computed; all answers together.
       num_preemptions: how often it lost its cache and was recomputed.
-      kv_bytes: the most KV cache it held, whole pages, all answers together.
+      kv_bytes: the most KV cache it held, whole pages, all answers together; pages shared with others count in full.
     """
 
     arrival_time: float
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
     num_preemptions: int = 0
     kv_bytes: int = 0
     first_scheduled_time: float | None = None

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sparsejax.engine.plan import Chunk
 from sparsejax.engine.sampling import to_rows
 from sparsejax.engine.sampling_params import SamplingParams
-from sparsejax.engine.scheduler import Chunk
 from sparsejax.engine.state import PrefillBatch
 
 IDLE = SamplingParams(temperature=0.0)  # parameters of segments that hold no request
@@ -42,7 +42,7 @@ def pack(chunks: Sequence[Chunk], *, size: int, segments: int, eos_token_ids: tu
         positions[span] = position
         rope_lengths[span] = np.maximum(position + 1, prompt_length)
         generated[span] = position >= prompt_length
-        rows[i], first[i], last[i] = request.row, chunk.start == 0, chunk.is_last
+        rows[i], first[i], last[i] = request.row, chunk.is_first, chunk.is_last
         num_output[i] = len(request.output_token_ids)
         if chunk.is_last and request.output_token_ids:
             newest[i] = request.output_token_ids[-1]

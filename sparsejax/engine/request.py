@@ -43,6 +43,8 @@ class Request:
       row: row of the slot table, None while it has none.
       num_computed: tokens whose K/V is in the cache, or will be once all dispatched steps have run.
       first_scheduled_time: when its first chunk was planned, seconds on the scheduler's clock.
+      num_reused: tokens that its row was given from another when it was last admitted; its prefill begins behind them.
+      num_cached_tokens: tokens of the prompt that prefix caching gave it when it was first admitted.
       num_preemptions: how often it lost its row and started over.
       finish_reason: "stop", "length" or "abort" once FINISHED.
       stop_reason: the stop string or stop token id that ended it; None for the model's end token.
@@ -64,6 +66,8 @@ class Request:
     row: int | None = None
     status: Status = Status.WAITING
     first_scheduled_time: float | None = None
+    num_reused: int = 0
+    num_cached_tokens: int = 0
     num_preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Implementation
-from sparsejax.cache import CacheLayout, KVCache, init_cache, release
+from sparsejax.cache import CacheLayout, KVCache, fork, init_cache, release
 from sparsejax.engine import buckets
 from sparsejax.engine.packing import pack
+from sparsejax.engine.plan import Chunk, Fork
 from sparsejax.engine.request import Request
-from sparsejax.engine.scheduler import Chunk
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, init_state
 from sparsejax.engine.steps import StepOptions, decode_step, options_for, prefill_step
 from sparsejax.models import Decoder
@@ -28,6 +28,7 @@ from sparsejax.models import Decoder
 # Rematerialisation counts a donated pool twice, and so spends compile time on saving memory that is not short.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 RELEASE_ROWS = 8  # rows one release call takes; more are released by more calls
+FORK_ROWS = 8  # likewise, forks of one call
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class CompiledSteps:
     Attributes:
       prefill, decode: (params, cache, state, batch or rows, options) -> (cache, state, output), cache, state donated.
       release: (cache, rows) -> cache; cache donated.
+      fork: (cache, source, target, count, implementation) -> (cache, ok); cache donated.
       compilations: how often each was traced, by name. While serving after a warm-up these stay constant.
     """
 
     prefill: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
     decode: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
     release: Callable[[KVCache, jax.Array], KVCache]
+    fork: Callable[..., tuple[KVCache, jax.Array]]
     compilations: Counter[str]
 
 
@@ -62,10 +65,15 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
         compilations["release"] += 1
         return release(cache, rows)
 
+    def run_fork(cache, source, target, count, implementation):
+        compilations["fork"] += 1
+        return fork(cache, source, target, count, implementation=implementation)
+
     return CompiledSteps(
         prefill=compiled("prefill", prefill_step),
         decode=compiled("decode", decode_step),
         release=jax.jit(run_release, donate_argnums=0),
+        fork=jax.jit(run_fork, static_argnums=4, donate_argnums=0),
         compilations=compilations,
     )
 
@@ -139,13 +147,29 @@ class Runner:
             some += [0] * (RELEASE_ROWS - len(some))
             self.cache = self._steps.release(self.cache, jnp.asarray(np.asarray(some, np.int32)))
 
+    def fork(self, forks: Sequence[Fork]) -> list[jax.Array]:
+        """Gives rows the first tokens of others. Returns bool[] values that are all true if nothing went wrong."""
+        succeeded = []
+        for first in range(0, len(forks), FORK_ROWS):
+            some = list(forks[first : first + FORK_ROWS])
+            lanes = np.zeros((3, FORK_ROWS), np.int32)
+            lanes[:, : len(some)] = np.transpose([(each.source, each.target, each.count) for each in some])
+            self.cache, ok = self._steps.fork(self.cache, *lanes, self.implementation)
+            succeeded.append(ok)
+        return succeeded
+
     def warm_up(
-        self, *, greedy_only: bool = False, progress: Callable[[Sequence], Iterable] = lambda steps: steps
+        self,
+        *,
+        greedy_only: bool = False,
+        forks: bool = False,
+        progress: Callable[[Sequence], Iterable] = lambda steps: steps,
     ) -> None:
         """Compiles and runs every step variant on the null row, which leaves no trace.
 
         Args:
           greedy_only: only the variants of requests that take the likeliest token and ask for nothing else.
+          forks: rows will be forked.
           progress: wraps the list of variants, for a progress bar.
         """
         variants = [
@@ -162,6 +186,8 @@ class Runner:
                 step, batch = self._steps.decode, jnp.zeros(size, jnp.int32)
             self.cache, self.state, _ = step(self.params, self.cache, self.state, batch, options)
         self.release([0])
+        if forks:
+            self.fork([Fork(0, 0, 0)])
         jax.block_until_ready(self.cache.free.count)
 
     def _pack(self, chunks: Sequence[Chunk], *, size: int | None = None) -> PrefillBatch:

@@ -95,6 +95,7 @@ class Submission:
                 arrival_time=self.arrival_time,
                 num_prompt_tokens=len(self.prompt.token_ids),
                 num_generated_tokens=self.num_generated_tokens,
+                num_cached_tokens=sum(answer.request.num_cached_tokens for answer in self.answers),
                 num_preemptions=sum(answer.request.num_preemptions for answer in self.answers),
                 kv_bytes=sum(answer.kv_bytes for answer in self.answers),
                 first_scheduled_time=min(scheduled, default=None),

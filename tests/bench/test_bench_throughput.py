@@ -74,7 +74,7 @@ def test_everything_is_served_and_adds_up(llm, served):
     assert sum(served.itls) == pytest.approx(sum(record.e2e - record.ttft for record in served.records))
     assert served.records[1].tpot is None
     assert 0 < served.host_seconds < served.wall_seconds
-    assert llm.engine.scheduler.free_entries == llm.engine.scheduler.config.num_free_entries
+    assert llm.engine.scheduler.available_entries == llm.engine.scheduler.config.num_free_entries
     assert not llm.engine.has_unfinished
 
 

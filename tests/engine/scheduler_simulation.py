@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from sparsejax.engine.plan import Fork
 from sparsejax.engine.request import Request, Status, derive_seed
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.scheduler import Scheduler, SchedulerConfig
@@ -33,9 +34,10 @@ def config(**changes) -> SchedulerConfig:
     return SchedulerConfig(**{**base, **changes})
 
 
-def request(name: str, prompt: int, max_tokens: int = 4, *, ignore_eos: bool = True) -> Request:
-    ids = [1 + (derive_seed(prompt, i + 1) % 40) for i in range(prompt)]
-    return Request(name, ids, SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos))
+def request(name: str, prompt: int, max_tokens: int = 4, *, shared: int = 0, family: int = 0, **params) -> Request:
+    """A request with `prompt` tokens, the first `shared` of which are those of its family."""
+    ids = [1 + (derive_seed(1000 + family if i < shared else prompt, i + 1) % 40) for i in range(prompt)]
+    return Request(name, ids, SamplingParams(max_tokens=max_tokens, **({"ignore_eos": True} | params)))
 
 
 def ends(each: Request, answer: list[int]) -> str | None:
@@ -58,6 +60,36 @@ def answer_alone(each: Request) -> list[int]:
     return answer
 
 
+class Device:
+    """Rows of pages of tokens, shared by identity: what the device's cache is to the scheduler's counts."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.rows: dict[int, list[list[int]]] = {}
+
+    def text(self, row: int) -> list[int]:
+        return [token for page in self.rows.get(row, []) for token in page]
+
+    def append(self, row: int, tokens: list[int]) -> None:
+        pages = self.rows.setdefault(row, [])
+        for token in tokens:
+            if not pages or len(pages[-1]) == self.page_size:
+                pages.append([])
+            assert sum(page is pages[-1] for each in self.rows.values() for page in each) == 1, "shared pages are full"
+            pages[-1].append(token)
+
+    def fork(self, source: int, target: int, count: int) -> None:
+        assert target not in self.rows, "forked into an empty row"
+        assert 0 < count <= len(self.text(source)), "only what is there can be taken over"
+        whole, rest = divmod(count, self.page_size)
+        self.rows[target] = self.rows[source][:whole]
+        if rest:
+            self.rows[target].append(self.rows[source][whole][:rest])
+
+    def num_pages(self, rows) -> int:
+        return len({id(page) for row in rows for page in self.rows[row]})
+
+
 @dataclass
 class Engine:
     """Runs plans on a simulated device whose results the host reads `lag` steps late, checking every promise."""
@@ -65,13 +97,17 @@ class Engine:
     scheduler: Scheduler
     clock: FakeClock
     lag: int = 1
-    rows: dict[int, list[int]] = field(default_factory=dict)  # K/V of each row, as the tokens they stand for
+    device: Device = field(init=False)
     newest: dict[int, int] = field(default_factory=dict)
     in_flight: deque = field(default_factory=deque)
     alive: list[Request] = field(default_factory=list)
     ended: list[Request] = field(default_factory=list)
     came_back: dict[int, int] = field(default_factory=dict)  # step in which a replay began, by order
     steps: int = 0
+    prefilled: int = 0  # tokens that prefill steps have computed
+
+    def __post_init__(self) -> None:
+        self.device = Device(self.scheduler.config.page_size)
 
     def add(self, each: Request) -> None:
         self.scheduler.add(each)
@@ -92,8 +128,7 @@ class Engine:
         before = {each.request_id: each.status for each in self.alive}
         plan = self.scheduler.schedule()
         assert bool(plan.preempted) == preempts
-        for row in plan.release:
-            del self.rows[row]  # each row is released exactly once
+        self._change_table(plan)
         for each in plan.preempted:
             assert (each.status, each.row, each.num_computed, each.num_unread) == (Status.WAITING, None, 0, 0)
             assert before[each.request_id] is not Status.PREFILLING, "a begun prefill is never preempted"
@@ -113,6 +148,13 @@ class Engine:
             self.read()
         return plan
 
+    def _change_table(self, plan) -> None:
+        for change in plan.changes:
+            if isinstance(change, Fork):
+                self.device.fork(change.source, change.target, change.count)
+            else:
+                del self.device.rows[change.row]  # each row is released exactly once
+
     def _check_prefill(self, plan, before) -> None:
         limits = self.scheduler.config
         counts = [chunk.count for chunk in plan.prefill]
@@ -122,6 +164,8 @@ class Engine:
         budget = limits.max_num_batched_tokens
         for chunk in plan.prefill:
             rest = chunk.request.prefill_target - chunk.start
+            began = before[chunk.request.request_id] is Status.WAITING or chunk.request in plan.preempted
+            assert chunk.is_first == began
             assert chunk.count == min(rest, budget), "a chunk is as long as the budget allows"
             assert chunk.is_last == (chunk.count == rest)
             budget -= chunk.count
@@ -130,9 +174,11 @@ class Engine:
 
     def _prefill(self, chunk) -> int | None:
         each = chunk.request
-        row = self.rows.setdefault(each.row, [])
-        assert len(row) == chunk.start, "chunks cover the text in order, from an empty row"
-        row += each.tokens[chunk.start : chunk.start + chunk.count]
+        assert len(self.device.text(each.row)) == chunk.start, "chunks cover the text in order, from an empty row"
+        self.device.append(each.row, each.tokens[chunk.start : chunk.start + chunk.count])
+        self.prefilled += chunk.count
+        row = self.device.text(each.row)
+        assert row == each.tokens[: len(row)], "a forked prefix is the request's own"
         if not chunk.is_last:
             return None
         sampled = None if each.is_replay else next_token(row)
@@ -140,24 +186,31 @@ class Engine:
         return sampled
 
     def _decode(self, each: Request) -> int:
-        row = self.rows[each.row]
-        row.append(self.newest[each.row])
-        self.newest[each.row] = next_token(row)
+        self.device.append(each.row, [self.newest[each.row]])
+        self.newest[each.row] = next_token(self.device.text(each.row))
         return self.newest[each.row]
 
     def _check_counts(self) -> None:
-        scheduler = self.scheduler
-        held = sum(scheduler.entries_for(len(row)) for row in self.rows.values())
-        assert held + scheduler.free_entries == scheduler.config.num_free_entries
+        scheduler, rows, limits = self.scheduler, self.device.rows, self.scheduler.config
+        held = self.device.num_pages(rows) * limits.entries_per_page_column
+        assert held + scheduler.free_entries == limits.num_free_entries
         owners = [each.row for each in self.alive if each.row is not None]
         assert len(set(owners)) == len(owners) == scheduler.num_running
-        assert set(owners) == set(self.rows) <= set(range(1, scheduler.config.max_num_seqs + 1))
+        assert set(owners) <= set(rows) <= set(range(1, limits.max_num_seqs + limits.max_resident_rows + 1))
+        stats = scheduler.prefix_cache_stats
+        assert stats.resident_rows == len(rows) - len(owners)
+        resident_pages = self.device.num_pages(rows) - self.device.num_pages(owners)
+        assert stats.resident_entries == resident_pages * limits.entries_per_page_column
+        assert limits.max_resident_rows or not stats.resident_rows
+        assert scheduler.available_entries == scheduler.free_entries + stats.resident_entries
         for each in self.alive:
             if each.row is not None:
-                assert each.num_computed == len(self.rows[each.row])
+                assert each.num_computed == len(self.device.text(each.row))
             if each.status is Status.RUNNING:
                 assert each.num_computed == len(each.prompt_token_ids) + each.num_dispatched_outputs - 1
             assert each.num_dispatched_outputs <= each.max_tokens
+        for row, text in scheduler.cached_texts().items():
+            assert self.device.text(row)[: len(text)] == list(text), "what can be taken over is there"
         admitted = [each.order for each in self.alive if each.row is not None]
         waiting = [each.order for each in self.alive if each.row is None]
         assert max(admitted, default=-1) < min(waiting, default=10**9), "nobody is overtaken"
@@ -176,14 +229,19 @@ class Engine:
         self.alive.remove(each)
         self.ended.append(each)
 
+    def run_to_end_of(self, each: Request) -> None:
+        while not each.finished:
+            self.step()
+
     def run(self, limit: int = 5000) -> None:
         while self.scheduler.has_unfinished:
             self.step()
             assert self.steps < limit, "no progress"
         self.read_all()
-        for row in self.scheduler.schedule().release:
-            del self.rows[row]
-        assert not self.rows
+        self._change_table(self.scheduler.schedule())
+        self.scheduler.reset_prefix_cache()
+        self._change_table(self.scheduler.schedule())
+        assert not self.device.rows
         assert self.scheduler.free_entries == self.scheduler.config.num_free_entries
 
 

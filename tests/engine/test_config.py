@@ -40,7 +40,6 @@ def test_lists_of_methods_become_tuples():
         ("implementation", "cuda", "triton, xla"),
         ("warmup", "all", "False, True, greedy"),
         ("tensor_parallel_size", 2, "not available yet, got 2"),
-        ("enable_prefix_caching", True, "not available yet"),
         ("methods", ["ful"], "must be one of full; got 'ful'"),
         ("default_compression", "full", "CompressionParams, got 'full'"),
         ("seed", -1, "whole number.*got -1"),

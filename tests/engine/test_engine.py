@@ -38,6 +38,7 @@ def tokens(outputs) -> list[list[int]]:
 
 def assert_all_free(llm) -> None:
     cache = llm.engine.runner.cache
+    llm.engine.reset_prefix_cache()
     llm.engine.runner.release(llm.engine.scheduler.schedule().release)
     assert int(llm.engine.runner.cache.free.count) == cache.layout.num_entries - 1
     assert llm.engine.scheduler.free_entries == cache.layout.num_entries - 1
@@ -75,6 +76,9 @@ def test_layout_does_not_change_tokens(make_llm, llm, page_size, granularity):
     other = make_llm(page_size=page_size, num_pages=None, table_granularity=granularity)
     expected = tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
     assert tokens(other.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+    again = other.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert tokens(again) == expected, "with prefixes from the cache"
+    assert sum(output.metrics.num_cached_tokens for output in again) > 0
     assert_all_free(other)
 
 
@@ -210,11 +214,15 @@ def test_steps_hold_no_copy_of_the_pool(make_llm):
     runner = llm.engine.runner
     pool = runner.cache.pool.k.nbytes
     batch = runner._pack([], size=16)
+    analyses = []
     from sparsejax.engine.steps import StepOptions
 
     for step, work in ((runner._steps.prefill, batch), (runner._steps.decode, jnp.zeros(2, jnp.int32))):
         lowered = step.lower(runner.params, runner.cache, runner.state, work, StepOptions(implementation="xla"))
-        analysis = lowered.compile().memory_analysis()
+        analyses.append(lowered.compile().memory_analysis())
+    lanes = [jnp.zeros(8, jnp.int32)] * 3
+    analyses.append(runner._steps.fork.lower(runner.cache, *lanes, "xla").compile().memory_analysis())
+    for analysis in analyses:
         assert analysis.alias_size_in_bytes >= 2 * pool
         assert analysis.temp_size_in_bytes < pool
 

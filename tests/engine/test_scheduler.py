@@ -30,7 +30,9 @@ def traces(draw):
         "entries_per_page_column": column,
         "num_free_entries": draw(st.integers(8, 40)) // page_size * column + draw(st.integers(0, column - 1)),
         "max_model_len": draw(st.integers(8, 64)),
+        "max_resident_rows": draw(st.sampled_from([0, 1, 2, 8])),  # 0: no prefix caching
     }
+    needing = [{}, {}, {"prompt_logprobs": 1}, {"repetition_penalty": 1.5}, {"presence_penalty": 0.5}]
     jobs = draw(
         st.lists(
             st.tuples(
@@ -38,7 +40,9 @@ def traces(draw):
                 st.integers(1, 40),  # max_tokens
                 st.integers(0, 16),  # arrives at step
                 st.one_of(st.none(), st.none(), st.integers(0, 40)),  # cancelled so many steps later
-                st.booleans(),  # ignores the end token
+                st.sampled_from([{"ignore_eos": False}, {"ignore_eos": True}]),
+                st.sampled_from(needing),
+                st.tuples(st.sampled_from([0, 0, 4, 9, 24]), st.integers(0, 1)),  # tokens shared with a family
             ),
             min_size=3,
             max_size=9,
@@ -53,13 +57,13 @@ def test_random_traces_keep_every_promise(trace):
     limits, jobs, lag = trace
     run = engine(lag, **limits)
     accepted, cancels = [], []
-    for number, (prompt, max_tokens, arrival, cancel, ignore_eos) in enumerate(jobs):
+    for number, (prompt, max_tokens, arrival, cancel, eos, needs, (shared, family)) in enumerate(jobs):
         while run.steps < arrival and run.scheduler.has_unfinished:
             run.step()
             for when, name in cancels:
                 if when == run.steps:
                     run.cancel(name)
-        each = request(str(number), prompt, max_tokens, ignore_eos=ignore_eos)
+        each = request(str(number), prompt, max_tokens, shared=shared, family=family, **eos, **needs)
         try:
             run.add(each)
         except PromptTooLongError:
