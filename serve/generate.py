@@ -1,6 +1,7 @@
 """Generation as one compiled program: prefill the prompts, then decode in a `lax.while_loop`, on params and a cache.
 
-No engine, no scheduler, no host in the loop. It runs the engine's own steps, so its tokens are the engine's tokens.
+No engine, no scheduler, no host in the loop. It runs the engine's own steps, so its tokens are those of a fresh engine
+of seed 0. It knows the model config's end tokens; a tokenizer's own go into `stop_token_ids`.
 
     config, params = load_model("folder", dtype=jnp.bfloat16)
     answers = generate(config, params, [[1, 2, 3], [4, 5]], SamplingParams(temperature=0.0, max_tokens=32))
@@ -18,13 +19,14 @@ import numpy as np
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, Granularity, KVCache, init_cache
 from sparsejax.engine import inputs
+from sparsejax.engine.build import positions_reach
 from sparsejax.engine.packing import pack
-from sparsejax.engine.request import Request
+from sparsejax.engine.request import Request, derive_seed
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.scheduler import Chunk
 from sparsejax.engine.state import DecodeState, PrefillBatch, init_state
 from sparsejax.engine.steps import StepOptions, decode_step, options_for, prefill_step
-from sparsejax.errors import InvalidArgumentError
+from sparsejax.errors import InvalidArgumentError, PromptTooLongError
 from sparsejax.models import Decoder, ModelConfig
 
 
@@ -80,6 +82,11 @@ def generate_loop(
     return cache, state, answer
 
 
+def seed_of(params: SamplingParams, index: int) -> int:
+    """The seed of the prompt's draws: its own, or what a fresh engine of seed 0 gives its `index`-th request."""
+    return derive_seed(0, index + 1) if params.seed is None else params.seed
+
+
 _generate_loop = jax.jit(
     generate_loop, static_argnames=("decoder", "max_tokens", "options"), donate_argnames=("cache", "state")
 )
@@ -112,17 +119,21 @@ def generate(
         for i, prompt in enumerate(inputs.as_prompts(prompts))
     ]
     each = inputs.one_each("sampling", sampling, SamplingParams, SamplingParams(), len(prompts))
-    if any(p.stop_strings or p.n != 1 for p in each):
-        raise InvalidArgumentError("stop strings and n > 1 need the engine: use LLM.generate.")
+    if any(p.stop_strings or p.n != 1 or p.logprobs is not None or p.prompt_logprobs is not None for p in each):
+        raise InvalidArgumentError("stop strings, n > 1 and log-probabilities need the engine: use LLM.generate.")
+    reach = positions_reach(config)
+    for i, prompt in enumerate(prompts):
+        if len(prompt) + 1 > reach:
+            raise PromptTooLongError(f"prompt {i} has {len(prompt)} tokens; this model's positions reach {reach}.")
     if not prompts:
         return []
     requests = [
-        Request(request_id=str(i), prompt_token_ids=prompt, params=params_, row=i + 1, seed=params_.seed or 0)
+        Request(request_id=str(i), prompt_token_ids=prompt, params=params_, row=i + 1, seed=seed_of(params_, i))
         for i, (prompt, params_) in enumerate(zip(prompts, each, strict=True))
     ]
     chunks = [Chunk(request=r, start=0, count=len(r.prompt_token_ids), is_last=True) for r in requests]
     batch = pack(chunks, size=sum(c.count for c in chunks), segments=len(chunks), eos_token_ids=config.eos_token_ids)
-    limit = np.array([p.max_tokens for p in each], np.int32)
+    limit = np.array([min(p.max_tokens, reach - len(t)) for p, t in zip(each, prompts, strict=True)], np.int32)
     ends = [p.stop_ids + (() if p.ignore_eos else config.eos_token_ids) for p in each]
     end_tokens = np.full((len(each), max(1, *map(len, ends))), -1, np.int32)
     for row, end in zip(end_tokens, ends, strict=True):

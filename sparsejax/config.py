@@ -79,7 +79,7 @@ class EngineConfig:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidArgumentError(f"{name} must be a positive whole number, got {value!r}.")
         if not isinstance(self.page_size, int) or self.page_size < 1 or self.page_size & (self.page_size - 1):
-            raise InvalidArgumentError(f"page_size must be a power of two (1, 2, 4, ..., 256), got {self.page_size!r}.")
+            raise InvalidArgumentError(f"page_size must be a power of two (1, 2, 4, ...), got {self.page_size!r}.")
         fraction = self.gpu_memory_utilization
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise InvalidArgumentError(f"gpu_memory_utilization must be a number in (0, 1], got {fraction!r}.")
@@ -96,6 +96,8 @@ class EngineConfig:
                 f"{self.tensor_parallel_size!r}. Run one engine a GPU instead."
             )
         if self.methods is not None:
+            if not self.methods or isinstance(self.methods, str):
+                raise InvalidArgumentError(f"methods must be a list of at least one name, got {self.methods!r}.")
             from sparsejax import methods
 
             for name in self.methods:
@@ -112,7 +114,7 @@ class EngineConfig:
         for name in kwargs:
             if name not in valid:
                 raise unknown_key_error(name, valid, "LLM")
-        if kwargs.get("methods") is not None:
+        if isinstance(kwargs.get("methods"), list):
             kwargs["methods"] = tuple(kwargs["methods"])
         return cls(**kwargs)
 

@@ -12,6 +12,7 @@ from sparsejax.config import EngineConfig
 from sparsejax.engine import memory
 from sparsejax.engine.engine import Engine
 from sparsejax.engine.runner import Runner
+from sparsejax.engine.sampling import MAX_EOS_IDS
 from sparsejax.engine.scheduler import Scheduler, SchedulerConfig
 from sparsejax.engine.state import init_state
 from sparsejax.errors import InvalidArgumentError
@@ -39,6 +40,10 @@ def build_engine(
     max_num_seqs = config.max_num_seqs or (16 if on_cpu else 256)
     max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 2048)
     max_model_len = _max_model_len(model_config, config.max_model_len)
+    if len(eos_token_ids) > MAX_EOS_IDS:
+        raise InvalidArgumentError(
+            f"the model and its tokenizer name {len(eos_token_ids)} end tokens; at most {MAX_EOS_IDS} are supported."
+        )
     max_resident_rows = _max_resident_rows(model_config, config, max_num_seqs)
     decoder = Decoder(model_config, params["embed"].dtype)
     layout = CacheLayout(
@@ -110,11 +115,17 @@ def _max_resident_rows(model: ModelConfig, config: EngineConfig, max_num_seqs: i
     return config.max_resident_rows or max_num_seqs
 
 
-def _max_model_len(model: ModelConfig, asked: int | None) -> int:
+def positions_reach(model: ModelConfig) -> int:
+    """Longest text, in tokens, that the model's positions are made for."""
     longest = model.max_position_embeddings
     if model.rope.kind in STRETCHING_ROPE:  # configs differ in whether that length counts the stretch already
         original = model.rope.original_max_position_embeddings or longest
         longest = max(longest, int(original * model.rope.factor))
+    return longest
+
+
+def _max_model_len(model: ModelConfig, asked: int | None) -> int:
+    longest = positions_reach(model)
     if asked is not None and asked > longest:
         raise InvalidArgumentError(
             f"max_model_len must be at most {longest}, what this model's positions reach; got {asked}."

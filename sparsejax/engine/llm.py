@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ class LLM:
             dtype = "float32"  # CPUs compute bfloat16 by converting it: slower and less exact
         with memory.explain_out_of_memory("loading the model's weights"):
             model_config, params = load_model(checkpoint.folder, dtype=None if dtype == "auto" else dtype)
-        self._start(model_config, params, tokenizer, config, eos_token_ids(checkpoint.folder, model_config, tokenizer))
+        self._start(model_config, params, tokenizer, config, eos_token_ids(model_config, tokenizer))
 
     @classmethod
     def from_params(cls, model_config: ModelConfig, params: Any, *, tokenizer: Any = None, **engine: Any) -> LLM:
@@ -62,8 +61,15 @@ class LLM:
           model_config: describes the params, see `sparsejax.models`.
           tokenizer: a transformers tokenizer; without one, prompts are token ids and outputs carry no text.
         """
+        config = EngineConfig.from_kwargs(**engine)
+        if config.dtype not in ("auto", params["embed"].dtype.name):
+            raise InvalidArgumentError(
+                f"dtype must be that of the params ({params['embed'].dtype.name}) or auto, got {config.dtype!r}: "
+                "cast the params instead."
+            )
+        tokenizer = None if config.skip_tokenizer_init else tokenizer
         self = cls.__new__(cls)
-        self._start(model_config, params, tokenizer, EngineConfig.from_kwargs(**engine), model_config.eos_token_ids)
+        self._start(model_config, params, tokenizer, config, eos_token_ids(model_config, tokenizer))
         return self
 
     def _start(
@@ -159,11 +165,10 @@ class LLM:
             if len(prompts) != 1:
                 raise InvalidArgumentError(f"stream takes one prompt, got {len(prompts)}: use generate for several.")
             tokenized = inputs.tokenize(prompts[0], self._tokenizer, self.model_config.vocab_size, index=0)
-        if sampling_params is not None and sampling_params.n != 1:
-            raise InvalidArgumentError(
-                f"n must be 1 in stream, got {sampling_params.n}: use generate for several answers."
-            )
-        (submission,) = self._submit([tokenized], sampling_params, compression_params)
+        (params,) = inputs.one_each("sampling_params", sampling_params, SamplingParams, SamplingParams(), 1)
+        if params.n != 1:
+            raise InvalidArgumentError(f"n must be 1 in stream, got {params.n}: use generate for several answers.")
+        (submission,) = self._submit([tokenized], params, compression_params)
         try:
             while not submission.finished:
                 self.engine.step()
@@ -246,12 +251,7 @@ class LLM:
         return [submission.output() for submission in submissions]
 
 
-def eos_token_ids(folder: Path, model_config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends an answer: chat models name some in generation_config.json or in the tokenizer only."""
-    ids: list[int | None] = list(model_config.eos_token_ids)
-    generation_config = folder / "generation_config.json"
-    if generation_config.exists():
-        named = json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id")
-        ids += named if isinstance(named, list) else [named]
-    ids.append(getattr(tokenizer, "eos_token_id", None))
+def eos_token_ids(model_config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends an answer: the checkpoint's, and what only the tokenizer names."""
+    ids = (*model_config.eos_token_ids, getattr(tokenizer, "eos_token_id", None))
     return tuple(dict.fromkeys(token for token in ids if token is not None))

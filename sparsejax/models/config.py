@@ -240,7 +240,10 @@ def _parse_rope(config: Mapping[str, Any], max_positions: int) -> RopeConfig:
 def _size(config: Mapping[str, Any], name: str) -> int:
     if name not in config:
         raise UnsupportedModelError(f"The model's config.json does not give {name}.")
-    return config[name]
+    value = config[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UnsupportedModelError(f"{name} must be a positive whole number, got {value!r}.")
+    return value
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

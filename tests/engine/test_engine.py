@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_engine import CONFIG, VOCAB
+from tiny_engine import CONFIG, ENGINE, VOCAB
 
 from serve.generate import generate
-from sparsejax import CompressionParams, SamplingParams
+from sparsejax import LLM, CompressionParams, SamplingParams
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.errors import InvalidArgumentError, PromptTooLongError, UnknownArgumentError
 from sparsejax.models import Decoder, dense_causal_attend
@@ -289,3 +291,22 @@ def test_metrics(llm):
     cached = len(PROMPTS[3]) + 9  # the last token never enters the cache
     pages = -(-cached // 4) * CONFIG.num_layers * CONFIG.num_kv_heads
     assert metrics.kv_bytes == pages * 4 * CONFIG.head_dim * 2 * 4
+
+
+def test_bad_engine_arguments_of_params_in_hand(make_llm, params):
+    with pytest.raises(InvalidArgumentError, match="float32"):
+        make_llm(dtype="bfloat16")
+    with pytest.raises(InvalidArgumentError, match="at least one name"):
+        make_llm(methods=[])
+    with pytest.raises(InvalidArgumentError, match="at least one name"):
+        make_llm(methods="full")
+    many = dataclasses.replace(CONFIG, eos_token_ids=tuple(range(20)))
+    with pytest.raises(InvalidArgumentError, match="20 end tokens"):
+        LLM.from_params(many, params, **ENGINE)
+
+
+def test_stream_checks_its_parameters(llm):
+    with pytest.raises(InvalidArgumentError, match="sampling_params"):
+        next(llm.stream(PROMPTS[0], {"temperature": 0}))
+    with pytest.raises(InvalidArgumentError, match="n must be 1"):
+        next(llm.stream(PROMPTS[0], SamplingParams(n=2)))

@@ -170,3 +170,16 @@ def test_to_hf_refuses_what_the_architecture_cannot_be():
     config = ModelConfig.from_hf(QWEN2)
     with pytest.raises(UnsupportedModelError, match="qk_norm"):
         ModelConfig(**{**vars(config), "qk_norm": True}).to_hf()
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_attention_heads", 0), ("hidden_size", "256"), ("vocab_size", True)])
+def test_a_size_that_is_no_size_is_named(name, value):
+    sizes = {
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "vocab_size": 99,
+    }
+    with pytest.raises(UnsupportedModelError, match=f"{name} must be a positive whole number"):
+        ModelConfig.from_hf({"model_type": "llama", **sizes, name: value})

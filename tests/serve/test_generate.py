@@ -10,7 +10,7 @@ from engine.tiny_engine import CONFIG, ENGINE, VOCAB
 
 from serve.generate import generate, layout_for
 from sparsejax import LLM, SamplingParams
-from sparsejax.errors import EmptyPromptError, InvalidArgumentError
+from sparsejax.errors import EmptyPromptError, InvalidArgumentError, PromptTooLongError
 from sparsejax.models import init_params
 
 RNG = np.random.default_rng(3)
@@ -63,6 +63,19 @@ def test_greedy_and_tables_of_another_shape(params, llm):
     assert generate(CONFIG, params, PROMPTS[:2], GREEDY, page_size=8, table_granularity="per_head") == expected
 
 
+def test_unseeded_prompts_draw_apart_as_in_a_fresh_engine(params):
+    sampling = SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True)
+    answers = generate(CONFIG, params, [PROMPTS[0]] * 2, sampling)
+    assert answers[0] != answers[1]
+    fresh = LLM.from_params(CONFIG, params, **ENGINE)
+    assert engine_tokens(fresh, [PROMPTS[0]] * 2, sampling) == answers
+
+
+def test_an_answer_ends_where_the_positions_end(params):
+    (answer,) = generate(CONFIG, params, [[5] * 124], GREEDY)
+    assert len(answer) == CONFIG.max_position_embeddings - 124
+
+
 @pytest.mark.parametrize(
     ("prompts", "sampling", "error", "words"),
     [
@@ -72,6 +85,8 @@ def test_greedy_and_tables_of_another_shape(params, llm):
         ([[1], [2]], [GREEDY], InvalidArgumentError, "sampling has 1 items for 2 prompts"),
         ([[1]], SamplingParams(stop="x"), InvalidArgumentError, "stop strings"),
         ([[1]], SamplingParams(n=2), InvalidArgumentError, "n > 1"),
+        ([[1]], SamplingParams(logprobs=2), InvalidArgumentError, "log-probabilities"),
+        ([[1] * 128], GREEDY, PromptTooLongError, "positions reach 128"),
     ],
 )
 def test_what_the_loop_refuses(params, prompts, sampling, error, words):
