@@ -21,13 +21,8 @@ from sparsejax.checkpoint.source import INDEX, MANIFEST, load_config, read_json,
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-_SIDE_FILES = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-)  # config and tokenizer, as their writers name them
+# Config and tokenizer, as their writers name them.
+_SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
 def convert_from_hf(source: str | Path, out: str | Path, *, dtype: str | None = None, progress: bool = True) -> Path:

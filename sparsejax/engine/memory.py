@@ -20,9 +20,8 @@ from sparsejax.engine.steps import StepOptions, decode_step, prefill_step
 from sparsejax.errors import OutOfMemoryError
 from sparsejax.models import Decoder
 
-CPU_POOL_BYTES = (
-    512 << 20
-)  # a CPU run is for trying things out: enough for tens of thousands of tokens of a small model
+# A CPU run is for trying things out: enough for tens of thousands of tokens of a small model.
+CPU_POOL_BYTES = 512 << 20
 MARGIN = 0.01  # of the device's memory, left for allocator rounding
 
 

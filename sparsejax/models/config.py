@@ -75,8 +75,8 @@ class ModelConfig:
         _require_supported_architecture(self.architecture)
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise UnsupportedModelError(f"{entry.name} must be a positive whole number, got {value!r}.")
+            if entry.type == "int":
+                _require_size(entry.name, value)
         if self.num_heads % self.num_kv_heads:
             raise UnsupportedModelError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}."
@@ -240,10 +240,13 @@ def _parse_rope(config: Mapping[str, Any], max_positions: int) -> RopeConfig:
 def _size(config: Mapping[str, Any], name: str) -> int:
     if name not in config:
         raise UnsupportedModelError(f"The model's config.json does not give {name}.")
-    value = config[name]
+    _require_size(name, config[name])
+    return config[name]
+
+
+def _require_size(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UnsupportedModelError(f"{name} must be a positive whole number, got {value!r}.")
-    return value
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
