@@ -137,6 +137,26 @@ def test_random_arrivals_and_cancellations(make_llm, alone, data):
     assert_all_free(llm)
 
 
+@pytest.mark.parametrize(("limit", "mixed_limit"), [(32, 32), (32, 5)])
+def test_decodes_ride_with_chunks(monkeypatch, make_llm, alone, limit, mixed_limit):
+    """Requests that come one by one are prefilled in the very steps in which others decode, if there is padding."""
+    llm = make_llm(max_num_batched_tokens=limit, max_mixed_tokens=mixed_limit, enable_prefix_caching=False)
+    engine, steps = llm.engine, []
+    for name in ("prefill", "decode", "mixed"):
+        run = getattr(engine.runner, name)
+        monkeypatch.setattr(engine.runner, name, lambda *work, name=name, run=run: steps.append(name) or run(*work))
+    submissions = []
+    for i, (prompt, params) in enumerate(zip(PROMPTS, MIXED, strict=True)):
+        submissions.append(engine.add(str(i), TokenizedPrompt(None, prompt), params))
+        engine.step()
+    while engine.has_unfinished:
+        engine.step()
+    assert [submission.output().outputs[0].token_ids for submission in submissions] == alone
+    assert steps[0] == "prefill"
+    assert steps.count("mixed") >= 3
+    assert_all_free(llm)
+
+
 def test_same_seed_same_tokens_and_n(llm):
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=8, n=3, ignore_eos=True)
     first = llm.generate(PROMPTS[0], params, use_tqdm=False)[0]
@@ -206,7 +226,7 @@ def test_nothing_compiles_after_warm_up(make_llm):
     llm.generate(PROMPTS, asked, use_tqdm=False)
     llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert llm.engine.runner.compilations == before
-    assert sum(before.values()) > 0
+    assert all(before[step] > 0 for step in ("prefill", "decode", "mixed"))
     assert_all_free(llm)
 
 
@@ -219,7 +239,9 @@ def test_steps_hold_no_copy_of_the_pool(make_llm):
     analyses = []
     from sparsejax.engine.steps import StepOptions
 
-    for step, work in ((runner._steps.prefill, batch), (runner._steps.decode, jnp.zeros(2, jnp.int32))):
+    rows = jnp.zeros(2, jnp.int32)
+    steps = runner._steps
+    for step, work in ((steps.prefill, batch), (steps.decode, rows), (steps.mixed, (batch, rows))):
         lowered = step.lower(runner.params, runner.cache, runner.state, work, StepOptions(implementation="xla"))
         analyses.append(lowered.compile().memory_analysis())
     lanes = [jnp.zeros(8, jnp.int32)] * 3
@@ -261,6 +283,8 @@ def test_bad_parameters_are_named(llm, make_llm):
         make_llm(max_num_seq=3)
     with pytest.raises(InvalidArgumentError, match="at most 128"):
         make_llm(max_model_len=129)
+    with pytest.raises(InvalidArgumentError, match="at most max_num_batched_tokens=32, got 33"):
+        make_llm(max_mixed_tokens=33)
     with pytest.raises(InvalidArgumentError, match="power of two"):
         make_llm(page_size=3)
     with pytest.raises(UnknownArgumentError, match="full"):
