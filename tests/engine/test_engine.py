@@ -157,6 +157,34 @@ def test_decodes_ride_with_chunks(monkeypatch, make_llm, alone, limit, mixed_lim
     assert_all_free(llm)
 
 
+def test_logprobs_are_the_same_beside_decodes(make_llm):
+    """Whoever decodes beside it, a chunk gets the log-probabilities of its prompt; nobody else gets any."""
+    engine = make_llm(enable_prefix_caching=False).engine
+    asking = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=2, prompt_logprobs=2)
+
+    def serve(others: int) -> list:
+        submissions = [engine.add(str(i), TokenizedPrompt(None, PROMPTS[i]), GREEDY) for i in range(others)]
+        while submissions and not all(each.num_generated_tokens for each in submissions):
+            engine.step()
+        submissions.append(engine.add("asking", TokenizedPrompt(None, PROMPTS[3]), asking))
+        while engine.has_unfinished:
+            engine.step()
+        return [each.output() for each in submissions]
+
+    (expected,), (first, second, got) = serve(0), serve(2)
+    assert tokens([got]) == tokens([expected])
+    for ours, theirs in (
+        (got.prompt_logprobs[1:], expected.prompt_logprobs[1:]),
+        (got.outputs[0].logprobs, expected.outputs[0].logprobs),
+    ):
+        assert len(ours) == len(theirs)
+        for mine, alone in zip(ours, theirs, strict=True):
+            assert {t: e.logprob for t, e in mine.items()} == pytest.approx(
+                {t: e.logprob for t, e in alone.items()}, abs=1e-4
+            )
+    assert all(each.prompt_logprobs is None and each.outputs[0].logprobs is None for each in (first, second))
+
+
 def test_same_seed_same_tokens_and_n(llm):
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=8, n=3, ignore_eos=True)
     first = llm.generate(PROMPTS[0], params, use_tqdm=False)[0]

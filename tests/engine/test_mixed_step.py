@@ -44,8 +44,7 @@ SAMPLING = [
 ]
 VARIANTS = {
     "plain": StepOptions(),
-    "full": StepOptions(plain=False),
-    "logprobs": StepOptions(plain=False, logprobs=True, prompt_logprobs=True),
+    "full": StepOptions(plain=False, logprobs=True, prompt_logprobs=True),
 }
 
 
