@@ -233,16 +233,19 @@ def run_latency(args: argparse.Namespace) -> int:
     reserve_device_memory(args.gpu_memory_utilization)
     if args.profile is not None:
         keep_command_buffers()
+    import jax
+
     from sparsejax import LLM
     from sparsejax.bench import ceilings, latency, plots
+    from sparsejax.engine.build import default_batched_tokens
 
     ceiling = ceilings.measure()
     print(ceiling, flush=True)
     name, config, params = _load(args)
+    chunk = args.max_mixed_tokens or args.max_num_batched_tokens or default_batched_tokens(jax.default_backend())
     rows = []
     for batch, context in wanted:
         # One engine a shape, with tables and batch as large as needed: as somebody serving that shape would set them.
-        chunk = args.max_mixed_tokens or args.max_num_batched_tokens or 512
         needed = latency.tokens_needed(context, args.steps, batch=batch, chunk=chunk)
         llm = LLM.from_params(
             config if args.model else _reaching(config, needed),

@@ -38,7 +38,7 @@ def build_engine(
     if on_cpu and config.implementation == "triton":
         raise InvalidArgumentError('implementation="triton" needs an NVIDIA GPU, and the model is on a CPU: use "xla".')
     max_num_seqs = config.max_num_seqs or (16 if on_cpu else 256)
-    max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 2048)
+    max_num_batched_tokens = config.max_num_batched_tokens or default_batched_tokens(device.platform)
     max_mixed_tokens = config.max_mixed_tokens or max_num_batched_tokens
     if max_mixed_tokens > max_num_batched_tokens:
         raise InvalidArgumentError(
@@ -113,6 +113,11 @@ def build_engine(
         )
     )
     return Engine(runner, scheduler, tokenizer=tokenizer, seed=config.seed)
+
+
+def default_batched_tokens(platform: str) -> int:
+    """`max_num_batched_tokens` of an engine that was told none. platform: of its device, as JAX names it."""
+    return 512 if platform == "cpu" else 2048
 
 
 def _max_resident_rows(model: ModelConfig, config: EngineConfig, max_num_seqs: int) -> int:

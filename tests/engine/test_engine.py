@@ -247,14 +247,18 @@ def test_logprobs_are_those_of_the_dense_model(make_llm, params, chunk):
     )
 
 
-def test_nothing_compiles_after_warm_up(make_llm):
+def test_nothing_compiles_after_warm_up(monkeypatch, make_llm):
     llm = make_llm(warmup=True, max_num_seqs=2, max_num_batched_tokens=16)
     before = llm.engine.runner.compilations
+    served, run = set(), llm.engine.runner._steps.mixed
+    steps = dataclasses.replace(llm.engine.runner._steps, mixed=lambda *work: served.add(work[-1]) or run(*work))
+    monkeypatch.setattr(llm.engine.runner, "_steps", steps)
     asked = [*MIXED[:-1], SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=1, max_tokens=4)]
     llm.generate(PROMPTS, asked, use_tqdm=False)
     llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert llm.engine.runner.compilations == before
     assert all(before[step] > 0 for step in ("prefill", "decode", "mixed"))
+    assert {options.plain for options in served} == {True, False}, "steps were mixed in several variants"
     assert_all_free(llm)
 
 

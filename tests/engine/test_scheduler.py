@@ -363,3 +363,16 @@ def test_n_answers_are_n_requests_with_seeds_of_their_own():
 def test_derived_seeds_are_32_bit_words(seed, number):
     assert 0 <= derive_seed(seed, number) < 2**32
     assert derive_seed(seed, 0) == seed
+
+
+def test_a_long_prompt_holds_nobody_up():
+    """While it is computed everybody decodes in every step, and no step is larger than the limit for such steps."""
+    run = engine(max_num_batched_tokens=16, max_mixed_tokens=8, max_model_len=512, num_free_entries=256)
+    for name in "abc":
+        run.add(request(name, 3, 100))
+    run.step()
+    run.add(request("long", 203, 2))
+    plans = [run.step() for _ in range(41)]
+    assert [sum(chunk.count for chunk in plan.prefill) for plan in plans] == [5] * 40 + [3]
+    assert all([each.request_id for each in plan.decode] == ["a", "b", "c"] for plan in plans)
+    run.run()
