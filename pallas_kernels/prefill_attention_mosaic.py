@@ -81,7 +81,6 @@ def _kernel(
     q_ref, k_ref, v_ref, k_pages_ref, v_pages_ref, table_ref, history_ref, layer_ref, bounds_ref, row_ref, first_ref,
     last_ref, key_first_ref, out_ref, *refs, address, group, scale, tiles, piece, with_lse, interpreted,
 ):  # fmt: skip
-    lse_ref, lse_smem = (refs[0], refs[-1]) if with_lse else (None, None)
     q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = refs[with_lse : len(refs) - with_lse]
     q_head = jax.lax.axis_index("head")
     # The last tiles of a segment see the most keys: starting with them leaves the short ones to even out the end.
@@ -327,12 +326,13 @@ def _kernel(
 
         weight = jnp.maximum(sums, 1e-30)
         my_q[...] = (values / spread(weight, values.shape)).astype(q_smem.dtype)
-        if lse_ref is not None:
+        if with_lse:
+            lse_ref, lse_smem = refs[0], refs[-1]
             lse_smem[worker] = jnp.where(sums > 0.0, (top + jnp.log2(weight)) * LN_2, EMPTY_LSE)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(lse_smem.at[worker], lse_ref.at[q_head, pl.ds(base + row_base, _ROWS)])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(my_q, out_ref.at[pl.ds(base + row_base, _ROWS), q_head])
-        if lse_ref is not None:
-            plgpu.copy_smem_to_gmem(lse_smem.at[worker], lse_ref.at[q_head, pl.ds(base + row_base, _ROWS)])
         plgpu.wait_smem_to_gmem(0)
 
 
