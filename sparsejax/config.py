@@ -50,7 +50,8 @@ class EngineConfig:
       page_size: tokens in one page of the KV cache, a power of two.
       num_pages: physical pages in the pool (one KV head of one layer each). Default: what memory allows.
       table_granularity: "shared", "per_layer" or "per_head" slot tables. Default: the coarsest the methods allow.
-      implementation: "triton" or "xla" kernels. Default: triton on a GPU, xla on a CPU.
+      implementation: "triton" or "xla" kernels. Default: xla on a CPU; on a GPU triton, and prefill attention's
+        Mosaic kernel on Hopper.
       warmup: compile every step variant when the engine is built rather than when first needed; "greedy" only those
         of requests that take the likeliest token.
     """
