@@ -3,8 +3,8 @@
 `init_cache(layout)` makes an empty cache. A request owns a *row* of the slot table; `allocate` backs new tokens of a
 row with pages, `slot_mapping` says where they live, `append` writes their K and V layer by layer (`stamp` their
 position and score), `release` empties the row. `fork` gives a row the first tokens of another by reference; `compact`
-keeps a subset of a row's tokens and frees the pages that this empties. Donate the cache to every jitted step: all of
-them work in place.
+keeps a subset of a row's tokens and frees the pages that this empties, `repack` does the same by copying. Donate the
+cache to every jitted step: all of them work in place.
 
 What holds after every call, for all table layers, rows and heads:
 
@@ -23,11 +23,14 @@ The host holds no page ids: it counts (`CacheLayout.entries_for`, `free_entries`
 """
 
 from .allocate import allocate, release
-from .append import append, slot_mapping, stamp
+from .append import add_scores, append, slot_mapping, slots_at, stamp
 from .compact import compact
+from .dead import drop_dead_pages, live_slots
 from .fork import fork
 from .layout import CacheLayout, Granularity
+from .repack import repack
 from .state import FreeList, KVCache, KVPool, SlotMapping, SlotTable, free_entries, init_cache
+from .usage import RowUsage, row_usage
 
 __all__ = [
     "CacheLayout",
@@ -35,15 +38,22 @@ __all__ = [
     "Granularity",
     "KVCache",
     "KVPool",
+    "RowUsage",
     "SlotMapping",
     "SlotTable",
+    "add_scores",
     "allocate",
     "append",
     "compact",
+    "drop_dead_pages",
     "fork",
     "free_entries",
     "init_cache",
+    "live_slots",
     "release",
+    "repack",
+    "row_usage",
     "slot_mapping",
+    "slots_at",
     "stamp",
 ]

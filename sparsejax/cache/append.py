@@ -1,4 +1,4 @@
-"""Writing new tokens into the slots that `allocate` has backed."""
+"""Writing tokens into the slots that `allocate` has backed, and what is recorded about them."""
 
 import dataclasses
 
@@ -23,9 +23,22 @@ def slot_mapping(cache: KVCache, rows: jax.Array, back: jax.Array) -> SlotMappin
     Returns:
       The mapping. Tokens of the null row, and those that `back` puts outside their row, get entry 0.
     """
+    return slots_at(cache, rows, cache.table.length[:, rows] - back[:, None])
+
+
+def slots_at(cache: KVCache, rows: jax.Array, slot: jax.Array) -> SlotMapping:
+    """Where given slots of rows live.
+
+    Args:
+      cache: the cache.
+      rows: i32[T], the row of each token; the null row 0 for padding tokens.
+      slot: i32[Lt, T, Ht], logical slot of each token in each table of its row.
+
+    Returns:
+      The mapping. Tokens of the null row, and those whose slot is negative or not below the length, get entry 0.
+    """
     layout = cache.layout
     length = cache.table.length[:, rows]  # [Lt, T, Ht]
-    slot = length - back[:, None]
     valid = (rows[:, None] > 0) & (slot >= 0) & (slot < length)
     slot = jnp.where(valid, slot, 0)
     layer = jnp.arange(layout.table_layers)[:, None, None]
@@ -94,3 +107,26 @@ def stamp(cache: KVCache, mapping: SlotMapping, position: jax.Array) -> KVCache:
     if positions is not None:
         positions = positions.at[page, slot].set(position[:, None, None], mode="drop")
     return dataclasses.replace(cache, pool=KVPool(k=pool.k, v=pool.v, score=score, position=positions))
+
+
+def add_scores(cache: KVCache, layer: int, mapping: SlotMapping, values: jax.Array) -> KVCache:
+    """Adds to the scores of T tokens in one layer.
+
+    Args:
+      cache: the cache.
+      layer: which layer, static.
+      mapping: where the tokens live, from `slot_mapping` or `slots_at`.
+      values: f32[T, H], what each token's score gains in each KV head.
+
+    Raises:
+      ValueError: the layout keeps no scores.
+    """
+    layout, pool = cache.layout, cache.pool
+    if pool.score is None:
+        raise ValueError("add_scores needs a layout with_score=True")
+    address = layout.address(layer)
+    entry, slot = mapping.entry[address.table_layer], mapping.slot[address.table_layer]  # [T, Ht]
+    page = address.page(entry, jnp.arange(layout.num_kv_heads))  # [T, H]
+    page = jnp.where(entry > 0, page, layout.num_pages)
+    score = pool.score.at[page, slot].add(values, mode="drop")
+    return dataclasses.replace(cache, pool=dataclasses.replace(pool, score=score))

@@ -108,16 +108,20 @@ class CacheLayout:
     @property
     def max_entries_per_row(self) -> int:
         """M: entries of one row of one (layer, head) table."""
-        return -(-self.max_slots // self.page_size)
+        return self.pages_for(self.max_slots)
 
     @property
     def entries_per_page_column(self) -> int:
         """Lt * Ht: entries that one more page of tokens costs a request."""
         return self.table_layers * self.table_heads
 
+    def pages_for(self, tokens):
+        """Pages of one (layer, head) that hold `tokens` tokens: an int, or an array of them."""
+        return (tokens + self.page_size - 1) // self.page_size
+
     def entries_for(self, tokens: int) -> int:
         """Entries that a row of `tokens` tokens in every layer and head takes."""
-        return self.entries_per_page_column * -(-tokens // self.page_size)
+        return self.entries_per_page_column * self.pages_for(tokens)
 
     def address(self, layer: int) -> PageAddress:
         """The page arithmetic of one layer, as the kernels take it.

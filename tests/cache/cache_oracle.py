@@ -4,12 +4,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sparsejax.cache import CacheLayout, KVCache
+from sparsejax.cache import CacheLayout, KVCache, RowUsage
 
 
 @dataclass(eq=False)
 class Block:
-    """One table entry: up to page_size tokens. A token is a number; its contents follow from it, layer and head."""
+    """One table entry: up to page_size tokens. A token is a number; its contents follow from it, layer and head.
+
+    A dead token, evicted by a mark only, is the negative of its number.
+    """
 
     tokens: list[int] = field(default_factory=list)
 
@@ -129,6 +132,62 @@ class Oracle:
                 self.rows[key].append(block)
         return True
 
+    def repack(self, rows: list[int], keep: np.ndarray) -> bool:
+        """keep: bool[Lt, K, Ht, S]."""
+        plans: dict[tuple[int, int, int], list[int]] = {}
+        for index, row in enumerate(rows):
+            for tl, ht in self.tables:
+                tokens = self.tokens(tl, row, ht)
+                if len(tokens) > keep.shape[-1]:
+                    return False
+                marks = keep[tl, index, ht, : len(tokens)]
+                plans[tl, row, ht] = [token for token, mark in zip(tokens, marks, strict=True) if mark]
+        if sum(-(-len(tokens) // self.layout.page_size) for tokens in plans.values()) > self.free:
+            return False
+        for key, tokens in plans.items():
+            self.rows[key] = []
+            self._extend(self.rows[key], tokens)
+        return True
+
+    def own_slots(self, tl: int, row: int, ht: int, *, dead: bool) -> list[int]:
+        """Logical slots in blocks that no other row holds, of dead tokens or of live ones."""
+        references, size = self.references(), self.layout.page_size
+        blocks = self.rows[tl, row, ht]
+        return [
+            slot
+            for slot, token in enumerate(self.tokens(tl, row, ht))
+            if (token < 0) == dead and references[id(blocks[slot // size])] == 1
+        ]
+
+    def kill(self, tl: int, row: int, ht: int, slots: list[int]) -> None:
+        for slot in slots:
+            block = self.rows[tl, row, ht][slot // self.layout.page_size]
+            block.tokens[slot % self.layout.page_size] *= -1
+
+    def decode(self, row: int, token: int, slots: dict[tuple[int, int], int]) -> bool:
+        """Writes one token over dead slots, by table; a table that names none gets it at its end."""
+        size, need = self.layout.page_size, 0
+        for tl, ht in self.tables:
+            if (tl, ht) not in slots and self.length(tl, row, ht) % size == 0:
+                need += 1
+                if len(self.rows[tl, row, ht]) == self.layout.max_entries_per_row:
+                    return False
+        if need > self.free:
+            return False
+        for tl, ht in self.tables:
+            if (tl, ht) in slots:
+                slot = slots[tl, ht]
+                self.rows[tl, row, ht][slot // size].tokens[slot % size] = token
+            else:
+                self._extend(self.rows[tl, row, ht], [token])
+        return True
+
+    def drop_dead(self, rows: list[int]) -> None:
+        for row in rows:
+            for tl, ht in self.tables:
+                blocks = self.rows[tl, row, ht]
+                self.rows[tl, row, ht] = [block for block in blocks if any(token > 0 for token in block.tokens)]
+
     def release(self, rows: list[int]) -> None:
         for row in rows:
             for tl, ht in self.tables:
@@ -197,11 +256,26 @@ def check_contents(cache: KVCache, oracle: Oracle) -> None:
             for head in heads:
                 page = layout.address(layer).page(entry, head)
                 where = (page, slot % layout.page_size)
-                want_k, want_v = key_value(tokens, layer, head, layout.head_dim)
+                want_k, want_v = key_value(np.abs(tokens), layer, head, layout.head_dim)
                 np.testing.assert_array_equal(k[where], want_k)
                 np.testing.assert_array_equal(v[where], want_v)
                 if position is not None:
-                    np.testing.assert_array_equal(position[where], token_position(tokens))
+                    np.testing.assert_array_equal(position[where], np.where(tokens > 0, token_position(tokens), -1))
                 if score is not None:
-                    np.testing.assert_array_equal(score[where], want_k[:, 0])
+                    # The score of a dead slot means nothing.
+                    np.testing.assert_array_equal(score[where][tokens > 0], want_k[tokens > 0, 0])
     assert len(block_of) == len(oracle.references())
+
+
+def check_usage(usage: RowUsage, oracle: Oracle) -> None:
+    """`usage` of all rows, live tokens counted, is what the oracle's blocks say."""
+    size = oracle.layout.page_size
+    for row in range(1, oracle.layout.num_rows):
+        lengths = [oracle.length(tl, row, ht) for tl, ht in oracle.tables]
+        assert int(usage.held[row]) == sum(len(oracle.rows[tl, row, ht]) for tl, ht in oracle.tables)
+        assert int(usage.next_growth[row]) == sum(length % size == 0 for length in lengths)
+        assert int(usage.second_growth[row]) == sum((length + 1) % size == 0 for length in lengths)
+        live = [token for tl, ht in oracle.tables for token in oracle.tokens(tl, row, ht) if token > 0]
+        assert int(usage.active[row]) == len(live)
+    for counts in (usage.held, usage.next_growth, usage.second_growth, usage.active):
+        assert int(counts[0]) == 0

@@ -1,4 +1,4 @@
-"""Random traces of admit, append, fork, copy on write, compact, release and exhaustion against a plain-Python cache."""
+"""Random traces of all cache operations, exhaustion included, against a plain-Python cache."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_oracle import Oracle, check_contents, check_invariants, key_value, token_position
+from cache_oracle import Oracle, check_contents, check_invariants, check_usage, key_value, token_position
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -17,10 +17,14 @@ from sparsejax.cache import (
     allocate,
     append,
     compact,
+    drop_dead_pages,
     fork,
     init_cache,
     release,
+    repack,
+    row_usage,
     slot_mapping,
+    slots_at,
     stamp,
 )
 
@@ -57,10 +61,27 @@ def append_tokens(cache: KVCache, rows, count, token_rows, back, k, v, position,
     mapping = slot_mapping(cache, jnp.where(ok, token_rows, 0), back)
     for layer in range(cache.layout.num_layers):
         cache = append(cache, layer, mapping, k[layer], v[layer])
-    cache = stamp(cache, mapping, position)
+    return scored_by_key(stamp(cache, mapping, position)), ok
+
+
+def scored_by_key(cache: KVCache) -> KVCache:
     pool = cache.pool
     scored = type(pool)(k=pool.k, v=pool.v, score=pool.k[..., 0], position=pool.position)
-    return KVCache(pool=scored, table=cache.table, free=cache.free, layout=cache.layout), ok
+    return KVCache(pool=scored, table=cache.table, free=cache.free, layout=cache.layout)
+
+
+def decode_token(cache: KVCache, rows, count, slot, k, v, position):
+    """A decode step after per-step eviction. count, slot: i32[Lt, K, Ht]; a table's slot is a dead one or a new one."""
+    cache, ok = allocate(cache, rows, count, max_count=1)
+    mapping = slots_at(cache, jnp.where(ok, rows, 0), slot)
+    for layer in range(cache.layout.num_layers):
+        cache = append(cache, layer, mapping, k[layer], v[layer])
+    return scored_by_key(stamp(cache, mapping, position)), ok
+
+
+def mark_dead(cache: KVCache, rows, slot):
+    """rows i32[T], slot i32[Lt, T, Ht], negative for none."""
+    return scored_by_key(stamp(cache, slots_at(cache, rows, slot), jnp.full_like(rows, -1)))
 
 
 # Compiling takes longer than all the steps together, so the compiler is told not to try hard.
@@ -68,6 +89,11 @@ QUICK = {"xla_backend_optimization_level": 0}
 JITTED_APPEND = jax.jit(append_tokens, donate_argnums=0, static_argnames="max_count", compiler_options=QUICK)
 JITTED_FORK = jax.jit(fork, donate_argnums=0, compiler_options=QUICK)
 JITTED_COMPACT = jax.jit(compact, donate_argnums=0, compiler_options=QUICK)
+JITTED_DECODE = jax.jit(decode_token, donate_argnums=0, compiler_options=QUICK)
+JITTED_MARK_DEAD = jax.jit(mark_dead, donate_argnums=0, compiler_options=QUICK)
+JITTED_REPACK = jax.jit(repack, donate_argnums=0, static_argnames="max_keep", compiler_options=QUICK)
+JITTED_DROP = jax.jit(drop_dead_pages, donate_argnums=0, static_argnames="max_slots", compiler_options=QUICK)
+JITTED_USAGE = jax.jit(row_usage, static_argnames="max_slots", compiler_options=QUICK)
 JITTED_RELEASE = jax.jit(release, donate_argnums=0, compiler_options=QUICK)
 
 
@@ -90,6 +116,8 @@ class CacheMachine(RuleBasedStateMachine):
         super().__init__()
         self.layout = tiny_layout(self.page_size, self.granularity)
         self.max_new = MAX_NEW[self.page_size]
+        # A bound that no row exceeds, unlike max_slots, which is not a whole number of pages.
+        self.capacity = self.layout.max_entries_per_row * self.page_size
         self.cache = init_cache(self.layout)
         self.oracle = Oracle(self.layout)
         self.next_token = 1
@@ -168,6 +196,49 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache, ok = JITTED_COMPACT(self.cache, padded(rows), keep)
         assert bool(ok) == self.oracle.compact(rows, keep)
 
+    @rule(rows=DISTINCT_ROWS, density=DENSITY, seed=SEED)
+    def repack(self, rows, density, seed):
+        lanes = (self.layout.table_layers, LANES, self.layout.table_heads)
+        keep = np.random.default_rng(seed).random((*lanes, self.layout.max_slots)) < density
+        self.cache, ok = JITTED_REPACK(self.cache, padded(rows), keep)
+        assert bool(ok) == self.oracle.repack(rows, keep)
+
+    @rule(row=st.integers(1, ROWS), density=DENSITY, seed=SEED)
+    def mark_dead(self, row, density, seed):
+        """Evicts by marks, in pages that are the row's own."""
+        rng, bound = np.random.default_rng(seed), self.capacity
+        slot = np.full((self.layout.table_layers, bound, self.layout.table_heads), -1, np.int32)
+        for tl, ht in self.oracle.tables:
+            victims = [s for s in self.oracle.own_slots(tl, row, ht, dead=False) if rng.random() < density]
+            slot[tl, : len(victims), ht] = victims
+            self.oracle.kill(tl, row, ht, victims)
+        self.cache = JITTED_MARK_DEAD(self.cache, np.full(bound, row, np.int32), slot)
+
+    @rule(rows=DISTINCT_ROWS)
+    def drop_dead_pages(self, rows):
+        self.cache = JITTED_DROP(self.cache, padded(rows), max_slots=self.capacity)
+        self.oracle.drop_dead(rows)
+
+    @rule(row=st.integers(1, ROWS), seed=SEED)
+    def decode_over_dead_slots(self, row, seed):
+        """A token takes a dead slot in some tables and a new one in the others, which alone allocate."""
+        rng = np.random.default_rng(seed)
+        token, self.next_token = self.next_token, self.next_token + 1
+        shape = (self.layout.table_layers, LANES, self.layout.table_heads)
+        count, slot, reused = np.zeros(shape, np.int32), np.full(shape, -1, np.int32), {}
+        count[:, 1:] = 1
+        for tl, ht in self.oracle.tables:
+            dead = self.oracle.own_slots(tl, row, ht, dead=True)
+            if dead and rng.random() < 0.8:
+                reused[tl, ht] = int(rng.choice(dead))
+            count[tl, 0, ht] = (tl, ht) not in reused
+            slot[tl, 0, ht] = reused.get((tl, ht), self.oracle.length(tl, row, ht))
+        contents = [key_value(np.full((LANES, 1), token), layer, np.arange(HEADS), HEAD_DIM) for layer in range(LAYERS)]
+        k, v = (np.stack(arrays) for arrays in zip(*contents, strict=True))
+        position = np.full(LANES, token_position(token), np.int32)
+        self.cache, ok = JITTED_DECODE(self.cache, padded([row]), count, slot, k, v, position)
+        assert bool(ok) == self.oracle.decode(row, token, reused)
+
     @rule(rows=st.lists(st.integers(0, ROWS), min_size=1, max_size=LANES))
     def finish(self, rows):
         self.release(rows)
@@ -188,6 +259,7 @@ class CacheMachine(RuleBasedStateMachine):
     def agrees_with_the_oracle(self):
         check_invariants(self.cache)
         check_contents(self.cache, self.oracle)
+        check_usage(JITTED_USAGE(self.cache, max_slots=self.capacity), self.oracle)
 
 
 @functools.cache

@@ -1,0 +1,87 @@
+"""Dead slots: tokens evicted by a mark, position < 0, whose place has not been reclaimed yet."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from . import free_list
+from .layout import CacheLayout
+from .state import KVCache, SlotTable
+
+
+def live_slots(cache: KVCache, rows: jax.Array, *, max_slots: int) -> jax.Array:
+    """bool[Lt, K, Ht, max_slots]: the slots that hold a token, below the length and not dead.
+
+    A slot of a shared table is dead when it is so in all the layers and heads that share. Without positions no slot is.
+    """
+    layout, position = cache.layout, cache.pool.position
+    length = cache.table.length[:, rows]  # [Lt, K, Ht]
+    used = jnp.arange(max_slots, dtype=jnp.int32) < length[..., None]
+    if position is None:
+        return used
+    columns = min(layout.pages_for(max_slots), layout.max_entries_per_row)
+    live = _live_in_pages(position, cache.table.pages[:, rows, :, :columns], layout)
+    live = live.reshape(*live.shape[:3], -1)[..., :max_slots]
+    return used & jnp.pad(live, [(0, 0)] * 3 + [(0, max_slots - live.shape[-1])])
+
+
+def drop_dead_pages(cache: KVCache, rows: jax.Array, *, max_slots: int) -> KVCache:
+    """Gives back the pages of which no used slot is live. Later pages move up in the table; nothing is copied.
+
+    A row's slots shift by `page_size` for every page dropped before them, and its length shrinks by the used slots of
+    the pages dropped (a partial last page goes too if all its used slots are dead). A page that other rows hold as well
+    loses this row's reference only.
+
+    Args:
+      cache: the cache; its layout keeps positions.
+      rows: i32[K], distinct, except that the null row 0 may repeat.
+      max_slots: static bound on the lengths. A table longer than that is left as it is.
+
+    Raises:
+      ValueError: the layout keeps no positions.
+    """
+    layout, position = cache.layout, cache.pool.position
+    if position is None:
+        raise ValueError("drop_dead_pages needs a layout with_position=True: dead slots are marked there")
+    columns = min(layout.pages_for(max_slots), layout.max_entries_per_row)
+    length = cache.table.length[:, rows]  # [Lt, K, Ht]
+    live = _live_in_pages(position, cache.table.pages[:, rows, :, :columns], layout)
+    used = jnp.arange(columns * layout.page_size, dtype=jnp.int32) < length[..., None]
+    live &= used.reshape(live.shape)
+    return drop_pages(cache, rows, ~jnp.any(live, axis=-1) & (length <= columns * layout.page_size)[..., None])
+
+
+def drop_pages(cache: KVCache, rows: jax.Array, dropped: jax.Array) -> KVCache:
+    """Takes pages out of rows, with the tokens in them; later pages move up. The pool is not touched.
+
+    Args:
+      cache: the cache.
+      rows: i32[K], distinct, except that the null row 0 may repeat.
+      dropped: bool[Lt, K, Ht, C], which of the first C pages of each table; those that a table does not hold are
+        ignored. The tables hold no more than C.
+    """
+    layout = cache.layout
+    columns = dropped.shape[-1]
+    pages = cache.table.pages[:, rows, :, :columns]
+    length = cache.table.length[:, rows]
+    held = pages > 0
+    dropped &= held
+    staying = held & ~dropped
+    column = jnp.arange(columns, dtype=jnp.int32)
+    place = jnp.cumsum(staying, axis=-1, dtype=jnp.int32) - 1
+    lane = jnp.arange(length.size, dtype=jnp.int32).reshape(length.shape)[..., None] * columns
+    closed = jnp.zeros(pages.size, jnp.int32)
+    closed = closed.at[jnp.where(staying, lane + place, pages.size)].set(pages, mode="drop").reshape(pages.shape)
+    tokens = jnp.clip(length[..., None] - column * layout.page_size, 0, layout.page_size)
+    table = SlotTable(
+        pages=cache.table.pages.at[:, rows, :, :columns].set(closed),
+        length=cache.table.length.at[:, rows].add(-jnp.sum(jnp.where(dropped, tokens, 0), axis=-1)),
+    )
+    return dataclasses.replace(cache, table=table, free=free_list.drop(cache.free, jnp.where(dropped, pages, 0)))
+
+
+def _live_in_pages(position: jax.Array, entries: jax.Array, layout: CacheLayout) -> jax.Array:
+    """bool[..., page_size]: the in-page slots of each entry [...] that are not dead in all the pages it stands for."""
+    page = entries[..., None] * layout.pages_per_entry + jnp.arange(layout.pages_per_entry, dtype=jnp.int32)
+    return jnp.any(position[page] >= 0, axis=-2)
