@@ -6,6 +6,7 @@ methods.
 from pallas_kernels.decode_attention import DecodeTile, decode_attention, decode_attention_reference
 from pallas_kernels.decode_work import SpanLimits, WorkList, decode_work_list
 from pallas_kernels.dispatch import Implementation, resolve
+from pallas_kernels.invert_spd import invert_spd, invert_spd_reference
 from pallas_kernels.move_slots import move_slots, move_slots_reference
 from pallas_kernels.online_softmax import EMPTY_LSE
 from pallas_kernels.paging import PageAddress
@@ -23,6 +24,8 @@ __all__ = [
     "decode_attention",
     "decode_attention_reference",
     "decode_work_list",
+    "invert_spd",
+    "invert_spd_reference",
     "move_slots",
     "move_slots_reference",
     "prefill_attention",
