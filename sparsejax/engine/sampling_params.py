@@ -1,15 +1,17 @@
-"""What a request asks for: how to sample (`SamplingParams`) and what to do with its KV cache (`CompressionParams`)."""
+"""How a request's tokens are sampled. What it asks for its KV cache: `engine/compression_params.py`."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from sparsejax import methods
+from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError, unknown_key_error
+from sparsejax.validation import flag, number, whole
+
+__all__ = ["MAX_LOGPROBS", "MAX_SEED", "MAX_STOP_TOKEN_IDS", "CompressionParams", "SamplingParams"]
 
 MAX_LOGPROBS = 20  # rivals whose log-probabilities the device returns with each token
 MAX_STOP_TOKEN_IDS = 16  # ids that min_tokens can hold back, beside the model's own end tokens
@@ -87,19 +89,19 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        self._set("n", _whole("n", self.n, 1))
-        self._set("temperature", _number("temperature", self.temperature, 0.0))
-        top_k = _whole("top_k", self.top_k, -1)
+        self._set("n", whole("n", self.n, 1))
+        self._set("temperature", number("temperature", self.temperature, 0.0))
+        top_k = whole("top_k", self.top_k, -1)
         self._set("top_k", max(top_k, 0))
-        self._set("top_p", _number("top_p", self.top_p, 0.0, 1.0, above=True))
-        self._set("min_p", _number("min_p", self.min_p, 0.0, 1.0))
-        self._set("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.0, above=True))
-        self._set("presence_penalty", _number("presence_penalty", self.presence_penalty, -2.0, 2.0))
-        self._set("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
+        self._set("top_p", number("top_p", self.top_p, 0.0, 1.0, above=True))
+        self._set("min_p", number("min_p", self.min_p, 0.0, 1.0))
+        self._set("repetition_penalty", number("repetition_penalty", self.repetition_penalty, 0.0, above=True))
+        self._set("presence_penalty", number("presence_penalty", self.presence_penalty, -2.0, 2.0))
+        self._set("frequency_penalty", number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
         if self.seed is not None:
-            self._set("seed", _whole("seed", self.seed, 0, MAX_SEED))
-        self._set("max_tokens", _whole("max_tokens", self.max_tokens, 1))
-        self._set("min_tokens", _whole("min_tokens", self.min_tokens, 0))
+            self._set("seed", whole("seed", self.seed, 0, MAX_SEED))
+        self._set("max_tokens", whole("max_tokens", self.max_tokens, 1))
+        self._set("min_tokens", whole("min_tokens", self.min_tokens, 0))
         if self.min_tokens > self.max_tokens:
             raise InvalidArgumentError(
                 f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}."
@@ -112,11 +114,10 @@ class SamplingParams:
                 f"got {len(self.stop_token_ids or ())}."
             )
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidArgumentError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+            flag(name, getattr(self, name))
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                self._set(name, _whole(name, getattr(self, name), 0, MAX_LOGPROBS))
+                self._set(name, whole(name, getattr(self, name), 0, MAX_LOGPROBS))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen for users; normalised once, here
@@ -131,51 +132,6 @@ class SamplingParams:
     def stop_ids(self) -> tuple[int, ...]:
         """`stop_token_ids` as the tuple it was normalised to."""
         return tuple(self.stop_token_ids or ())
-
-
-@_strict_keywords
-@dataclass(frozen=True, kw_only=True)
-class CompressionParams:
-    """What is kept of a request's KV cache.
-
-    Attributes:
-      method: name of a method in `sparsejax.methods`; "full" keeps everything.
-
-    Raises:
-      UnknownArgumentError: a method or an argument that does not exist.
-    """
-
-    method: str = "full"
-
-    def __post_init__(self) -> None:
-        methods.get(self.method)
-
-
-def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """`value` as an int in [low, high]; numpy integers pass, bools do not."""
-    allowed = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}.")
-    value = value.__index__()
-    if value < low or (high is not None and value > high):
-        raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}.")
-    return value
-
-
-def _number(name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> float:
-    """`value` as a finite float in [low, high], or in (low, high] if `above`."""
-    bracket = "(" if above else "["
-    end = "infinity)" if high == math.inf else f"{high:g}]"
-    allowed = f"a finite number in {bracket}{low:g}, {end}"
-    try:
-        if isinstance(value, bool | str):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}.") from None
-    if not math.isfinite(number) or number > high or number < low or (above and number == low):
-        raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}.")
-    return number
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
@@ -193,4 +149,4 @@ def _stop_token_ids(ids: Any) -> tuple[int, ...]:
         return ()
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         raise InvalidArgumentError(f"stop_token_ids must be a list of token ids, got {ids!r}.")
-    return tuple(dict.fromkeys(_whole("stop_token_ids", token, 0) for token in ids))
+    return tuple(dict.fromkeys(whole("stop_token_ids", token, 0) for token in ids))

@@ -1,32 +1,57 @@
-"""The registry of KV-cache methods: which exist, by name. One file a method; a method is policy and owns no arrays."""
+"""KV-cache methods: one file a method. A method is policy and owns no arrays; importing its file registers it.
+
+Three parts compose: a method scores slots (`base.Method`), a budget rule says how many each layer and head keeps
+(`budgets.BudgetRule`), and protection keeps the first and the last tokens whatever their score (`protection`).
+"""
 
 from __future__ import annotations
 
-from sparsejax.errors import UnknownArgumentError, nearest
+from sparsejax.methods.base import Method
+from sparsejax.methods.budgets import BudgetRule, available_rules, get_rule, register_rule
+from sparsejax.methods.calibrated_ratio import CalibratedRatio
+from sparsejax.methods.compactor import Compactor
+from sparsejax.methods.criticalkv import CriticalKV
+from sparsejax.methods.expected_attention import ExpectedAttention
 from sparsejax.methods.full import Full
+from sparsejax.methods.global_pages import GlobalPages
+from sparsejax.methods.h2o import H2O
+from sparsejax.methods.keydiff import KeyDiff
+from sparsejax.methods.kv_compress import KVCompress
+from sparsejax.methods.kvzip import KVzip
+from sparsejax.methods.pyramidkv import PyramidKV
+from sparsejax.methods.random import Random
+from sparsejax.methods.registry import MethodDescription, available, describe, get, register
+from sparsejax.methods.slots import LayerSlots, QueryMoments, Slots, gather_slots
+from sparsejax.methods.snapkv import SnapKV
+from sparsejax.methods.streaming_llm import StreamingLLM
 
-_METHODS = {method.name: method for method in (Full,)}
-
-
-def available() -> tuple[str, ...]:
-    """Names that `CompressionParams(method=...)` accepts."""
-    return tuple(_METHODS)
-
-
-def get(name: str) -> type[Full]:
-    """The dataclass registered under `name`.
-
-    Raises:
-      UnknownArgumentError: no such method; the message lists those that exist.
-    """
-    try:
-        return _METHODS[name]
-    except (KeyError, TypeError):
-        guess = nearest(name, _METHODS) if isinstance(name, str) else None
-        hint = f" Did you mean {guess!r}?" if guess else ""
-        raise UnknownArgumentError(
-            f"method must be one of {', '.join(map(repr, _METHODS))}; got {name!r}.{hint}"
-        ) from None
-
-
-__all__ = ["Full", "available", "get"]
+__all__ = [
+    "H2O",
+    "BudgetRule",
+    "CalibratedRatio",
+    "Compactor",
+    "CriticalKV",
+    "ExpectedAttention",
+    "Full",
+    "GlobalPages",
+    "KVCompress",
+    "KVzip",
+    "KeyDiff",
+    "LayerSlots",
+    "Method",
+    "MethodDescription",
+    "PyramidKV",
+    "QueryMoments",
+    "Random",
+    "Slots",
+    "SnapKV",
+    "StreamingLLM",
+    "available",
+    "available_rules",
+    "describe",
+    "gather_slots",
+    "get",
+    "get_rule",
+    "register",
+    "register_rule",
+]

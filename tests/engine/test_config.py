@@ -41,7 +41,7 @@ def test_lists_of_methods_become_tuples():
         ("implementation", "cuda", "triton, xla"),
         ("warmup", "all", "False, True, greedy"),
         ("tensor_parallel_size", 2, "not available yet, got 2"),
-        ("methods", ["ful"], "must be one of full; got 'ful'"),
+        ("methods", ["ful"], "must be one of full, .*; got 'ful'"),
         ("default_compression", "full", "CompressionParams, got 'full'"),
         ("seed", -1, "whole number.*got -1"),
         ("max_num_seq", 3, "Did you mean 'max_num_seqs'"),

@@ -1,0 +1,128 @@
+"""A scorer of one's own: one short file, and it composes with everything."""
+
+import dataclasses
+import importlib.util
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from method_cases import random_case
+
+from sparsejax import CompressionParams, methods
+from sparsejax.errors import InvalidArgumentError
+from sparsejax.methods import registry
+
+SOURCE = '''
+"""Keeps the tokens with the longest values."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.methods import LayerSlots, Method, register
+from sparsejax.validation import number
+
+
+@register
+@dataclass(frozen=True)
+class LongValues(Method):
+    """The norm of each value, to a power.
+
+    Attributes:
+      exponent: of the norm, positive.
+    """
+
+    name: ClassVar[str] = "long_values"
+    summary: ClassVar[str] = "Tokens with the longest values."
+
+    exponent: float = 1.0
+
+    def __post_init__(self):
+        number("exponent", self.exponent, 0.0, above=True)
+
+    def layer_scores(self, layer: LayerSlots) -> jax.Array:
+        return jnp.linalg.norm(layer.v.astype(jnp.float32), axis=-1) ** self.exponent
+'''
+
+
+@pytest.fixture
+def long_values(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    assert len(SOURCE.splitlines()) < 60
+    path = tmp_path / "long_values.py"
+    path.write_text(SOURCE)
+    spec = importlib.util.spec_from_file_location("long_values", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "long_values", module)
+    spec.loader.exec_module(module)
+    return module.LongValues
+
+
+@pytest.mark.parametrize("rule", ["uniform", "pyramid", "adaptive", "layer", "global"])
+def test_a_new_file_scores_under_every_budget_rule(long_values, rule):
+    params = CompressionParams(
+        method="long_values", keep_fraction=0.5, sink_tokens=2, recent_tokens=3, budget_rule=rule, exponent=2
+    )
+    assert isinstance(params.policy, long_values)
+    case = random_case(0, sinks=params.sinks, recent=params.recent(24))
+    scores = params.policy.scores(case.slots())
+    np.testing.assert_allclose(scores, (case.v.astype(np.float64) ** 2).sum(-1), rtol=1e-5)
+    kept = np.asarray(params.rule.keep(scores, case.slots(), jnp.full(2, params.budget(24))))
+    assert np.all(kept[case.protected])
+    np.testing.assert_array_equal(kept.sum(axis=(0, 2, 3)), 3 * 2 * 12)
+
+
+def test_it_is_listed_and_described(long_values):
+    assert "long_values" in methods.available()
+    described = methods.describe("long_values")
+    assert described.summary == "Tokens with the longest values."
+    assert described.options == {"exponent": 1.0}
+    with pytest.raises(InvalidArgumentError, match="exponent must be"):
+        CompressionParams(method="long_values", keep_fraction=0.5, exponent=0)
+
+
+def test_what_is_no_method_is_refused(long_values):
+    with pytest.raises(InvalidArgumentError, match="must derive from"):
+        registry.register(int)  # type: ignore[type-var]
+
+    class Plain(methods.Method):
+        pass
+
+    with pytest.raises(InvalidArgumentError, match="dataclass"):
+        registry.register(Plain)
+
+    @dataclasses.dataclass(frozen=True)
+    class Nameless(methods.Method):
+        pass
+
+    with pytest.raises(InvalidArgumentError, match="class variable name"):
+        registry.register(Nameless)
+
+    @dataclasses.dataclass(frozen=True)
+    class Unscored(methods.Method):
+        name = "unscored"
+        summary = "Nothing."
+
+    with pytest.raises(InvalidArgumentError, match="must define layer_scores"):
+        registry.register(Unscored)
+
+    @dataclasses.dataclass(frozen=True)
+    class Twin(long_values):
+        pass
+
+    with pytest.raises(InvalidArgumentError, match="named 'long_values' exists"):
+        registry.register(Twin)
+
+
+@pytest.mark.parametrize("name", [name for name in methods.available() if name != "full"])
+def test_every_built_in_method_says_what_it_is(name):
+    described = methods.describe(name)
+    assert described.summary.endswith(".")
+    assert described.source or name == "random"
+    assert described.family == "evict"
+    methods.get_rule(described.budget_rule)
