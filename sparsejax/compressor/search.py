@@ -75,7 +75,7 @@ def soft_weights(scores: jax.Array, temperature: float) -> jax.Array:
 def reference_mean(centers: jax.Array, ids: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """[B, T, F]: mean of the centers [B, M, F] that ids i32[B, T, K] name, or their weighted sum (weights [B, T, K]).
 
-    Summed in float32. It is a product with the matrix of weights [T, M]: on a GPU that takes less time than the gather,
+    Summed in float32 and rounded once if K is a power of two. It is a product with the matrix of weights [T, M]: on a GPU that takes less time than the gather,
     its gradient far less than the scattered sum into few rows, and the order of additions does not change from run to
     run. Ids that occur twice count twice.
     """
@@ -90,9 +90,8 @@ def reference_mean(centers: jax.Array, ids: jax.Array, weights: jax.Array | None
         jnp.asarray(matrix, centers.dtype),
         centers,
         precision=jax.lax.Precision.HIGHEST if centers.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
     )
-    return (mean / neighbors if weights is None else mean).astype(centers.dtype)
+    return mean / neighbors if weights is None else mean
 
 
 def _best(scores: jax.Array, neighbors: int) -> tuple[jax.Array, jax.Array]:

@@ -117,7 +117,7 @@ class Batches:
         self._shape = (micro_batches, batch)
         # Equal shares, so that one state fits all processes.
         dataset = grain.MapDataset.source(rows)[process : process + share * processes : processes]
-        dataset = dataset.seed(seed).shuffle().repeat().batch(micro_batches * batch)
+        dataset = dataset.seed(seed).shuffle().repeat().batch(micro_batches * batch, drop_remainder=True)
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)))
 
     def __iter__(self) -> Iterator[LocalBatch]:

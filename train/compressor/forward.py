@@ -142,12 +142,12 @@ class TwoPass:
         # A power of two that divides the length.
         parts = math.gcd(length, 1 << max(0, needed - 1).bit_length())
         head = self.placement.gathered({name: leaf for name, leaf in frozen.items() if name != "layers"})
-        decoder = Decoder(self.model, self.dtype)
+        unembed = _frozen_unembed(Decoder(self.model, self.dtype))
 
         @jax.checkpoint
         def part(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
             x, target, weight = inputs  # [B, T / parts, ...]
-            logits = decoder.apply({"params": head}, x.reshape(-1, x.shape[-1]), method="unembed")
+            logits = unembed(head, x.reshape(-1, x.shape[-1]))
             chosen = jnp.take_along_axis(logits, target.reshape(-1, 1), axis=-1)[:, 0]
             losses = jax.nn.logsumexp(logits, axis=-1) - chosen
             return total + jnp.sum(losses * weight.reshape(-1)), None
@@ -178,3 +178,23 @@ class TwoPass:
     def _signal(self, batch: int, k_pre_rope: jax.Array, v: jax.Array) -> jax.Array:
         """[B, T, kv_dim] of keys and values [B * T, H, D]."""
         return jnp.concatenate([x.reshape(batch, -1, self.compressor.kv_dim // 2) for x in (k_pre_rope, v)], axis=-1)
+
+
+def _frozen_unembed(decoder: Decoder) -> Any:
+    """`(head, x [N, d]) -> logits f32[N, V]`, differentiable in x, with gradients multiplied in the weights' type.
+
+    Left to itself, JAX would convert the weights to float32 and multiply float32 gradients of logits with them.
+    """
+
+    @jax.custom_vjp
+    def unembed(head: Any, x: jax.Array) -> jax.Array:
+        return decoder.apply({"params": head}, x, method="unembed")
+
+    def backward(head: Any, gradient: jax.Array) -> tuple[None, jax.Array]:
+        weight, axis = (head["embed"], 0) if decoder.config.tie_embeddings else (head["lm_head"], 1)
+        exact = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+        contract = (((1,), (axis,)), ((), ()))
+        return None, jax.lax.dot_general(gradient.astype(weight.dtype), weight, contract, precision=exact)
+
+    unembed.defvjp(lambda head, x: (unembed(head, x), head), backward)
+    return unembed

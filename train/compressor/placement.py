@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from sparsejax.errors import InvalidArgumentError
 
-AXES = ("data", "model")
+AXES: tuple[str, ...] = ("data", "model")
 
 
 def parse_mesh(text: str | None, *, devices: int) -> dict[str, int]:
@@ -27,7 +27,7 @@ def parse_mesh(text: str | None, *, devices: int) -> dict[str, int]:
     Raises:
       InvalidArgumentError: an unknown axis, a bad size, or a product that is not the number of devices.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     if text is None:
         return {**sizes, "data": devices}
     for part in text.split(","):

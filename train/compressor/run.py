@@ -206,8 +206,10 @@ class _Loop:
 
     def _diverged(self, number: int, metrics: StepMetrics, batch: LocalBatch) -> None:
         path = self.run.out / f"diverged_step_{number}_process_{jax.process_index()}.npz"
-        documents = {} if batch.documents is None else {"documents": batch.documents}
-        np.savez(path, tokens=batch.tokens, **documents)
+        if batch.documents is None:
+            np.savez(path, tokens=batch.tokens)
+        else:
+            np.savez(path, tokens=batch.tokens, documents=batch.documents)
         values = ", ".join(f"{name} {float(value):.4g}" for name, value in metrics._asdict().items())
         raise TrainingDivergedError(
             f"Step {number} is not finite ({values}). Its batch is in {path}; go on from the checkpoint before it with "

@@ -31,11 +31,11 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
 
 
-def learning_rate(options: TrainOptions, steps: int) -> optax.Schedule:
+def learning_rate(options: TrainOptions, steps: int) -> Callable[[Any], jax.Array]:
     """Linear warm-up to the peak over warmup_ratio * steps, then linearly to 0 at the end of the run."""
     warmup = round(options.warmup_ratio * steps)
 
-    def rate(step: jax.Array) -> jax.Array:
+    def rate(step: Any) -> jax.Array:
         done = jnp.asarray(step, jnp.float32) + 1
         rising = done / max(warmup, 1)
         falling = (steps + 1 - done) / max(steps - warmup, 1)
@@ -63,9 +63,7 @@ def init_state(params: Any, options: TrainOptions, steps: int) -> TrainState:
     return TrainState(params, make_optimizer(options, steps).init(params), jnp.int32(0))
 
 
-def make_train_step(
-    passes: TwoPass, options: TrainOptions, steps: int
-) -> Callable[..., tuple[TrainState, StepMetrics]]:
+def make_train_step(passes: TwoPass, options: TrainOptions, steps: int) -> Any:
     """The jitted `(state, frozen, tokens i32[A, B, T], documents i32[A, B, T] or None) -> (state, StepMetrics)`.
 
     A micro-batches are taken one after the other; their gradients count equally. The state is donated.
@@ -91,7 +89,12 @@ def make_train_step(
             grads = jax.tree.map(lambda leaf: leaf / count, total)
             loss, parts = jax.tree.map(jnp.mean, found)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        metrics = StepMetrics(loss, parts.ce, parts.mse, optax.global_norm(grads), rate(state.step))
+        metrics = StepMetrics(loss, parts.ce, parts.mse, _norm(grads), rate(state.step))
         return TrainState(optax.apply_updates(state.params, updates), moments, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _norm(tree: Any) -> jax.Array:
+    """Euclidean norm of all leaves together."""
+    return jnp.sqrt(sum((jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)), jnp.float32(0)))
