@@ -27,8 +27,9 @@ def add_parser(subparsers) -> None:
         help="train a DeltaKV compressor for a frozen model",
         description="Trains, for every layer, a pair of projections that store keys and values as small residuals "
         "against nearby reference tokens. The model stays frozen: a first pass tells what its layers would store, "
-        "a second reads reconstructions instead; the loss is next-token cross-entropy plus the squared error of every "
-        "layer. OUT gets metrics.jsonl, loss.png, checkpoints that --resume goes on from bit for bit, and the compressor.",
+        "a second reads reconstructions instead; the loss is next-token cross-entropy plus the squared error of all "
+        "layers. OUT gets metrics.jsonl, loss.png, checkpoints that --resume goes on from bit for bit, and the "
+        "compressor.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -118,7 +118,7 @@ def init_params(config: CompressorConfig, key: jax.Array) -> dict[str, Any]:
     x = jnp.zeros((1, config.kv_dim), jnp.float32)
 
     def one(index: int) -> dict[str, Any]:
-        return Compressor(config, jnp.float32).init(jax.random.fold_in(key, index), x, x)["params"]
+        return dict(Compressor(config, jnp.float32).init(jax.random.fold_in(key, index), x, x)["params"])
 
     return {f"layers_{index}": one(index) for index in range(config.num_layers)}
 

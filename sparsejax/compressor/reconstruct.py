@@ -33,7 +33,7 @@ def reconstruct(config: CompressorConfig, params: Any, x: jax.Array) -> jax.Arra
         return x
     compressor = Compressor(config, x.dtype)
     references = references_of(config, x)
-    read = compressor.apply({"params": params}, x, references)
+    read: Any = compressor.apply({"params": params}, x, references)
     kept = jnp.asarray(_kept(config, length))[:, None]  # [T, 1]
     return jnp.where(kept, x, read)
 

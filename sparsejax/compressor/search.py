@@ -75,9 +75,9 @@ def soft_weights(scores: jax.Array, temperature: float) -> jax.Array:
 def reference_mean(centers: jax.Array, ids: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """[B, T, F]: mean of the centers [B, M, F] that ids i32[B, T, K] name, or their weighted sum (weights [B, T, K]).
 
-    Summed in float32 and rounded once if K is a power of two. It is a product with the matrix of weights [T, M]: on a GPU that takes less time than the gather,
-    its gradient far less than the scattered sum into few rows, and the order of additions does not change from run to
-    run. Ids that occur twice count twice.
+    Summed in float32 and rounded once if K is a power of two. It is a product with the matrix of weights [T, M]: on a
+    GPU that takes less time than the gather, its gradient far less than the scattered sum into few rows, and the order
+    of additions does not change from run to run. Ids that occur twice count twice.
     """
     count, neighbors = centers.shape[1], ids.shape[-1]
     share = jnp.ones(ids.shape, jnp.float32) if weights is None else jax.lax.stop_gradient(weights)

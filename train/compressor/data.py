@@ -155,7 +155,8 @@ def _dataset(folder: Path) -> Any:
     found = datasets.load_from_disk(str(folder))
     if isinstance(found, datasets.DatasetDict):
         if "train" not in found:
-            raise InvalidArgumentError(f"{folder} has no split 'train'; it has {', '.join(found)}.")
+            splits = ", ".join(str(name) for name in list(found))
+            raise InvalidArgumentError(f"{folder} has no split 'train'; it has {splits}.")
         found = found["train"]
     if "input_ids" not in found.column_names:
         raise InvalidArgumentError(f"{folder} must have a column input_ids; it has {', '.join(found.column_names)}.")

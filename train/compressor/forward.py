@@ -79,8 +79,7 @@ class TwoPass:
         cos, sin = self._angles(tokens)
 
         def attend(layer: int, q: Any, k: Any, v: Any, k_pre_rope: Any, cache: Any) -> tuple[jax.Array, Any]:
-            rows = (x.reshape(batch, -1, *x.shape[1:]) for x in (q, k, v))
-            return causal_attention(*rows, documents).reshape(q.shape), self._signal(batch, k_pre_rope, v)
+            return self._attention(batch, q, k, v, documents), self._signal(batch, k_pre_rope, v)
 
         def step(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
             return self._layer(layer, x, cos, sin, attend)
@@ -109,8 +108,7 @@ class TwoPass:
                 read = reconstruct(self.compressor, compressor, self._signal(batch, k_pre_rope, v))
                 error = jnp.mean(jnp.square(read.astype(jnp.float32) - target.astype(jnp.float32)))
                 keys, values = (half.reshape(k.shape) for half in jnp.split(read, 2, axis=-1))
-                rows = (x.reshape(batch, -1, *x.shape[1:]) for x in (q, apply_rope(keys, cos, sin), values))
-                return causal_attention(*rows, documents).reshape(q.shape), error
+                return self._attention(batch, q, apply_rope(keys, cos, sin), values, documents), error
 
             return self._layer(layer, x, cos, sin, attend)
 
@@ -175,6 +173,13 @@ class TwoPass:
         x, out = DecoderLayer(self.model, self.dtype, 0).apply(weights, x, cos, sin, None, attend)
         return self.placement.by_rows(x), out
 
+    def _attention(
+        self, batch: int, q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None
+    ) -> jax.Array:
+        """[B * T, Hq, D] of packed rows."""
+        q_rows, k_rows, v_rows = (x.reshape(batch, -1, *x.shape[1:]) for x in (q, k, v))
+        return causal_attention(q_rows, k_rows, v_rows, documents).reshape(q.shape)
+
     def _signal(self, batch: int, k_pre_rope: jax.Array, v: jax.Array) -> jax.Array:
         """[B, T, kv_dim] of keys and values [B * T, H, D]."""
         return jnp.concatenate([x.reshape(batch, -1, self.compressor.kv_dim // 2) for x in (k_pre_rope, v)], axis=-1)
@@ -188,7 +193,8 @@ def _frozen_unembed(decoder: Decoder) -> Any:
 
     @jax.custom_vjp
     def unembed(head: Any, x: jax.Array) -> jax.Array:
-        return decoder.apply({"params": head}, x, method="unembed")
+        logits: Any = decoder.apply({"params": head}, x, method="unembed")
+        return logits
 
     def backward(head: Any, gradient: jax.Array) -> tuple[None, jax.Array]:
         weight, axis = (head["embed"], 0) if decoder.config.tie_embeddings else (head["lm_head"], 1)

@@ -3,7 +3,7 @@
 OUT/options.json            what the run was started with
 OUT/metrics.jsonl, loss.png
 OUT/checkpoints/STEP        training state and place in the data (Orbax)
-OUT/compressor              the result, in the published layout
+OUT/compressor              the result, or what there is of it at --stop-after, in the published layout
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Run:
       mesh: see `parse_mesh`.
       init: a compressor to start from, folder or id; None: random.
       resume: go on from the newest checkpoint in `out`.
-      stop_after: steps after which to stop for now, with a checkpoint.
+      stop_after: steps after which to stop for now, with a checkpoint to resume from.
       progress: show progress bars.
     """
 
@@ -82,7 +82,7 @@ def train(run: Run) -> Path:
     """Trains a compressor.
 
     Returns:
-      The folder of the compressor, or of the run if it stopped before its end.
+      The folder of the compressor, as it is after the last step taken.
 
     Raises:
       TrainingDivergedError: a loss that is not finite.
@@ -141,8 +141,6 @@ def train(run: Run) -> Path:
                 log.close()
     finally:
         checkpoints.close()
-    if run.stop_after is not None and run.stop_after < steps:
-        return run.out
     if first:
         plot_metrics(run.out / "metrics.jsonl", run.out / "loss.png")
         shutil.rmtree(run.out / "compressor", ignore_errors=True)
