@@ -1,5 +1,6 @@
 """Operations on a paged KV cache: arrays in, arrays out. Each has a Pallas-Triton kernel, an XLA program and a
-reference. Nothing here knows of models, requests or sparse methods.
+reference; prefill attention has a Mosaic GPU kernel for Hopper, too. Nothing here knows of models, requests or sparse
+methods.
 """
 
 from pallas_kernels.decode_attention import DecodeTile, decode_attention, decode_attention_reference

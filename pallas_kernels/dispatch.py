@@ -1,15 +1,18 @@
-"""Which implementation of an operation runs: the Pallas-Triton kernel or the XLA program.
+"""Which implementation of an operation runs: a Pallas kernel (Triton, or Mosaic GPU on Hopper) or the XLA program.
 
 Every public operation takes `implementation` and `interpret` and passes them through `resolve`. There is no silent
-fallback: asking for the kernel where it cannot run is an error.
+fallback: asking for a kernel where it cannot run is an error.
 """
 
+import re
 from typing import Literal
 
 import jax
 
-Implementation = Literal["triton", "xla"]
-_IMPLEMENTATIONS = ("triton", "xla")
+Implementation = Literal["triton", "mosaic", "xla"]
+_IMPLEMENTATIONS = ("triton", "mosaic", "xla")
+
+NO_MOSAIC_KERNEL = "this operation has none"
 
 
 def targets_gpu() -> bool:
@@ -23,29 +26,58 @@ def targets_gpu() -> bool:
     return platform in ("gpu", "cuda", "rocm")
 
 
-def resolve(implementation: Implementation | None, interpret: bool | None) -> tuple[Implementation, bool]:
+def hopper_refusal() -> str | None:
+    """Why the program being traced cannot hold kernels for Hopper; None if it can."""
+    if not targets_gpu():
+        return f"it needs a GPU, but the backend is {jax.default_backend()!r}"
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        is_hopper = re.match(r"NVIDIA (G?H[12]00|H20|H800)\b", abstract.device_kind)
+        return None if is_hopper else f"it needs a Hopper GPU, not {abstract.device_kind!r}"
+    device = jax.devices()[0]
+    if getattr(device, "compute_capability", None) != "9.0":
+        return f"it needs a Hopper GPU, not {device.device_kind!r}"
+    # The assembler of these versions miscompiles causal masks (jax refuses them in its own attention, too).
+    cuda = re.search(r"cuda (\d+)", device.client.platform_version)
+    if cuda and 12080 <= int(cuda[1]) <= 12090:
+        return f"CUDA {int(cuda[1]) // 1000}.{int(cuda[1]) % 1000 // 10} miscompiles its masks"
+    return None
+
+
+def resolve(
+    implementation: Implementation | None, interpret: bool | None, *, mosaic_refusal: str | None = NO_MOSAIC_KERNEL
+) -> tuple[Implementation, bool]:
     """Settles the two choices of an operation.
 
     Args:
-      implementation: "triton", "xla", or None for the kernel on a GPU (and when it is to be interpreted) and XLA
-        elsewhere.
-      interpret: run the kernel in Pallas' interpreter, which works on any backend and is slow. None means no.
+      implementation: "triton", "mosaic", "xla", or None: on a GPU the Mosaic kernel where there is one that can serve
+        the call, else the Triton kernel (also when it is to be interpreted), and XLA elsewhere.
+      interpret: run the Triton kernel in Pallas' interpreter, which works on any backend and is slow. None means no.
+      mosaic_refusal: why the operation's Mosaic kernel cannot serve this call; None if it can, given a Hopper GPU.
 
     Returns:
-      (implementation, interpret), both definite. `interpret` is always False for "xla", which has nothing to interpret.
+      (implementation, interpret), both definite. `interpret` is True for "triton" only.
 
     Raises:
-      ValueError: `implementation` is unknown.
-      RuntimeError: the kernel is asked for natively on a backend that has no Triton.
+      ValueError: `implementation` is unknown, or is "mosaic" and the operation or the call is none for it.
+      RuntimeError: a kernel is asked for on a backend that cannot run it.
     """
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {_IMPLEMENTATIONS} or None, got {implementation!r}")
-    on_gpu = targets_gpu()
     if implementation is None:
-        implementation = "triton" if on_gpu or interpret else "xla"
+        implementation = "triton" if targets_gpu() or interpret else "xla"
+        if implementation == "triton" and not interpret and mosaic_refusal is None and hopper_refusal() is None:
+            implementation = "mosaic"
     if implementation == "xla":
         return "xla", False
-    if not on_gpu and not interpret:
+    if implementation == "mosaic":
+        if mosaic_refusal is not None or interpret:
+            reason = mosaic_refusal or "it is not interpreted"
+            raise ValueError(f"implementation='mosaic' cannot serve this call: {reason}; pass 'triton', 'xla' or None")
+        if (reason := hopper_refusal()) is not None:
+            raise RuntimeError(f"implementation='mosaic' cannot run: {reason}; pass 'triton', 'xla' or None")
+        return "mosaic", False
+    if not targets_gpu() and not interpret:
         raise RuntimeError(
             f"implementation='triton' needs a GPU, but the backend is {jax.default_backend()!r}; "
             "pass interpret=True to interpret the kernel, or implementation='xla'"

@@ -15,10 +15,10 @@ EMPTY_LSE = -1e30
 """Log-sum-exp reported for a query that attends to nothing. Finite, so that merging parts never makes a NaN."""
 
 # Below EMPTY_LSE, which is where the largest score starts, after any scaling: it weighs 0 even when no key is live.
-_DEAD_SCORE = -3e38
+DEAD_SCORE = -3e38
 
 LOG2_E = math.log2(math.e)
-_LN_2 = math.log(2.0)
+LN_2 = math.log(2.0)
 
 
 class SoftmaxState(NamedTuple):
@@ -64,7 +64,7 @@ def absorb(
       exp2: the exponential to use.
     """
     if live is not None:
-        scores = jnp.where(live, scores, _DEAD_SCORE)
+        scores = jnp.where(live, scores, DEAD_SCORE)
     top = jnp.maximum(state.top, scores.max(axis=-1) * scale)
     weights = exp2(scores * scale - top[..., None])
     shrink = exp2(state.top - top)
@@ -76,5 +76,5 @@ def absorb(
 def finish(state: SoftmaxState) -> tuple[jax.Array, jax.Array]:
     """(out f32[..., queries, D], natural log-sum-exp f32[..., queries]); 0 and EMPTY_LSE for queries without keys."""
     total = jnp.maximum(state.total, 1e-30)
-    lse = jnp.where(state.total > 0.0, (state.top + jnp.log2(total)) * _LN_2, EMPTY_LSE)
+    lse = jnp.where(state.total > 0.0, (state.top + jnp.log2(total)) * LN_2, EMPTY_LSE)
     return state.values / total[..., None], lse

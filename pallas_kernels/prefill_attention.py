@@ -17,6 +17,7 @@ from pallas_kernels.checks import check_integer, check_pool, check_shape, check_
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.paging import PageAddress
+from pallas_kernels.prefill_attention_mosaic import prefill_attention_mosaic, refusal
 from pallas_kernels.prefill_attention_xla import prefill_attention_xla
 from pallas_kernels.query_tiles import query_tiles
 from pallas_kernels.tiles import (
@@ -129,8 +130,9 @@ def prefill_attention(
       address: the layer's page arithmetic.
       scale: factor of the scores, usually D**-0.5.
       return_lse: also return the log-sum-exp of the scaled scores.
-      tile: tile sizes of the kernel, for tuning; None takes those of the table above.
-      implementation, interpret: see `dispatch.resolve`.
+      tile: tile sizes of the Triton kernel, for tuning; None takes those of the table above.
+      implementation, interpret: see `dispatch.resolve`. The Mosaic kernel serves 16-bit pools with head_dim 64 or 128
+        and pages of 16 slots or more, and takes no `tile`.
 
     Returns:
       out [T, Hq, D] in q's dtype, and with `return_lse` also f32[T, Hq] (natural logarithm). Padding tokens have out 0
@@ -150,12 +152,20 @@ def prefill_attention(
     check_shape("rows", rows, (None,))
     check_shape("starts", starts, (rows.shape[0] + 1,))
     check_integer(rows=rows, starts=starts)
-    implementation, interpret = resolve(implementation, interpret)
+    mosaic_refusal = refusal(k_pages.dtype, dim, k_pages.shape[1])
+    if tile is not None:
+        mosaic_refusal = mosaic_refusal or "`tile` is for the Triton kernel"
+    implementation, interpret = resolve(implementation, interpret, mosaic_refusal=mosaic_refusal)
     dtype = q.dtype
     common, layer = address.split_layer()
     k, v = k.astype(k_pages.dtype), v.astype(v_pages.dtype)
-    if q.shape[0] == 0:
-        out, lse = q, jnp.zeros(q.shape[:2], jnp.float32)
+    if 0 in (q.shape[0], rows.shape[0]):
+        out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], online_softmax.EMPTY_LSE, jnp.float32)
+    elif implementation == "mosaic":
+        out, lse = prefill_attention_mosaic(
+            q.astype(k_pages.dtype), k, v, k_pages, v_pages, page_table, history, rows, starts, layer,
+            address=common, scale=scale, with_lse=return_lse,
+        )  # fmt: skip
     elif implementation == "xla":
         out, lse = prefill_attention_xla(
             q, k, v, k_pages, v_pages, page_table, history, rows, starts, layer, address=common, scale=scale

@@ -27,8 +27,11 @@ class EngineConfig:
       dtype: compute and cache dtype; "auto" is the checkpoint's own on a GPU and float32 on a CPU.
       max_model_len: longest prompt plus answer, in tokens. Default: the model's `max_position_embeddings`.
       max_num_seqs: most requests running at once. Default: 256 on a GPU, 16 on a CPU.
-      max_num_batched_tokens: most prompt tokens in one prefill step; longer prompts are chunked.
-        Default: 2,048 on a GPU, 512 on a CPU.
+      max_num_batched_tokens: most prompt tokens in one step; longer prompts are chunked. Requests that decode in the
+        step count too, but leave at least half of it to prompts. Default: 2,048 on a GPU, 512 on a CPU.
+      max_mixed_tokens: the same for steps in which requests decode. Less than max_num_batched_tokens gives them their
+        tokens at shorter intervals while long prompts are computed, which then take longer. Default:
+        max_num_batched_tokens.
       max_prefill_seqs: most requests whose chunks share one prefill step.
       gpu_memory_utilization: fraction of the memory that JAX may use which goes to weights, pool and scratch.
       tensor_parallel_size: GPUs a model is split over; only 1 so far.
@@ -47,7 +50,8 @@ class EngineConfig:
       page_size: tokens in one page of the KV cache, a power of two.
       num_pages: physical pages in the pool (one KV head of one layer each). Default: what memory allows.
       table_granularity: "shared", "per_layer" or "per_head" slot tables. Default: the coarsest the methods allow.
-      implementation: "triton" or "xla" kernels. Default: triton on a GPU, xla on a CPU.
+      implementation: "triton" or "xla" kernels. Default: xla on a CPU; on a GPU triton, and prefill attention's
+        Mosaic kernel on Hopper.
       warmup: compile every step variant when the engine is built rather than when first needed; "greedy" only those
         of requests that take the likeliest token.
     """
@@ -56,6 +60,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_mixed_tokens: int | None = None
     max_prefill_seqs: int = 16
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
@@ -74,7 +79,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_seqs", "num_pages")
-        for name in (*positive, "max_resident_rows"):
+        for name in (*positive, "max_resident_rows", "max_mixed_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidArgumentError(f"{name} must be a positive whole number, got {value!r}.")

@@ -18,6 +18,11 @@ def triton_calls(text: str) -> int:
     return len(re.findall(r"custom_call @__gpu\$xla\.gpu\.triton", text))
 
 
+def mosaic_calls(text: str) -> int:
+    """How many Mosaic GPU kernels a lowered program launches."""
+    return len(re.findall(r"custom_call @mosaic_gpu", text))
+
+
 def kernel_aliases(text: str) -> int:
     """How many outputs of kernels share a buffer with an input."""
     return text.count("output_operand_alias<")

@@ -145,17 +145,29 @@ def _decode(
     return Program(lambda i: step(queries[i % 2], *arguments), operations, slots * heads.slot_bytes)
 
 
-def _causal_flops(tokens: int, history: int, heads: Heads) -> float:
+def _causal_flops(tokens: int, history: float, heads: Heads) -> float:
     """Two products of a multiplication and an addition for every (query, key) pair, half of the chunk's own pairs."""
     return 4.0 * heads.query * heads.dim * tokens * (history + tokens / 2)
 
 
-def _prefill(tokens: int, history: int, page: int, heads: Heads, *, tile: PrefillTile | None = None) -> Program:
-    lengths = np.zeros((1, 2, 1), np.int32)
-    lengths[:, 1:] = history
-    table, entries = _random_table(lengths, page, max(1, -(-history // page)))
+def _prefill(
+    tokens: int,
+    history: int,
+    page: int,
+    heads: Heads,
+    segments: int = 1,
+    ragged: bool = False,
+    *,
+    tile: PrefillTile | None = None,
+) -> Program:
+    """`segments` of `tokens` each. Ragged: a table per layer and head, histories from 0.1 to 0.9 of `history`."""
     operations = _operations(2, many=4)
-    addresses = _addresses(operations, heads, per_head=False)
+    lengths = np.zeros((operations, segments + 1, heads.kv) if ragged else (1, segments + 1, 1), np.int32)
+    lengths[:, 1:] = history
+    if ragged:
+        lengths[:, 1:] = np.random.default_rng(1).uniform(0.1, 0.9, lengths[:, 1:].shape) * history
+    table, entries = _random_table(lengths, page, max(1, -(-history // page)))
+    addresses = _addresses(operations, heads, ragged)
     pool = [_random(seed, entries * addresses[0].entry_stride, page, heads.dim) for seed in (1, 2)]
 
     @jax.jit
@@ -167,9 +179,11 @@ def _prefill(tokens: int, history: int, page: int, heads: Heads, *, tile: Prefil
             )  # fmt: skip
         return q
 
-    new = [_random(3 + i, tokens, n, heads.dim) for i, n in enumerate((heads.query, heads.kv, heads.kv))]
-    where = (table, jnp.asarray(lengths), jnp.array([1], jnp.int32), jnp.array([0, tokens], jnp.int32))
-    return Program(lambda i: step(*new, *pool, *where), operations, _causal_flops(tokens, history, heads))
+    new = [_random(3 + i, segments * tokens, n, heads.dim) for i, n in enumerate((heads.query, heads.kv, heads.kv))]
+    segment = jnp.arange(segments + 1, dtype=jnp.int32)
+    where = (table, jnp.asarray(lengths), segment[1:], segment * tokens)
+    flops = segments * _causal_flops(tokens, float(lengths[:, 1:].mean()), heads)
+    return Program(lambda i: step(*new, *pool, *where), operations, flops)
 
 
 def _cudnn(tokens: int, heads: Heads) -> Program:
@@ -243,11 +257,15 @@ def cases() -> list[Case]:
         Case("cuDNN causal 8k", "cudnn", "matmul", partial(_cudnn, 8192, LLAMA_8B)),
         Case("cuDNN causal 32k", "cudnn", "matmul", partial(_cudnn, 32768, LLAMA_8B)),
         *(
-            Case(name, "prefill_attention", yardstick, partial(_prefill, tokens, history, 32, LLAMA_8B))
-            for name, yardstick, tokens, history in (
+            Case(name, "prefill_attention", yardstick, partial(_prefill, tokens, history, 32, LLAMA_8B, *rest))
+            for name, yardstick, tokens, history, *rest in (
                 ("prefill 8k", "cuDNN causal 8k", 8192, 0),
                 ("prefill 32k", "cuDNN causal 32k", 32768, 0),
+                ("prefill 8 x 1k", "cuDNN causal 8k", 1024, 0, 8),
+                ("prefill 8 x 1000", "cuDNN causal 8k", 1000, 0, 8),
+                ("prefill 8k after 24k", "cuDNN causal 32k", 8192, 24576),
                 ("prefill 2k after 30k", "cuDNN causal 32k", 2048, 30720),
+                ("prefill 2k after 32k, ragged", "cuDNN causal 32k", 2048, 32768, 1, True),
             )
         ),
         Case("store_kv 8192 tokens", "store_kv", "copy", partial(_store, 8192, 32, LLAMA_8B)),
@@ -263,7 +281,7 @@ def tiny_cases() -> list[Case]:
         _decode_case(2, 64, 8, heads),
         _decode_case(2, 64, 8, heads, ragged=True),
         Case("cuDNN causal tiny", "cudnn", "matmul", partial(_cudnn, 32, heads)),
-        Case("prefill tiny", "prefill_attention", "cuDNN causal tiny", partial(_prefill, 32, 16, 8, heads)),
+        Case("prefill tiny", "prefill_attention", "cuDNN causal tiny", partial(_prefill, 32, 16, 8, heads, 2, True)),
         Case("store_kv tiny", "store_kv", "copy", partial(_store, 16, 8, heads)),
         Case("move_slots tiny", "move_slots", "copy", partial(_move, 16, 8, heads)),
     ]

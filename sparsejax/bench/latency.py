@@ -17,6 +17,7 @@ import numpy as np
 from sparsejax.bench.ceilings import Ceilings
 from sparsejax.bench.profile import Profile, profile
 from sparsejax.bench.timing import summary
+from sparsejax.engine.buckets import prompt_room
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.llm import LLM
 from sparsejax.engine.memory import tree_bytes
@@ -88,13 +89,18 @@ def prefill_flops(config: ModelConfig, params, context: int) -> int:
 
 
 def tokens_needed(context: int, steps: int, *, batch: int, chunk: int) -> int:
-    """The max_model_len that `measure` needs: every prompt, and what it decodes until all have been measured."""
+    """The max_model_len that `measure` needs: every prompt, and what it decodes until all have been measured.
+
+    Args:
+      chunk: the engine's max_mixed_tokens.
+    """
     return context + _decoded(steps, batch=batch, context=context, chunk=chunk)
 
 
 def _decoded(steps: int, *, batch: int, context: int, chunk: int) -> int:
     """Tokens each prompt may generate: the first prompts decode while the last are still being prefilled."""
-    return steps + PROFILED_STEPS + 2 * WARMUP_STEPS + batch + -(-batch * context // chunk)
+    chunks = -(-batch * context // prompt_room(chunk, batch))
+    return steps + PROFILED_STEPS + 2 * WARMUP_STEPS + batch + chunks
 
 
 def measure(
@@ -124,7 +130,7 @@ def measure(
     rehearsal = min(total, chunk + total % chunk)
     _run(llm, [prompt[:rehearsal] for prompt in prompts[: -(-rehearsal // context)]], num_tokens=1, steps=0)
     prefill_seconds = _run(llm, prompts, num_tokens=1, steps=0).first_tokens
-    num_tokens = _decoded(steps, batch=batch, context=context, chunk=chunk)
+    num_tokens = _decoded(steps, batch=batch, context=context, chunk=llm.engine.scheduler.config.max_mixed_tokens)
     decode = _run(llm, prompts, num_tokens=num_tokens, steps=steps, profiled=profiled, trace_folder=trace_folder)
     step = summary(decode.steps)
     item = np.dtype(runner.layout.dtype).itemsize

@@ -35,7 +35,7 @@ class Distribution:
     p99: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Distribution | None:
+    def of(cls, values: Sequence[float] | np.ndarray) -> Distribution | None:
         """None if there are no values."""
         if not len(values):
             return None
@@ -85,6 +85,8 @@ class Throughput:
       output_rate, total_rate: tokens per second of answers, and of prompts and answers.
       ttft, tpot, itl, e2e: time to first token, time per output token (a request's mean), between successive tokens
         (of all requests), from arrival to the last token; None where there is nothing to measure.
+      itl_prefill, itl_decode: of those times between tokens, the ones that ended while some other request was between
+        its arrival and its first token, and the rest: what a prefill costs those that decode.
       host_seconds: of the wall time not spent waiting for the device or for arrivals.
       steps: of the engine.
       max_running: most requests that held a row at once.
@@ -108,6 +110,8 @@ class Throughput:
     ttft: Distribution | None
     tpot: Distribution | None
     itl: Distribution | None
+    itl_prefill: Distribution | None
+    itl_decode: Distribution | None
     e2e: Distribution | None
     host_seconds: float
     steps: int
@@ -158,7 +162,9 @@ def serve(llm: LLM, trace: Trace, *, use_tqdm: bool = True) -> Throughput:
         _record(request.arrival, submission, times)
         for request, submission, times in zip(trace.requests, served.submissions, served.times, strict=True)
     ]
-    itls = np.concatenate([np.diff(times) for times in served.times]).tolist()
+    itls = np.concatenate([np.diff(times) for times in served.times])
+    windows = [(request.arrival, times[0]) for request, times in zip(trace.requests, served.times, strict=True)]
+    beside = np.concatenate([_in_prefill(times[1:], windows) for times in served.times])
     output_tokens = sum(record.output_tokens for record in records)
     stats = jax.devices()[0].memory_stats() or {}
     return Throughput(
@@ -172,6 +178,8 @@ def serve(llm: LLM, trace: Trace, *, use_tqdm: bool = True) -> Throughput:
         ttft=Distribution.of([record.ttft for record in records]),
         tpot=Distribution.of([record.tpot for record in records if record.tpot is not None]),
         itl=Distribution.of(itls),
+        itl_prefill=Distribution.of(itls[beside]),
+        itl_decode=Distribution.of(itls[~beside]),
         e2e=Distribution.of([record.e2e for record in records]),
         host_seconds=seconds - (engine.wait_seconds - waited) - served.slept,
         steps=len(served.timeline.seconds),
@@ -184,7 +192,7 @@ def serve(llm: LLM, trace: Trace, *, use_tqdm: bool = True) -> Throughput:
         peak_bytes=stats.get("peak_bytes_in_use", 0),
         records=records,
         timeline=served.timeline,
-        itls=itls,
+        itls=itls.tolist(),
     )
 
 
@@ -279,6 +287,18 @@ def _record(arrival: float, submission: Submission, times: list[float]) -> Recor
     )
 
 
+def _in_prefill(times: Sequence[float], windows: Sequence[tuple[float, float]]) -> np.ndarray:
+    """bool[N]: whether each time is in a window (after, up to): from a request's arrival to its first token.
+
+    A request's own later tokens come after its first, so they are never beside its own prefill.
+    """
+    at = np.asarray(times, np.float64)
+    inside = np.zeros(len(at), bool)
+    for after, up_to in windows:
+        inside |= (after < at) & (at <= up_to)
+    return inside
+
+
 @contextlib.contextmanager
 def _count_compilations() -> Iterator[list[int]]:
     """Counts the programs that XLA compiles (or takes from its cache on disk) in [0] of what it yields."""
@@ -302,12 +322,12 @@ def format_report(result: Throughput) -> str:
         f"{result.trace}: {result.requests} requests, {result.input_tokens} tokens in, {result.output_tokens} out, "
         f"{result.wall_seconds:.2f} s",
         f"output {result.output_rate:.0f} tok/s, total {result.total_rate:.0f} tok/s",
-        f"{'seconds':8} {'mean':>9} {'median':>9} {'p99':>9}",
+        f"{'seconds':11} {'mean':>9} {'median':>9} {'p99':>9}",
     ]
-    for name in ("ttft", "tpot", "itl", "e2e"):
+    for name in ("ttft", "tpot", "itl", "itl_prefill", "itl_decode", "e2e"):
         value: Distribution | None = getattr(result, name)
         if value is not None:
-            lines.append(f"{name:8} {value.mean:9.4f} {value.median:9.4f} {value.p99:9.4f}")
+            lines.append(f"{name:11} {value.mean:9.4f} {value.median:9.4f} {value.p99:9.4f}")
     lines += [
         f"steps {result.steps}, at most {result.max_running} requests at once, host {result.host_seconds:.2f} s",
         f"pages {result.max_pages} of {result.pool_pages} at most, preemptions {result.preemptions}, "

@@ -18,7 +18,7 @@ import numpy as np
 
 from sparsejax.errors import InvalidArgumentError, nearest, unknown_key_error
 
-BUILT_IN = ("mix600", "512x1024x256", "24x32k")
+BUILT_IN = ("mix600", "512x1024x256", "24x32k", "itl32k")
 RANDOM = ("random", "lognormal")
 SPREAD = {"random": 0.5, "lognormal": 1.0}  # unless asked for
 
@@ -118,6 +118,11 @@ def mix600() -> Trace:
     return _from_lengths("mix600", inputs.tolist(), rng.integers(16, 513, 600).tolist())
 
 
+def itl32k() -> Trace:
+    """Eight requests that decode (1,024 in, 2,048 out), and a prompt of 32,000 tokens that arrives 3 seconds later."""
+    return _from_lengths("itl32k", [1024] * 8 + [32000], [2048] * 8 + [64], arrivals=[0.0] * 8 + [3.0])
+
+
 def uniform(requests: int, input_tokens: int, output_tokens: int, *, name: str | None = None) -> Trace:
     """Equal requests, all at once."""
     name = name or f"{requests}x{input_tokens}x{output_tokens}"
@@ -177,6 +182,8 @@ def load(name: str) -> Trace:
     """
     if name == "mix600":
         return mix600()
+    if name == "itl32k":
+        return itl32k()
     if name == "24x32k":
         return uniform(24, 32000, 1024, name=name)
     if re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", name):

@@ -62,8 +62,8 @@ def add_parser(subparsers) -> None:
         "--trace",
         default="random",
         metavar="NAME",
-        help="mix600, 512x1024x256, 24x32k, any REQUESTSxINPUTxOUTPUT, a JSONL file, random or lognormal "
-        "(default: %(default)s)",
+        help="mix600, 512x1024x256, 24x32k, itl32k (a long prompt beside eight that decode), any "
+        "REQUESTSxINPUTxOUTPUT, a JSONL file, random or lognormal (default: %(default)s)",
     )
     throughput.add_argument("--write-trace", type=Path, metavar="FILE", help="write the trace there and stop")
     throughput.add_argument("--no-warmup", action="store_true", help="compile while serving rather than before")
@@ -133,6 +133,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-num-batched-tokens", "--chunk", type=int, metavar="N", help="most prompt tokens in one step"
     )
+    group.add_argument(
+        "--max-mixed-tokens", type=int, metavar="N", help="likewise, if requests decode in it (default: no less)"
+    )
     group.add_argument("--granularity", choices=GRANULARITIES, help="of slot tables (default: the engine's)")
     group.add_argument("--page-size", type=int, metavar="N", help="tokens in a page of the KV cache (default: 32)")
     group.add_argument("--num-pages", type=int, metavar="N", help="physical pages in the pool (default: what fits)")
@@ -146,6 +149,7 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword options of an LLM, those left out that were not given."""
     chosen = {
         "max_num_batched_tokens": args.max_num_batched_tokens,
+        "max_mixed_tokens": args.max_mixed_tokens,
         "table_granularity": args.granularity,
         "page_size": args.page_size,
         "num_pages": args.num_pages,
@@ -229,16 +233,20 @@ def run_latency(args: argparse.Namespace) -> int:
     reserve_device_memory(args.gpu_memory_utilization)
     if args.profile is not None:
         keep_command_buffers()
+    import jax
+
     from sparsejax import LLM
     from sparsejax.bench import ceilings, latency, plots
+    from sparsejax.engine.build import default_batched_tokens
 
     ceiling = ceilings.measure()
     print(ceiling, flush=True)
     name, config, params = _load(args)
+    chunk = args.max_mixed_tokens or args.max_num_batched_tokens or default_batched_tokens(jax.default_backend())
     rows = []
     for batch, context in wanted:
         # One engine a shape, with tables and batch as large as needed: as somebody serving that shape would set them.
-        needed = latency.tokens_needed(context, args.steps, batch=batch, chunk=args.max_num_batched_tokens or 512)
+        needed = latency.tokens_needed(context, args.steps, batch=batch, chunk=chunk)
         llm = LLM.from_params(
             config if args.model else _reaching(config, needed),
             params,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 SMALLEST_PREFILL = 64
+SMALLEST_MIXED_LANES = 32
 
 
 def powers_of_two(largest: int, *, smallest: int = 1) -> tuple[int, ...]:
@@ -24,6 +25,44 @@ def prefill_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
     """Packed token counts of prefill steps: a factor of four apart, for each costs a compilation of the whole model."""
     every = powers_of_two(max_num_batched_tokens, smallest=min(SMALLEST_PREFILL, max_num_batched_tokens))
     return tuple(size for i, size in enumerate(every) if (len(every) - 1 - i) % 2 == 0)
+
+
+def mixed_lanes(max_num_seqs: int) -> tuple[int, ...]:
+    """Decode lanes of steps that prefill as well: all, and an eighth of them where that is not few.
+
+    Idle lanes add no token to the model's work, only a row of logits to sample from: two sizes are enough.
+    """
+    few = max_num_seqs // 8
+    return (few, max_num_seqs) if few >= SMALLEST_MIXED_LANES else (max_num_seqs,)
+
+
+def mixed_shapes(max_mixed_tokens: int, max_num_seqs: int) -> tuple[tuple[int, int], ...]:
+    """All (packed tokens, decode lanes) of steps that prefill and decode."""
+    sizes, lanes = prefill_buckets(max_mixed_tokens), mixed_lanes(max_num_seqs)
+    return tuple(dict.fromkeys((size, min(size, each)) for size in sizes for each in lanes))
+
+
+def mixed_shape(
+    num_prompt_tokens: int, num_decodes: int, shapes: tuple[tuple[int, int], ...]
+) -> tuple[int, int] | None:
+    """The shape of `mixed_shapes` for a step, or None if it had better be two programs.
+
+    Decodes ride in the padding of the bucket that the prompt tokens need anyhow, where they cost their attention and
+    nothing else. A larger bucket for their sake could cost more than a decode step of their own.
+    """
+    size = next((size for size, _ in shapes if num_prompt_tokens <= size), 0)
+    if num_prompt_tokens + num_decodes > size:
+        return None
+    return size, bucket(num_decodes, tuple(lanes for each, lanes in shapes if each == size))
+
+
+def prompt_room(max_mixed_tokens: int, num_decodes: int) -> int:
+    """Prompt tokens that a step may compute beside so many decodes.
+
+    Decodes count against the limit, so that they fit into the largest bucket, but never take more than half of it: a
+    prefill always gets on.
+    """
+    return max(max_mixed_tokens - num_decodes, -(-max_mixed_tokens // 2))
 
 
 def bucket(size: int, buckets: tuple[int, ...]) -> int:

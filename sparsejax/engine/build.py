@@ -38,7 +38,12 @@ def build_engine(
     if on_cpu and config.implementation == "triton":
         raise InvalidArgumentError('implementation="triton" needs an NVIDIA GPU, and the model is on a CPU: use "xla".')
     max_num_seqs = config.max_num_seqs or (16 if on_cpu else 256)
-    max_num_batched_tokens = config.max_num_batched_tokens or (512 if on_cpu else 2048)
+    max_num_batched_tokens = config.max_num_batched_tokens or default_batched_tokens(device.platform)
+    max_mixed_tokens = config.max_mixed_tokens or max_num_batched_tokens
+    if max_mixed_tokens > max_num_batched_tokens:
+        raise InvalidArgumentError(
+            f"max_mixed_tokens must be at most max_num_batched_tokens={max_num_batched_tokens}, got {max_mixed_tokens}."
+        )
     max_model_len = _max_model_len(model_config, config.max_model_len)
     if len(eos_token_ids) > MAX_EOS_IDS:
         raise InvalidArgumentError(
@@ -83,6 +88,7 @@ def build_engine(
             layout,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_mixed_tokens=max_mixed_tokens,
             max_prefill_seqs=config.max_prefill_seqs,
             eos_token_ids=eos_token_ids,
             implementation=config.implementation,
@@ -97,6 +103,7 @@ def build_engine(
         SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_mixed_tokens=max_mixed_tokens,
             max_prefill_seqs=config.max_prefill_seqs,
             page_size=layout.page_size,
             num_free_entries=layout.num_entries - 1,
@@ -106,6 +113,11 @@ def build_engine(
         )
     )
     return Engine(runner, scheduler, tokenizer=tokenizer, seed=config.seed)
+
+
+def default_batched_tokens(platform: str) -> int:
+    """`max_num_batched_tokens` of an engine that was told none. platform: of its device, as JAX names it."""
+    return 512 if platform == "cpu" else 2048
 
 
 def _max_resident_rows(model: ModelConfig, config: EngineConfig, max_num_seqs: int) -> int:

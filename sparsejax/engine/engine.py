@@ -45,7 +45,7 @@ class InFlight:
 
     Attributes:
       sampling: (lane of the output, request) of each token it samples.
-      chunks: what a prefill step computed, in packing order; empty for a decode step.
+      chunks: what was prefilled, in packing order; empty for a decode step.
       output: device values.
       forked: bool[] values that must be true: the forks dispatched with the step.
       free_entries: what the device must report if host and device agree; None if a later step of the plan tells.
@@ -181,23 +181,31 @@ class Engine:
             self._read()  # a victim's replay needs every token it was given
         plan = self.scheduler.schedule()
         forked = self._change_table(plan)
-        dispatched: list[InFlight] = []
-        expected = self.scheduler.free_entries
-        if plan.decode:
-            output = self.runner.decode(plan.decode)
-            dispatched.append(InFlight(list(enumerate(plan.decode)), (), output, None if plan.prefill else expected))
-        if plan.prefill:
-            output = self.runner.prefill(plan.prefill)
-            sampling = [
-                (lane, chunk.request)
-                for lane, chunk in enumerate(plan.prefill)
-                if chunk.is_last and not chunk.request.is_replay
-            ]
-            dispatched.append(InFlight(sampling, plan.prefill, output, expected, forked))
+        dispatched = self._dispatch(plan, forked)
         for flight in dispatched:
             jax.tree.map(lambda x: x.copy_to_host_async(), (flight.output, flight.forked))
         self._read()
         self._in_flight = dispatched
+
+    def _dispatch(self, plan: Plan, forked: Sequence[jax.Array]) -> list[InFlight]:
+        """Dispatches a plan's decodes and chunks: as one step if there is one for both, else in this order."""
+        runner, expected = self.runner, self.scheduler.free_entries
+        firsts = [
+            (lane, chunk.request)
+            for lane, chunk in enumerate(plan.prefill)
+            if chunk.is_last and not chunk.request.is_replay
+        ]
+        if runner.mixed_shape(plan.prefill, plan.decode) is not None:
+            output = runner.mixed(plan.prefill, plan.decode)
+            following = list(enumerate(plan.decode, start=runner.max_prefill_seqs))
+            return [InFlight(following + firsts, plan.prefill, output, expected, forked)]
+        dispatched = []
+        if plan.decode:
+            output = runner.decode(plan.decode)
+            dispatched.append(InFlight(list(enumerate(plan.decode)), (), output, None if plan.prefill else expected))
+        if plan.prefill:
+            dispatched.append(InFlight(firsts, plan.prefill, runner.prefill(plan.prefill), expected, forked))
+        return dispatched
 
     def _change_table(self, plan: Plan) -> list[jax.Array]:
         """Dispatches the plan's changes in order, neighbours of a kind together; returns what `Runner.fork` does."""

@@ -16,7 +16,7 @@ from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, init_cache
 from sparsejax.engine.packing import pack
 from sparsejax.engine.state import init_state
-from sparsejax.engine.steps import StepOptions, decode_step, prefill_step
+from sparsejax.engine.steps import StepOptions, decode_step, mixed_step
 from sparsejax.errors import OutOfMemoryError
 from sparsejax.models import Decoder
 
@@ -70,9 +70,10 @@ def scratch_bytes(
     batch = shape(pack([], size=prefill_tokens, segments=prefill_seqs, eos_token_ids=()))
     rows = jax.ShapeDtypeStruct((decode_batch,), jnp.int32)
     peak = 0
-    for step, work in ((prefill_step, batch), (decode_step, rows)):
+    # A mixed step does all that a prefill step does, and more.
+    for step, work in ((mixed_step, (batch, rows)), (decode_step, (rows,))):
         run = jax.jit(functools.partial(step, decoder=decoder, options=options), donate_argnums=(1, 2))
-        analysis: Any = run.lower(shape(params), cache, state, work).compile().memory_analysis()
+        analysis: Any = run.lower(shape(params), cache, state, *work).compile().memory_analysis()
         # Outputs that alias no donated input are small (tokens and log-probabilities) but live beside the scratch.
         peak = max(peak, analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
     return peak

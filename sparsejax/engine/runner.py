@@ -22,7 +22,7 @@ from sparsejax.engine.packing import pack
 from sparsejax.engine.plan import Chunk, Fork
 from sparsejax.engine.request import Request
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, init_state
-from sparsejax.engine.steps import StepOptions, decode_step, options_for, prefill_step
+from sparsejax.engine.steps import StepOptions, decode_step, mixed_step, options_for, prefill_step
 from sparsejax.models import Decoder
 
 # Rematerialisation counts a donated pool twice, and so spends compile time on saving memory that is not short.
@@ -36,7 +36,8 @@ class CompiledSteps:
     """The jitted steps of one decoder. Each is compiled once for every combination of shapes and options.
 
     Attributes:
-      prefill, decode: (params, cache, state, batch or rows, options) -> (cache, state, output), cache, state donated.
+      prefill, decode, mixed: (params, cache, state, work, options) -> (cache, state, output), cache and state donated;
+        work is the batch, the rows, or (batch, rows).
       release: (cache, rows) -> cache; cache donated.
       fork: (cache, source, target, count, implementation) -> (cache, ok); cache donated.
       compilations: how often each was traced, by name. While serving after a warm-up these stay constant.
@@ -44,6 +45,7 @@ class CompiledSteps:
 
     prefill: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
     decode: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
+    mixed: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
     release: Callable[[KVCache, jax.Array], KVCache]
     fork: Callable[..., tuple[KVCache, jax.Array]]
     compilations: Counter[str]
@@ -57,7 +59,8 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
     def compiled(name: str, step: Callable) -> Callable:
         def run(params, cache, state, work, options):
             compilations[name] += 1  # runs when traced, and is no part of what is compiled
-            return step(params, cache, state, work, decoder=decoder, options=options)
+            work = work if isinstance(work, tuple) else (work,)
+            return step(params, cache, state, *work, decoder=decoder, options=options)
 
         return jax.jit(run, static_argnums=4, donate_argnums=(1, 2), compiler_options=COMPILER_OPTIONS)
 
@@ -72,6 +75,7 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
     return CompiledSteps(
         prefill=compiled("prefill", prefill_step),
         decode=compiled("decode", decode_step),
+        mixed=compiled("mixed", mixed_step),
         release=jax.jit(run_release, donate_argnums=0),
         fork=jax.jit(run_fork, static_argnums=4, donate_argnums=0),
         compilations=compilations,
@@ -89,6 +93,7 @@ class Runner:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_mixed_tokens: int,
         max_prefill_seqs: int,
         eos_token_ids: tuple[int, ...] = (),
         implementation: Implementation | None = None,
@@ -101,6 +106,7 @@ class Runner:
         self.implementation: Implementation | None = implementation
         self.decode_buckets = buckets.decode_buckets(max_num_seqs)
         self.prefill_buckets = buckets.prefill_buckets(max_num_batched_tokens)
+        self.mixed_shapes = buckets.mixed_shapes(max_mixed_tokens, max_num_seqs)
         self.cache: KVCache
         self.state: DecodeState
         self.reset()
@@ -123,7 +129,9 @@ class Runner:
         """Dispatches a prefill step; lane i of the output belongs to chunks[i], prompt lanes follow the packing."""
         batch = self._pack(chunks)
         options = options_for(
-            [chunk.request.params for chunk in chunks], implementation=self.implementation, prefill=True
+            [chunk.request.params for chunk in chunks],
+            implementation=self.implementation,
+            prompt_logprobs=_prompt_logprobs(chunks),
         )
         self.cache, self.state, output = self._steps.prefill(self.params, self.cache, self.state, batch, options)
         return output
@@ -138,6 +146,35 @@ class Runner:
         self.cache, self.state, output = self._steps.decode(
             self.params, self.cache, self.state, self._decode_rows[1], options
         )
+        return output
+
+    def mixed_shape(self, chunks: Sequence[Chunk], requests: Sequence[Request]) -> tuple[int, int] | None:
+        """(packed tokens, decode lanes) of the one step that does both, or None where two steps are as good."""
+        if not chunks or not requests:
+            return None
+        return buckets.mixed_shape(sum(chunk.count for chunk in chunks), len(requests), self.mixed_shapes)
+
+    def mixed(self, chunks: Sequence[Chunk], requests: Sequence[Request]) -> StepOutput:
+        """Dispatches a step that does what `decode(requests)` and then `prefill(chunks)` do.
+
+        Lane i of the output belongs to chunks[i], lane max_prefill_seqs + i to requests[i].
+
+        Raises:
+          ValueError: there is no such step, as `mixed_shape` tells.
+        """
+        shape = self.mixed_shape(chunks, requests)
+        if shape is None:
+            raise ValueError(f"{len(chunks)} chunks and {len(requests)} decodes are no mixed step: see mixed_shape.")
+        size, lanes = shape
+        rows = np.zeros(lanes, np.int32)
+        rows[: len(requests)] = [request.row or 0 for request in requests]
+        options = options_for(
+            [each.params for each in (*(chunk.request for chunk in chunks), *requests)],
+            implementation=self.implementation,
+            prompt_logprobs=_prompt_logprobs(chunks),
+        )
+        work = (self._pack(chunks, size=size), rows)
+        self.cache, self.state, output = self._steps.mixed(self.params, self.cache, self.state, work, options)
         return output
 
     def release(self, rows: Sequence[int]) -> None:
@@ -172,18 +209,17 @@ class Runner:
           forks: rows will be forked.
           progress: wraps the list of variants, for a progress bar.
         """
+        steps = self._steps
+        work = [(steps.prefill, self._pack([], size=size)) for size in self.prefill_buckets]
+        work += [(steps.decode, jnp.zeros(size, jnp.int32)) for size in self.decode_buckets]
+        work += [(steps.mixed, (self._pack([], size=size), np.zeros(n, np.int32))) for size, n in self.mixed_shapes]
         variants = [
-            (kind, size, options)
-            for kind, sizes in (("prefill", self.prefill_buckets), ("decode", self.decode_buckets))
-            for size in sizes
-            for options in self._variants(kind)
+            (step, batch, options)
+            for step, batch in work
+            for options in self._variants(with_chunk=step is not steps.decode)
             if options.plain or not greedy_only
         ]
-        for kind, size, options in progress(variants):
-            if kind == "prefill":
-                step, batch = self._steps.prefill, self._pack([], size=size)
-            else:
-                step, batch = self._steps.decode, jnp.zeros(size, jnp.int32)
+        for step, batch, options in progress(variants):
             self.cache, self.state, _ = step(self.params, self.cache, self.state, batch, options)
         self.release([0])
         if forks:
@@ -195,8 +231,13 @@ class Runner:
             size = buckets.bucket(sum(chunk.count for chunk in chunks), self.prefill_buckets)
         return pack(chunks, size=size, segments=self.max_prefill_seqs, eos_token_ids=self.eos_token_ids)
 
-    def _variants(self, kind: str) -> list[StepOptions]:
+    def _variants(self, *, with_chunk: bool) -> list[StepOptions]:
         details = [{"plain": True}, {"plain": False}, {"plain": False, "logprobs": True}]
-        if kind == "prefill":
+        if with_chunk:
             details.append({"plain": False, "logprobs": True, "prompt_logprobs": True})
         return [StepOptions(implementation=self.implementation, **detail) for detail in details]
+
+
+def _prompt_logprobs(chunks: Sequence[Chunk]) -> bool:
+    """Whether a step with these chunks returns log-probabilities of their tokens."""
+    return any(chunk.request.params.prompt_logprobs is not None for chunk in chunks)

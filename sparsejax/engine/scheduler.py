@@ -20,8 +20,9 @@ The rules:
   waiting one, and a preempted request is at the front of the queue by itself.
 * A request is admitted with its first chunk, and only if the pool holds its whole prompt, the decodes of all running
   requests while that prompt is computed, and one token more for everyone. Once begun, a prefill is never stalled.
-* Decodes come first in a step, and take what they need; if they do not fit, the latest arrival gives its entries back
-  and later replays its prompt and outputs. The oldest request is never preempted, so something always finishes.
+* Decodes come first in a step, and take what they need; prompts get the rest of its tokens, at least half of them.
+* Pages, too, go to decodes first; if they do not fit, the latest arrival gives its entries back and later replays its
+  prompt and outputs. The oldest request is never preempted, so something always finishes.
 * A preempted request comes back only when everyone has a page more to grow, or it would soon be preempted again.
 
 With `max_resident_rows`, the row of a request that ends stays resident for its tokens to be reused (`prefix_cache.py`):
@@ -42,6 +43,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from sparsejax.engine.blocks import BlockTable, Row
+from sparsejax.engine.buckets import prompt_room
 from sparsejax.engine.plan import Chunk, Fork, Plan, Release
 from sparsejax.engine.prefix_cache import Hit, PrefixCache, PrefixCacheStats
 from sparsejax.engine.request import Request, Status
@@ -63,7 +65,9 @@ class SchedulerConfig:
 
     Attributes:
       max_num_seqs: requests that hold a row at once.
-      max_num_batched_tokens: tokens of one prefill step.
+      max_num_batched_tokens: tokens of a step that only prefills.
+      max_mixed_tokens: tokens of a step in which requests decode, at most as many. Decodes count, but leave half of it
+        to prompts (`buckets.prompt_room`).
       max_prefill_seqs: requests with a chunk in one prefill step.
       page_size: tokens of a page.
       num_free_entries: table entries of the empty pool.
@@ -75,6 +79,7 @@ class SchedulerConfig:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_mixed_tokens: int
     max_prefill_seqs: int
     page_size: int
     num_free_entries: int
@@ -267,7 +272,7 @@ class Scheduler:
             request.num_dispatched_outputs += 1
         # After decode was chosen: what becomes RUNNING here decodes in the next plan. And nobody is admitted where
         # somebody was preempted: a victim that shares more the second time might come back at once.
-        prefill = self._plan_prefill(admit=not preempted)
+        prefill = self._plan_prefill(self._prompt_room(len(decode)), admit=not preempted)
         if self._cache is not None:
             for chunk in prefill:
                 self._cache.advance(self._row(chunk.request), chunk.request)
@@ -303,8 +308,12 @@ class Scheduler:
             preempted.append(victim)
         return preempted
 
-    def _plan_prefill(self, *, admit: bool) -> list[Chunk]:
-        budget = self.config.max_num_batched_tokens
+    def _prompt_room(self, num_decodes: int) -> int:
+        """Prompt tokens of a step in which so many requests decode; with more of them it never grows."""
+        config = self.config
+        return prompt_room(config.max_mixed_tokens, num_decodes) if num_decodes else config.max_num_batched_tokens
+
+    def _plan_prefill(self, budget: int, *, admit: bool) -> list[Chunk]:
         chunks: list[Chunk] = []
         # A prefill that did not end took its step's whole budget, so at most one is under way: the latest admitted.
         if self._admitted and self._admitted[-1].status is Status.PREFILLING:
@@ -327,7 +336,8 @@ class Scheduler:
         """Whether the pool holds the request beside everyone's growth until, and one token beyond, its last chunk."""
         reused = hit.count // self.config.page_size * self.config.page_size  # certain: see _fork
         rest = max(request.prefill_target - reused - budget, 0)
-        steps = 1 + -(-rest // self.config.max_num_batched_tokens)
+        # Nobody else is admitted meanwhile, so that at least this many of its tokens go into each further step.
+        steps = 1 + -(-rest // self._prompt_room(len(self._admitted)))
         spare = self.config.page_size if request.num_preemptions else 0
         needed = self._entries_at(request, 1 + spare)
         if hit.source is not None:

@@ -68,6 +68,12 @@ class PrefillBatch:
     num_output: jax.Array | np.ndarray
     sampling: RowSampling
 
+    @property
+    def segment(self) -> jax.Array:
+        """i32[T], the segment of each token; S for padding."""
+        index = jnp.arange(self.tokens.shape[0], dtype=jnp.int32)
+        return jnp.searchsorted(jnp.asarray(self.starts), index, side="right").astype(jnp.int32) - 1
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class StepOutput:
 
     Attributes:
       sample: tokens (and log-probabilities where asked for) of the step's lanes.
-      ok: bool[], false if the pool was out of pages: nothing was stored and the sample means nothing.
+      ok: bool[], false if the pool was out of pages: what did not fit was not stored, and the sample means nothing.
       free_entries: i32[], table entries left in the pool.
       prompt: log-probabilities of the chunk's own tokens (prefill steps that were asked for them), else None.
     """
@@ -104,11 +110,10 @@ def init_state(num_rows: int, vocab_size: int) -> DecodeState:
     )
 
 
-def start_rows(state: DecodeState, batch: PrefillBatch, segment: jax.Array, *, plain: bool) -> DecodeState:
+def start_rows(state: DecodeState, batch: PrefillBatch, *, plain: bool) -> DecodeState:
     """Takes a chunk's requests into the state: parameters, and the token counts that penalties need.
 
     Args:
-      segment: i32[T], segment of each token; S for padding.
       plain: leave the count tables alone (no request of the batch reads them).
     """
     rows = jnp.asarray(batch.rows)
@@ -119,7 +124,7 @@ def start_rows(state: DecodeState, batch: PrefillBatch, segment: jax.Array, *, p
     keep = ~jnp.asarray(batch.first)
     seen = state.prompt_seen.at[rows].set(state.prompt_seen[rows] & keep[:, None])
     count = state.output_count.at[rows].set(state.output_count[rows] * keep[:, None])
-    row = jnp.append(rows, 0)[segment]
+    row = jnp.append(rows, 0)[batch.segment]
     nowhere = state.prompt_seen.shape[0]
     generated = jnp.asarray(batch.generated)
     seen = seen.at[jnp.where(generated, nowhere, row), batch.tokens].set(True, mode="drop")

@@ -78,6 +78,13 @@ def test_everything_is_served_and_adds_up(llm, served):
     assert not llm.engine.has_unfinished
 
 
+def test_times_between_tokens_are_told_apart_by_whether_a_prefill_was_waited_for(served):
+    inside = throughput._in_prefill([0.5, 1.0, 1.5, 2.0, 2.5], [(1.0, 2.0), (1.2, 1.8), (9.0, 9.5)])
+    assert inside.tolist() == [False, False, True, True, False]
+    whole, *parts = served.itl, served.itl_prefill, served.itl_decode
+    assert min(part.mean for part in parts if part) <= whole.mean <= max(part.mean for part in parts if part)
+
+
 def test_latencies_count_from_arrival(served):
     for record, request in zip(served.records, TRACE.requests, strict=True):
         assert record.arrival == request.arrival

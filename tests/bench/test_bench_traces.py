@@ -34,6 +34,13 @@ def test_equal_requests(name, requests, inputs, outputs):
     assert trace.longest == inputs + outputs
 
 
+def test_itl32k_is_one_long_prompt_behind_eight_that_decode():
+    *running, long = traces.load("itl32k").requests
+    assert {(r.arrival, r.input_tokens) for r in running} == {(0.0, 1024)}
+    assert len(running) == 8
+    assert (long.arrival > 0, long.input_tokens) == (True, 32000)
+
+
 def test_prompts_are_random_repeatable_and_distinct():
     first, second, *_ = traces.load("3x400x7").requests
     prompt = first.prompt(64)

@@ -31,7 +31,8 @@ def config(**changes) -> SchedulerConfig:
         "entries_per_page_column": 1,
         "max_model_len": 128,
     }
-    return SchedulerConfig(**{**base, **changes})
+    base |= changes
+    return SchedulerConfig(**{"max_mixed_tokens": base["max_num_batched_tokens"], **base})
 
 
 def request(name: str, prompt: int, max_tokens: int = 4, *, shared: int = 0, family: int = 0, **params) -> Request:
@@ -158,10 +159,12 @@ class Engine:
     def _check_prefill(self, plan, before) -> None:
         limits = self.scheduler.config
         counts = [chunk.count for chunk in plan.prefill]
-        assert sum(counts) <= limits.max_num_batched_tokens
+        budget = limits.max_num_batched_tokens
+        if plan.decode:
+            budget = max(limits.max_mixed_tokens - len(plan.decode), (limits.max_mixed_tokens + 1) // 2)
+        assert sum(counts) <= budget
         assert len(counts) <= limits.max_prefill_seqs
         assert all(counts)
-        budget = limits.max_num_batched_tokens
         for chunk in plan.prefill:
             rest = chunk.request.prefill_target - chunk.start
             began = before[chunk.request.request_id] is Status.WAITING or chunk.request in plan.preempted

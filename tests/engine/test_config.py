@@ -28,6 +28,7 @@ def test_lists_of_methods_become_tuples():
         ("max_model_len", 0, "positive whole number, got 0"),
         ("max_num_seqs", 2.0, "positive whole number, got 2.0"),
         ("max_num_batched_tokens", True, "positive whole number, got True"),
+        ("max_mixed_tokens", 0, "positive whole number, got 0"),
         ("max_prefill_seqs", -1, "positive whole number, got -1"),
         ("num_pages", "7", "positive whole number, got '7'"),
         ("page_size", 24, "power of two.*got 24"),

@@ -137,6 +137,54 @@ def test_random_arrivals_and_cancellations(make_llm, alone, data):
     assert_all_free(llm)
 
 
+@pytest.mark.parametrize(("limit", "mixed_limit"), [(32, 32), (32, 5)])
+def test_decodes_ride_with_chunks(monkeypatch, make_llm, alone, limit, mixed_limit):
+    """Requests that come one by one are prefilled in the very steps in which others decode, if there is padding."""
+    llm = make_llm(max_num_batched_tokens=limit, max_mixed_tokens=mixed_limit, enable_prefix_caching=False)
+    engine, steps = llm.engine, []
+    for name in ("prefill", "decode", "mixed"):
+        run = getattr(engine.runner, name)
+        monkeypatch.setattr(engine.runner, name, lambda *work, name=name, run=run: steps.append(name) or run(*work))
+    submissions = []
+    for i, (prompt, params) in enumerate(zip(PROMPTS, MIXED, strict=True)):
+        submissions.append(engine.add(str(i), TokenizedPrompt(None, prompt), params))
+        engine.step()
+    while engine.has_unfinished:
+        engine.step()
+    assert [submission.output().outputs[0].token_ids for submission in submissions] == alone
+    assert steps[0] == "prefill"
+    assert steps.count("mixed") >= 3
+    assert_all_free(llm)
+
+
+def test_logprobs_are_the_same_beside_decodes(make_llm):
+    """Whoever decodes beside it, a chunk gets the log-probabilities of its prompt; nobody else gets any."""
+    engine = make_llm(enable_prefix_caching=False).engine
+    asking = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=2, prompt_logprobs=2)
+
+    def serve(others: int) -> list:
+        submissions = [engine.add(str(i), TokenizedPrompt(None, PROMPTS[i]), GREEDY) for i in range(others)]
+        while submissions and not all(each.num_generated_tokens for each in submissions):
+            engine.step()
+        submissions.append(engine.add("asking", TokenizedPrompt(None, PROMPTS[3]), asking))
+        while engine.has_unfinished:
+            engine.step()
+        return [each.output() for each in submissions]
+
+    (expected,), (first, second, got) = serve(0), serve(2)
+    assert tokens([got]) == tokens([expected])
+    for ours, theirs in (
+        (got.prompt_logprobs[1:], expected.prompt_logprobs[1:]),
+        (got.outputs[0].logprobs, expected.outputs[0].logprobs),
+    ):
+        assert len(ours) == len(theirs)
+        for mine, alone in zip(ours, theirs, strict=True):
+            assert {t: e.logprob for t, e in mine.items()} == pytest.approx(
+                {t: e.logprob for t, e in alone.items()}, abs=1e-4
+            )
+    assert all(each.prompt_logprobs is None and each.outputs[0].logprobs is None for each in (first, second))
+
+
 def test_same_seed_same_tokens_and_n(llm):
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=8, n=3, ignore_eos=True)
     first = llm.generate(PROMPTS[0], params, use_tqdm=False)[0]
@@ -199,14 +247,18 @@ def test_logprobs_are_those_of_the_dense_model(make_llm, params, chunk):
     )
 
 
-def test_nothing_compiles_after_warm_up(make_llm):
+def test_nothing_compiles_after_warm_up(monkeypatch, make_llm):
     llm = make_llm(warmup=True, max_num_seqs=2, max_num_batched_tokens=16)
     before = llm.engine.runner.compilations
+    served, run = set(), llm.engine.runner._steps.mixed
+    steps = dataclasses.replace(llm.engine.runner._steps, mixed=lambda *work: served.add(work[-1]) or run(*work))
+    monkeypatch.setattr(llm.engine.runner, "_steps", steps)
     asked = [*MIXED[:-1], SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=1, max_tokens=4)]
     llm.generate(PROMPTS, asked, use_tqdm=False)
     llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert llm.engine.runner.compilations == before
-    assert sum(before.values()) > 0
+    assert all(before[step] > 0 for step in ("prefill", "decode", "mixed"))
+    assert {options.plain for options in served} == {True, False}, "steps were mixed in several variants"
     assert_all_free(llm)
 
 
@@ -219,7 +271,9 @@ def test_steps_hold_no_copy_of_the_pool(make_llm):
     analyses = []
     from sparsejax.engine.steps import StepOptions
 
-    for step, work in ((runner._steps.prefill, batch), (runner._steps.decode, jnp.zeros(2, jnp.int32))):
+    rows = jnp.zeros(2, jnp.int32)
+    steps = runner._steps
+    for step, work in ((steps.prefill, batch), (steps.decode, rows), (steps.mixed, (batch, rows))):
         lowered = step.lower(runner.params, runner.cache, runner.state, work, StepOptions(implementation="xla"))
         analyses.append(lowered.compile().memory_analysis())
     lanes = [jnp.zeros(8, jnp.int32)] * 3
@@ -261,6 +315,8 @@ def test_bad_parameters_are_named(llm, make_llm):
         make_llm(max_num_seq=3)
     with pytest.raises(InvalidArgumentError, match="at most 128"):
         make_llm(max_model_len=129)
+    with pytest.raises(InvalidArgumentError, match="at most max_num_batched_tokens=32, got 33"):
+        make_llm(max_mixed_tokens=33)
     with pytest.raises(InvalidArgumentError, match="power of two"):
         make_llm(page_size=3)
     with pytest.raises(UnknownArgumentError, match="full"):

@@ -34,11 +34,11 @@ def fail_at(monkeypatch, llm, step: str, call: int, error: BaseException, *, los
     """The step's `call`-th run raises; `lost`: after it has taken the donated cache."""
     run, calls = getattr(llm.engine.runner, step), iter(range(1, 1000))
 
-    def failing(work):
+    def failing(*work):
         if next(calls) != call:
-            return run(work)
+            return run(*work)
         if lost:
-            run(work)
+            run(*work)
             jax.tree.map(lambda x: x.delete(), (llm.engine.runner.cache, llm.engine.runner.state))
         raise error
 
@@ -51,7 +51,7 @@ def run_all(engine) -> None:
 
 
 @pytest.mark.parametrize("lost", [False, True])
-@pytest.mark.parametrize(("step", "call"), [("prefill", 1), ("prefill", 2), ("decode", 1), ("decode", 5)])
+@pytest.mark.parametrize(("step", "call"), [("prefill", 1), ("mixed", 1), ("decode", 1), ("decode", 5)])
 def test_requests_survive_a_step_that_fails(monkeypatch, llm, expected, step, call, lost):
     llm.reset_prefix_cache()  # what a former case left would spare the prefills that are to fail
     engine = llm.engine

@@ -68,10 +68,13 @@ def assert_all_free_after_reset(llm) -> None:
 
 def prefilled(llm, monkeypatch) -> list[int]:
     """Counts, from now on, the tokens of each prefill step."""
-    counts, prefill = [], llm.engine.runner.prefill
-    monkeypatch.setattr(
-        llm.engine.runner, "prefill", lambda chunks: (counts.append(sum(c.count for c in chunks)), prefill(chunks))[1]
-    )
+    counts = []
+
+    def counted(run):
+        return lambda chunks, *decodes: (counts.append(sum(c.count for c in chunks)), run(chunks, *decodes))[1]
+
+    for step in ("prefill", "mixed"):
+        monkeypatch.setattr(llm.engine.runner, step, counted(getattr(llm.engine.runner, step)))
     return counts
 
 

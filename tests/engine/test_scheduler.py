@@ -32,6 +32,7 @@ def traces(draw):
         "max_model_len": draw(st.integers(8, 64)),
         "max_resident_rows": draw(st.sampled_from([0, 1, 2, 8])),  # 0: no prefix caching
     }
+    limits["max_mixed_tokens"] = draw(st.integers(1, limits["max_num_batched_tokens"]))
     needing = [{}, {}, {"prompt_logprobs": 1}, {"repetition_penalty": 1.5}, {"presence_penalty": 0.5}]
     jobs = draw(
         st.lists(
@@ -163,9 +164,9 @@ def test_c_unfinished_prefills_keep_their_order():
         ("a", 10, 2),
         ("b", 0, 3),
         ("b", 3, 4),
-        ("c", 0, 1),
-        ("c", 1, 5),
-        ("c", 6, 3),
+        # Whatever decodes takes its token off the five.
+        ("c", 0, 4),
+        ("c", 4, 5),
     ]
 
 
@@ -362,3 +363,16 @@ def test_n_answers_are_n_requests_with_seeds_of_their_own():
 def test_derived_seeds_are_32_bit_words(seed, number):
     assert 0 <= derive_seed(seed, number) < 2**32
     assert derive_seed(seed, 0) == seed
+
+
+def test_a_long_prompt_holds_nobody_up():
+    """While it is computed everybody decodes in every step, and no step is larger than the limit for such steps."""
+    run = engine(max_num_batched_tokens=16, max_mixed_tokens=8, max_model_len=512, num_free_entries=256)
+    for name in "abc":
+        run.add(request(name, 3, 100))
+    run.step()
+    run.add(request("long", 203, 2))
+    plans = [run.step() for _ in range(41)]
+    assert [sum(chunk.count for chunk in plan.prefill) for plan in plans] == [5] * 40 + [3]
+    assert all([each.request_id for each in plan.decode] == ["a", "b", "c"] for plan in plans)
+    run.run()

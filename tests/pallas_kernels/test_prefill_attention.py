@@ -132,7 +132,9 @@ def test_lowers_for_cuda_at_production_shapes(granularity, tokens, segments, q_h
     pool = shape((1 << 18, 32, dim), dtype)
     new = shape((tokens, heads, dim), dtype)
     text = lower_for_h200(
-        functools.partial(prefill_attention, address=make_address(granularity, heads), scale=1.0),
+        functools.partial(
+            prefill_attention, address=make_address(granularity, heads), scale=1.0, implementation="triton"
+        ),
         shape((tokens, q_heads, dim), dtype),
         new,
         new,

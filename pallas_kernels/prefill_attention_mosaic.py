@@ -1,0 +1,394 @@
+"""Prefill attention for Hopper: copies, matrix products and softmax overlap (Pallas' Mosaic GPU backend).
+
+FlashAttention-3 (Shah et al. 2024, section 3): one warp group fetches blocks of K and V into shared memory, two others
+each attend with half of a tile of queries.
+
+What is copied starts at a multiple of 8 rows, as the layout of shared memory asks. Hence tiles of queries and blocks of
+keys lie on a grid over the packed chunk that does not move with the segments. A program owns a tile; it visits each
+segment that has tokens in it, and masks the queries of the others.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.online_softmax import DEAD_SCORE, EMPTY_LSE, LN_2, LOG2_E
+from pallas_kernels.segment_visits import segment_visits
+
+BLOCK = 128
+"""Queries of a tile and keys of a block."""
+
+_WORKERS = 2
+_ROWS = BLOCK // _WORKERS
+_STAGES = 2  # blocks of K and of V in shared memory
+_SWIZZLE = 128  # bytes
+# Of the 65,536 of a multiprocessor; the two workers and the fetcher may use 512 a thread together.
+_WORKER_REGISTERS, _FETCHER_REGISTERS = 232, 40
+
+
+def refusal(dtype, dim: int, page_size: int) -> str | None:
+    """Why the kernel cannot serve pools of this dtype, head_dim and page size; None if it can."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"its pools are bfloat16 or float16, not {jnp.dtype(dtype)}"
+    if dim not in (64, 128):
+        return f"its head_dim is 64 or 128, not {dim}"
+    if page_size < 16:
+        return f"its pages have 16 or more slots, not {page_size}"
+    return None
+
+
+class _Visit(NamedTuple):
+    """A visit's steps, a block of keys each: first those that need masks, then whole blocks. int32 inside the kernel.
+
+    Attributes:
+      row, first, last, key_first: as in `SegmentVisits`.
+      held: slots of history.
+      full: full blocks of history, which are the first whole ones.
+      tail, has_tail: slots of history behind them; 1 if there are any. Their block is the second masked one.
+      lead, has_lead, lead_block: the segment begins this many tokens into that block; 1 if it is the last masked one.
+      masked: number of masked blocks. The first is the tile's own.
+      whole, whole_first: number of the segment's whole blocks, and the first.
+      total: number of steps.
+    """
+
+    row: jax.Array
+    first: jax.Array
+    last: jax.Array
+    key_first: jax.Array
+    held: jax.Array
+    full: jax.Array
+    tail: jax.Array
+    has_tail: jax.Array
+    lead: jax.Array
+    has_lead: jax.Array
+    lead_block: jax.Array
+    masked: jax.Array
+    whole: jax.Array
+    whole_first: jax.Array
+    total: jax.Array
+
+
+def _flag(condition: jax.Array) -> jax.Array:
+    """1 where true, else 0."""
+    return jnp.where(condition, 1, 0)
+
+
+def _kernel(
+    q_ref, k_ref, v_ref, k_pages_ref, v_pages_ref, table_ref, history_ref, layer_ref, bounds_ref, row_ref, first_ref,
+    last_ref, key_first_ref, out_ref, *refs, address, group, scale, tiles, piece, with_lse, interpreted,
+):  # fmt: skip
+    q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = refs[with_lse : len(refs) - with_lse]
+    q_head = jax.lax.axis_index("head")
+    # The last tiles of a segment see the most keys: starting with them leaves the short ones to even out the end.
+    tile = tiles - 1 - jax.lax.axis_index("tile")
+    worker = jax.lax.axis_index("worker")
+    address = address.join_layer(layer_ref)
+    dim, page_size = q_ref.shape[2], k_pages_ref.shape[1]
+    head = jax.lax.div(q_head, jnp.int32(group))
+    table_head = head if table_ref.shape[2] > 1 else 0
+    base = tile * BLOCK
+    visits = (bounds_ref[tile], bounds_ref[tile + 1])
+
+    def block_of(token):
+        return jax.lax.div(token, jnp.int32(BLOCK))
+
+    def plan(visit):
+        row, first, last, key_first = row_ref[visit], first_ref[visit], last_ref[visit], key_first_ref[visit]
+        held = history_ref[address.table_layer, row, table_head]
+        full, lead_block = block_of(held), block_of(key_first)
+        tail, lead = held - full * BLOCK, key_first - lead_block * BLOCK
+        has_tail, has_lead = _flag(tail > 0), _flag((lead > 0) & (lead_block < tile))
+        masked = 1 + has_tail + has_lead
+        whole_first = lead_block + _flag(lead > 0)
+        whole = jnp.maximum(tile - whole_first, 0)
+        return _Visit(
+            row=row,
+            first=first,
+            last=last,
+            key_first=key_first,
+            held=held,
+            full=full,
+            tail=tail,
+            has_tail=has_tail,
+            lead=lead,
+            has_lead=has_lead,
+            lead_block=lead_block,
+            masked=masked,
+            whole=whole,
+            whole_first=whole_first,
+            total=masked + full + whole,
+        )
+
+    def slot_of(step):
+        return jax.lax.rem(step, jnp.int32(_STAGES))
+
+    @pl.when(worker == _WORKERS)
+    def _fetch():
+        plgpu.set_max_registers(_FETCHER_REGISTERS, action="decrease")
+
+        def fetch(step, source):
+            """`source(i)`: ((K, V), index) of piece i of the block."""
+            slot = slot_of(step)
+            pieces = [source(i) for i in range(BLOCK // piece)]
+            for smem, ready, free, which in ((k_smem, k_ready, k_free, 0), (v_smem, v_ready, v_free, 1)):
+
+                @pl.when(step >= _STAGES)
+                def _(free=free):
+                    plgpu.barrier_wait(free.at[slot])
+
+                for i, (arrays, index) in enumerate(pieces):
+                    plgpu.copy_gmem_to_smem(
+                        arrays[which].at[index], smem.at[slot, pl.ds(i * piece, piece)], ready.at[slot]
+                    )
+
+        def fetch_own(step, block):
+            fetch(step, lambda i: ((k_ref, v_ref), (pl.ds(block * BLOCK + i * piece, piece), head)))
+
+        def fetch_history(step, block, visit):
+            def source(i):
+                token = block * BLOCK + i * piece
+                column = jax.lax.div(token, jnp.int32(page_size))
+                entry = table_ref[
+                    address.table_layer, visit.row, table_head, jnp.minimum(column, table_ref.shape[3] - 1)
+                ]
+                # Past the history anything may stand in the table; the null entry's page is there to be read.
+                page = address.page(jnp.where(token < visit.held, entry, 0), head)
+                return (k_pages_ref, v_pages_ref), (page, pl.ds(token - column * page_size, piece))
+
+            fetch(step, source)
+
+        def fetch_visit(index, start):
+            visit = plan(index)
+            fetch_own(start, tile)
+
+            @pl.when(visit.has_tail > 0)
+            def _():
+                fetch_history(start + 1, visit.full, visit)
+
+            @pl.when(visit.has_lead > 0)
+            def _():
+                fetch_own(start + 1 + visit.has_tail, visit.lead_block)
+
+            after = start + visit.masked
+
+            @pl.loop(0, visit.full)
+            def _(i):
+                fetch_history(after + i, i, visit)
+
+            @pl.loop(0, visit.whole)
+            def _(i):
+                fetch_own(after + visit.full + i, visit.whole_first + i)
+
+            return start + visit.total
+
+        total = jax.lax.fori_loop(*visits, fetch_visit, jnp.int32(0))
+        # Every arrival is waited for, the last ones too.
+        for slot in range(_STAGES):
+
+            @pl.when(total > slot)
+            def _(slot=slot):
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
+
+    @pl.when(worker < _WORKERS)
+    def _attend():
+        plgpu.set_max_registers(_WORKER_REGISTERS, action="increase")
+        wgmma_layout = plgpu.Layout.WGMMA
+        row_base = worker * _ROWS
+        my_q = q_smem.at[worker]
+        plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(base + row_base, _ROWS), q_head], my_q, q_ready.at[worker])
+
+        def cast(x):
+            if interpreted:
+                return x
+            return plgpu.layout_cast(x, wgmma_layout if x.ndim == 2 else wgmma_layout.reduce(1))
+
+        def iota(shape, axis):
+            if interpreted:
+                return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=wgmma_layout)
+
+        def spread(x, shape):
+            return jax.lax.broadcast_in_dim(x, shape, [0])
+
+        def change_turns():
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        def scores_of(slot):
+            if interpreted:
+                change_turns()
+                return jnp.dot(my_q[...], k_smem[slot].T, preferred_element_type=jnp.float32)
+
+            def product(acc):
+                plgpu.wgmma(acc, my_q, k_smem.at[slot].transpose((1, 0)))
+                change_turns()
+                return acc[...]
+
+            return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((_ROWS, BLOCK), jnp.float32))
+
+        def accumulate(values, weights, slot):
+            if interpreted:
+                return values + jnp.dot(weights, v_smem[slot], preferred_element_type=jnp.float32)
+            return pl.run_state(lambda acc: plgpu.wgmma(acc, weights, v_smem.at[slot]))(
+                plgpu.WGMMAAccumulatorRef.init(values)
+            )
+
+        def softmax(scores, top, sums):
+            new_top = jnp.maximum(top, scores.max(axis=1) * (scale * LOG2_E))
+            shrink = jnp.exp2(top - new_top)
+            weights = jnp.exp2(scores * (scale * LOG2_E) - spread(new_top, scores.shape))
+            return new_top, sums * shrink + weights.sum(axis=1), shrink, weights.astype(v_smem.dtype)
+
+        def clear_dead_values(slot, low, high):
+            """Zeroes the values before `low` and from `high` on: a weight of 0 does not hide a NaN."""
+            for part in range(0, BLOCK, _ROWS):
+                v = v_smem.at[slot, pl.ds(part, _ROWS)]
+                key = part + iota((_ROWS, dim), 0)
+                kept = cast(v[...])
+                v[...] = jnp.where((key >= low) & (key < high), kept, jnp.zeros_like(kept))
+            plgpu.commit_smem()
+
+        def attend(step, state, mask=None):
+            """Absorbs the block of a step. `mask`: (scores -> scores, first live key, end of the live keys)."""
+            values, top, sums = state
+            slot = slot_of(step)
+            plgpu.barrier_wait(k_ready.at[slot])
+            scores = scores_of(slot)
+            plgpu.barrier_arrive(k_free.at[slot])
+            if mask is not None:
+                scores = mask[0](scores)
+            top, sums, shrink, weights = softmax(scores, top, sums)
+            values *= spread(shrink, values.shape)
+            values, top, sums, weights = jax.lax.optimization_barrier((values, top, sums, weights))
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(v_ready.at[slot])
+            if mask is not None:
+                _, low, high = mask
+
+                @pl.when((low > 0) | (high < BLOCK))
+                def _():
+                    clear_dead_values(slot, low, high)
+
+            plgpu.barrier_wait(turn)
+            values = accumulate(values, weights, slot)
+            plgpu.barrier_arrive(v_free.at[slot])
+            return values, top, sums
+
+        def attend_visit(index, carry):
+            start, state = carry
+            visit = plan(index)
+
+            def attend_masked(step, state):
+                order = step - start
+                is_own = order == 0
+                is_tail = (order == 1) & (visit.has_tail > 0)
+                is_lead = (order == 1 + visit.has_tail) & (visit.has_lead > 0)
+                low = jnp.where(is_own, jnp.maximum(visit.key_first - base, 0), jnp.where(is_lead, visit.lead, 0))
+                high = jnp.where(is_own, visit.last - base, jnp.where(is_tail, visit.tail, BLOCK))
+                slack = jnp.where(is_own, 0, BLOCK)
+
+                def mask(scores):
+                    query = iota(scores.shape, 0) + row_base
+                    key = iota(scores.shape, 1)
+                    live = (key >= low) & (key < high) & (key <= query + slack)
+                    live &= (query >= visit.first - base) & (query < visit.last - base)
+                    return jnp.where(live, scores, DEAD_SCORE)
+
+                return attend(step, state, (mask, low, high))
+
+            end = start + visit.total
+            shared = (visit.first > base) | (visit.last < base + BLOCK)
+            unmasked = jnp.where(shared, end, start + visit.masked)
+            state = jax.lax.fori_loop(start, unmasked, attend_masked, state)
+            return end, jax.lax.fori_loop(unmasked, end, attend, state)
+
+        plgpu.barrier_wait(q_ready.at[worker])
+
+        @pl.when(worker == 1)
+        def _():
+            change_turns()
+
+        state = (
+            cast(jnp.zeros((_ROWS, dim), jnp.float32)),
+            cast(jnp.full((_ROWS,), EMPTY_LSE, jnp.float32)),
+            cast(jnp.zeros((_ROWS,), jnp.float32)),
+        )
+        _, (values, top, sums) = jax.lax.fori_loop(*visits, attend_visit, (jnp.int32(0), state))
+
+        @pl.when(worker == 0)
+        def _():
+            change_turns()
+
+        weight = jnp.maximum(sums, 1e-30)
+        my_q[...] = (values / spread(weight, values.shape)).astype(q_smem.dtype)
+        if with_lse:
+            lse_ref, lse_smem = refs[0], refs[-1]
+            lse_smem[worker] = jnp.where(sums > 0.0, (top + jnp.log2(weight)) * LN_2, EMPTY_LSE)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(lse_smem.at[worker], lse_ref.at[q_head, pl.ds(base + row_base, _ROWS)])
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(my_q, out_ref.at[pl.ds(base + row_base, _ROWS), q_head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+@functools.partial(jax.jit, static_argnames=("address", "scale", "with_lse", "interpret"))
+def prefill_attention_mosaic(
+    q, k, v, k_pages, v_pages, page_table, history, rows, starts, layer, *, address, scale, with_lse, interpret=None,
+):  # fmt: skip
+    """(out [T, Hq, D], lse f32[T, Hq] or None) of `prefill_attention`, where the arguments are described and checked.
+
+    q, k, v have the pools' dtype, S > 0, and `refusal` is None. `interpret`: parameters of Pallas' GPU interpreter.
+    """
+    real_tokens, q_heads, dim = q.shape
+    tokens = -(-real_tokens // BLOCK) * BLOCK
+    if tokens > real_tokens:
+        q, k, v = (jnp.pad(x, ((0, tokens - real_tokens), (0, 0), (0, 0))) for x in (q, k, v))
+    visits = segment_visits(rows, starts, tokens, BLOCK)
+    piece = min(k_pages.shape[1], BLOCK)
+    swizzled = (plgpu.TilingTransform((8, _SWIZZLE // q.dtype.itemsize)), plgpu.SwizzleTransform(_SWIZZLE))
+    keys = plgpu.SMEM((_STAGES, BLOCK, dim), q.dtype, transforms=swizzled)
+    # Each copy arrives once at the barrier that says that a block is there, each worker once at the one that frees it.
+    ready = plgpu.Barrier(num_arrivals=BLOCK // piece, num_barriers=_STAGES)
+    free = plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_STAGES)
+    out_types = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    if with_lse:
+        # Tokens last: what is copied is contiguous.
+        out_types.append(jax.ShapeDtypeStruct((q_heads, tokens), jnp.float32))
+    outs = plgpu.kernel(
+        functools.partial(
+            _kernel,
+            address=address,
+            group=q_heads // k.shape[1],
+            scale=scale,
+            tiles=tokens // BLOCK,
+            piece=piece,
+            with_lse=with_lse,
+            interpreted=interpret is not None,
+        ),
+        out_type=out_types,
+        scratch_types=[
+            plgpu.SMEM((_WORKERS, _ROWS, dim), q.dtype, transforms=swizzled),
+            keys,
+            keys,
+            plgpu.Barrier(num_barriers=_WORKERS),
+            ready,
+            ready,
+            free,
+            free,
+            plgpu.Barrier(num_arrivals=_WORKERS),
+            *([plgpu.SMEM((_WORKERS, _ROWS), jnp.float32)] if with_lse else []),
+        ],
+        grid=(q_heads, tokens // BLOCK),
+        grid_names=("head", "tile"),
+        num_threads=_WORKERS + 1,
+        thread_name="worker",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret,
+        kernel_name="prefill_attention",
+    )(q, k, v, k_pages, v_pages, page_table, history, layer, *visits)
+    return outs[0][:real_tokens], outs[1].T[:real_tokens] if with_lse else None

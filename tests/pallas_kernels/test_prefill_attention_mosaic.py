@@ -1,0 +1,162 @@
+"""Prefill attention for Hopper: the kernel interpreted, lowered for CUDA, native, and when it is chosen."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_cases import assert_same_attention, make_address, make_paged, normal, table_shape
+from lowering import lower_for_h200, mosaic_calls, triton_calls
+
+from pallas_kernels import PrefillTile, decode_attention, prefill_attention, prefill_attention_reference
+from pallas_kernels.prefill_attention_mosaic import BLOCK, prefill_attention_mosaic
+
+try:
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
+except ImportError:
+    InterpretGPUParams = getattr(plgpu, "InterpretGPUParams", None)
+
+reference = jax.jit(prefill_attention_reference, static_argnames=("address", "scale"))
+
+
+def arguments(case, tokens, heads, group, rows, starts):
+    """Random q, k, v, which are NaN behind the last segment, the cache, and the segments."""
+    dim, dtype = case.k_pages.shape[2], case.k_pages.dtype
+    new = (normal(i, tokens, n, dim, dtype=dtype) for i, n in ((1, heads * group), (2, heads), (3, heads)))
+    new = (x.at[starts[-1] :].set(jnp.nan) for x in new)
+    return (*new, *case[:4], jnp.array(rows, jnp.int32), jnp.array(starts, jnp.int32))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the interpreter runs on the CPU")
+def test_interpreted():
+    # Two segments in one tile, the second one ending in the next; a history that ends inside a block, one of full
+    # blocks; padding. One case of four programs: the interpreter takes seconds for each.
+    case = make_paged(
+        lengths=(0, 150, 2 * BLOCK), granularity="per_head", heads=2, dim=64, page=32, columns=8, dtype=jnp.bfloat16
+    )
+    args = arguments(case, 155, 2, 1, (2, 3), (0, 20, 150))
+    common, layer = case.address.split_layer()
+    assert InterpretGPUParams is not None
+    got = prefill_attention_mosaic(
+        *args, layer, address=common, scale=0.125, with_lse=True, interpret=InterpretGPUParams()
+    )
+    assert_same_attention(got, reference(*args, address=case.address, scale=0.125), jnp.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("granularity", "group", "dim", "page", "dtype"),
+    [
+        ("shared", 4, 128, 32, jnp.bfloat16),
+        ("per_layer", 7, 64, 16, jnp.float16),
+        ("per_head", 2, 128, 128, jnp.bfloat16),
+        ("per_head", 1, 64, 256, jnp.bfloat16),
+    ],
+)
+@pytest.mark.parametrize(
+    ("tokens", "rows", "starts"),
+    [
+        (530, (2, 3, 4, 1), (0, 20, 270, 270, 520)),  # nothing aligned, an empty segment, padding
+        (512, (4,), (0, 512)),
+        (7, (2, 1, 3), (0, 3, 4, 7)),
+        (260, (2, 0, 0), (0, 256, 256, 256)),
+        (64, (0,), (0, 0)),  # padding only
+    ],
+)
+def test_native(granularity, group, dim, page, dtype, tokens, rows, starts):
+    case = make_paged(
+        lengths=(0, 300, 37, BLOCK),
+        granularity=granularity,
+        heads=2,
+        dim=dim,
+        page=page,
+        columns=512 // page,
+        dtype=dtype,
+    )
+    args = arguments(case, tokens, 2, group, rows, starts)
+    call = functools.partial(prefill_attention, *args, address=case.address, scale=dim**-0.5, implementation="mosaic")
+    got = call(return_lse=True)
+    assert_same_attention(got, reference(*args, address=case.address, scale=dim**-0.5), dtype)
+    np.testing.assert_array_equal(call(), got[0])
+
+
+@pytest.mark.gpu
+def test_one_token_equals_decode_with_that_token_in_the_pool():
+    case = make_paged(lengths=(210,), granularity="shared", heads=2, dim=128, page=32, columns=8, dtype=jnp.bfloat16)
+    q = normal(1, 1, 8, 128, dtype=jnp.bfloat16)
+    page = case.address.page(case.page_table[0, 1, 0, 209 // 32], jnp.arange(2))
+    k, v = case.k_pages[page, 209 % 32][None], case.v_pages[page, 209 % 32][None]
+    row = jnp.array([1], jnp.int32)
+    whole = decode_attention(q, *case[:4], row, address=case.address, num_kv_heads=2, scale=0.1)
+    split = prefill_attention(
+        q, k, v, *case[:3], case.lengths - 1, row, jnp.array([0, 1], jnp.int32), address=case.address, scale=0.1,
+        implementation="mosaic",
+    )  # fmt: skip
+    np.testing.assert_allclose(split.astype(jnp.float32), whole.astype(jnp.float32), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_needs_no_memory_beside_its_output():
+    tokens, pool = 2048, jax.ShapeDtypeStruct((1 << 15, 32, 128), jnp.bfloat16)
+    args = call_shapes("shared", tokens, 8, 32, 8, pool)
+    call = functools.partial(prefill_attention, address=make_address("shared", 8), scale=1.0, implementation="mosaic")
+    memory = jax.jit(call).lower(*args).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 1 << 20
+
+
+def call_shapes(granularity, tokens, segments, q_heads, heads, pool):
+    """The shapes of the arguments of `prefill_attention` at production sizes."""
+    layers, table_heads = table_shape(granularity, heads)
+    shape = jax.ShapeDtypeStruct
+    new = shape((tokens, heads, pool.shape[2]), pool.dtype)
+    return (
+        shape((tokens, q_heads, pool.shape[2]), pool.dtype),
+        new,
+        new,
+        pool,
+        pool,
+        shape((layers, 65, table_heads, 4096), jnp.int32),
+        shape((layers, 65, table_heads), jnp.int32),
+        shape((segments,), jnp.int32),
+        shape((segments + 1,), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("granularity", "tokens", "segments", "q_heads", "heads", "dim", "dtype"),
+    [
+        ("per_head", 8192, 32, 32, 8, 128, jnp.bfloat16),
+        ("shared", 2000, 8, 28, 4, 128, jnp.float16),
+        ("per_layer", 16, 4, 14, 2, 64, jnp.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_is_the_default_on_hopper(granularity, tokens, segments, q_heads, heads, dim, dtype, return_lse):
+    pool = jax.ShapeDtypeStruct((1 << 18, 32, dim), dtype)
+    call = functools.partial(
+        prefill_attention, address=make_address(granularity, heads), scale=1.0, return_lse=return_lse
+    )
+    text = lower_for_h200(call, *call_shapes(granularity, tokens, segments, q_heads, heads, pool))
+    assert (mosaic_calls(text), triton_calls(text)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("page", "dim", "dtype", "options"),
+    [
+        (1, 128, jnp.bfloat16, {}),
+        (32, 80, jnp.bfloat16, {}),
+        (32, 128, jnp.float32, {}),
+        (32, 128, jnp.bfloat16, {"tile": PrefillTile(64, 32, 4, 2)}),
+    ],
+)
+def test_what_it_cannot_serve_is_left_to_triton_and_refused_by_name(page, dim, dtype, options):
+    pool = jax.ShapeDtypeStruct((1 << 12, page, dim), dtype)
+    call = functools.partial(prefill_attention, address=make_address("shared", 2), scale=1.0, **options)
+    args = call_shapes("shared", 256, 2, 4, 2, pool)
+    text = lower_for_h200(call, *args)
+    assert (mosaic_calls(text), triton_calls(text)) == (0, 1)
+    with pytest.raises(ValueError, match="implementation='mosaic' cannot serve"):
+        lower_for_h200(functools.partial(call, implementation="mosaic"), *args)
