@@ -61,7 +61,7 @@ def convert_from_hf(source: str | Path, out: str | Path, *, dtype: str | None = 
 
     groups = parameter_groups(config)
     dtypes = {parameter.path: dtype_of(parameter) for group in groups for parameter in group.parameters}
-    with _new_folder(Path(out)) as folder, progress_bar("Converting", groups, dtypes, shown=progress) as bar:
+    with new_folder(Path(out)) as folder, progress_bar("Converting", groups, dtypes, shown=progress) as bar:
         for group in groups:
             arrays = {p.path: fuse(p, reader.blocks, dtypes[p.path]) for p in group.parameters}
             save_group(folder, group, arrays)
@@ -104,7 +104,7 @@ def convert_to_hf(
     config = load_config(checkpoint)
     groups = parameter_groups(config)
     dtypes = {path: target or stored for path, stored in read_manifest(checkpoint.folder, config).items()}
-    with _new_folder(Path(out)) as folder, progress_bar("Converting", groups, dtypes, shown=progress) as bar:
+    with new_folder(Path(out)) as folder, progress_bar("Converting", groups, dtypes, shown=progress) as bar:
         writer = SafetensorsWriter(folder, max_shard_bytes)
         for group in groups:
             size = group_bytes(group, dtypes)
@@ -119,7 +119,7 @@ def convert_to_hf(
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """A temporary sibling of `out` that becomes `out` if the block succeeds and is removed if it raises."""
     out = out.expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

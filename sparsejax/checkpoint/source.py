@@ -42,14 +42,21 @@ def resolve(source: str | Path) -> Checkpoint:
       CheckpointNotFoundError: no such folder or id, or offline and not in the cache.
       CheckpointError: a folder that holds no checkpoint.
     """
-    folder = _local_folder(source)
-    if folder is None:
-        folder = _snapshot(str(source), ["*.safetensors", *_TOKENIZER_PATTERNS])
+    folder = find_folder(source)
     if (folder / MANIFEST).is_file():
         return Checkpoint(folder, "orbax")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds no checkpoint: it has no config.json.")
     return Checkpoint(folder, "huggingface")
+
+
+def find_folder(source: str | Path) -> Path:
+    """The folder that a path or a Hugging Face id means, whatever it holds. An id is downloaded unless cached.
+
+    Raises:
+      CheckpointNotFoundError: no such folder or id, or offline and not in the cache.
+    """
+    return _local_folder(source) or _snapshot(str(source), ["*.safetensors", *_TOKENIZER_PATTERNS])
 
 
 def load_config(checkpoint: Checkpoint) -> ModelConfig:

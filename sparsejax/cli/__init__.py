@@ -7,16 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sparsejax.cli import bench, chat, convert, demo, doctor, evaluate, generate
+from sparsejax.cli import bench, chat, convert, demo, doctor, evaluate, generate, pack_data, train_compressor
 from sparsejax.errors import SparsejaxError
 
-COMMANDS = (generate, chat, convert, evaluate, bench, demo, doctor)
+COMMANDS = (generate, chat, convert, pack_data, train_compressor, evaluate, bench, demo, doctor)
 
 EPILOG = """examples:
   sparsejax demo                                      answer long prompts with the embedded model
   sparsejax generate "Once upon a time" --max-tokens 64
   sparsejax chat --model Qwen/Qwen2.5-7B-Instruct
   sparsejax convert meta-llama/Llama-3.1-8B-Instruct llama-8b
+  sparsejax train-compressor --data packed --out run  train a DeltaKV compressor
   sparsejax eval ruler --lengths 1024,4096
   sparsejax doctor                                    what runs here, and what to do where it does not
 """

@@ -1,9 +1,9 @@
-"""Options that several subcommands share: the model and engine, sampling, compression."""
+"""Options that several subcommands share: the model and engine, sampling, compression, fields of a dataclass."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from sparsejax.config import DTYPES
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
@@ -106,3 +106,24 @@ def add_compression_options(parser: argparse.ArgumentParser) -> None:
 def compression_params(args: argparse.Namespace) -> CompressionParams:
     """CompressionParams from the options of `add_compression_options`."""
     return CompressionParams(method=args.method)
+
+
+def add_defaulted(group: Any, defaults: Any, options: dict[str, tuple[str, tuple[str, ...] | None]]) -> None:
+    """Options for fields of a dataclass: `--field-name`, typed and defaulted as the field.
+
+    Args:
+      group: of an argparse parser.
+      defaults: an instance whose values are the defaults; a boolean False becomes a switch.
+      options: by field name, what it is, and the choices of a field that has some.
+    """
+    hints = get_type_hints(type(defaults))
+    for name, (text, choices) in options.items():
+        flag, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
+        if default is False:
+            group.add_argument(flag, action="store_true", help=text)
+            continue
+        # `int | None` is an int that may be left out.
+        kind = next((part for part in get_args(hints[name]) if part is not type(None)), hints[name])
+        told = text if default is None else f"{text} (default: %(default)s)"
+        given: dict[str, Any] = {"choices": choices} if choices else {"type": kind, "metavar": kind.__name__[0].upper()}
+        group.add_argument(flag, default=default, help=told, **given)

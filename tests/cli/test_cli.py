@@ -23,6 +23,8 @@ HELPS = [
     (["generate"], "--max-tokens"),
     (["chat"], "/clear"),
     (["convert"], "--to-hf"),
+    (["pack-data"], "--no-wrap"),
+    (["train-compressor"], "--kv-compressed-size"),
     (["eval"], "ruler"),
     (["eval", "ruler"], "--lengths"),
     (["bench"], "latency"),

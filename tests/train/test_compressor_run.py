@@ -1,0 +1,180 @@
+"""Whole training runs: resumed bit for bit, stopped where they diverge, and refused where they do not fit."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from compressor_cases import COMPRESSOR, write_model, write_packed
+
+from sparsejax.checkpoint import load_compressor
+from sparsejax.cli import main
+from sparsejax.errors import InvalidArgumentError
+from train.compressor.checkpoints import Checkpoints
+from train.compressor.options import TrainOptions
+from train.compressor.run import Run, TrainingDivergedError, train
+from train.compressor.step import learning_rate
+
+OPTIONS = TrainOptions(
+    max_steps=20,
+    batch_size=2,
+    accumulation=2,
+    learning_rate=3e-3,
+    warmup_ratio=0.1,
+    document_masks=True,
+    dtype="float32",
+    log_every=5,
+    save_every=5,
+    keep=2,
+    rematerialisation="none",
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    return root, write_model(root / "model"), write_packed(root / "packed")
+
+
+def make_run(folders, name, **changes):
+    root, model, data = folders
+    given = {"mesh": "data=1", "progress": False, **changes}
+    return Run(model=str(model), data=data, out=root / name, compressor=COMPRESSOR, **{"options": OPTIONS, **given})
+
+
+@pytest.fixture(scope="module")
+def whole(folders):
+    """A run of twenty steps."""
+    return train(make_run(folders, "whole"))
+
+
+def tree_of_compressor(folder):
+    return jax.device_get(load_compressor(folder)[1])
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def test_twenty_steps_are_ten_resumed_and_ten(folders, whole):
+    half = make_run(folders, "half", stop_after=10)
+    early = tree_of_compressor(train(half))
+    assert [line["step"] for line in metrics(half.out)] == [5, 10]
+    resumed = train(dataclasses.replace(half, stop_after=None, resume=True))
+    assert metrics(half.out) == metrics(whole.parent)
+    for folder in (resumed, whole):
+        assert sorted(int(path.name) for path in (folder.parent / "checkpoints").iterdir() if path.name.isdigit()) == [
+            15,
+            20,
+        ]
+    states = []
+    for folder in (resumed, whole):
+        manager = Checkpoints(folder.parent / "checkpoints", keep=2)
+        states.append(manager._manager.restore(20)["state"])
+        manager.close()
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    late = tree_of_compressor(resumed)
+    jax.tree.map(np.testing.assert_array_equal, late, tree_of_compressor(whole))
+    assert any(not np.array_equal(*pair) for pair in zip(jax.tree.leaves(early), jax.tree.leaves(late), strict=True))
+
+
+def test_a_run_leaves_its_record(whole):
+    lines = metrics(whole.parent)
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert lines[-1]["loss"] == pytest.approx(lines[-1]["ce"] + lines[-1]["mse"], rel=1e-5)
+    assert (whole.parent / "loss.png").stat().st_size > 1000
+    record = json.loads((whole.parent / "options.json").read_text())
+    assert (record["steps"], record["rows_per_step"], record["compressor"]["neighbors"]) == (20, 4, 2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(folders):
+    run = make_run(folders, "diverged", options=dataclasses.replace(OPTIONS, learning_rate=1e30, clip=1e30))
+    with pytest.raises(TrainingDivergedError, match=r"Step .* is not finite"):
+        train(run)
+    (saved,) = run.out.glob("diverged_step_*.npz")
+    assert np.load(saved)["tokens"].shape == (2, 2, 24)
+    assert not (run.out / "compressor").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("whole", {}, "holds something already"),
+        ("nowhere", {"resume": True}, "There is nothing to resume"),
+        ("short", {"options": dataclasses.replace(OPTIONS, length=3)}, "length must be above sink_tokens"),
+        ("whole", {"resume": True, "options": dataclasses.replace(OPTIONS, seed=1)}, "seed 42, now 1"),
+        ("mesh", {"mesh": "data=3"}, "mesh 'data=3' needs 3 devices"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folders, whole, name, changes, words):
+    with pytest.raises(InvalidArgumentError) as error:
+        train(make_run(folders, name, **changes))
+    assert words in str(error.value)
+
+
+def test_a_compressor_to_start_from_must_be_of_the_same_kind(folders, whole):
+    with pytest.raises(
+        InvalidArgumentError, match=r"another compressor than the options ask for: it has neighbors 2, not 3"
+    ):
+        train(
+            dataclasses.replace(make_run(folders, "other", init=str(whole)), compressor={**COMPRESSOR, "neighbors": 3})
+        )
+
+
+def test_the_schedule_rises_and_falls_to_the_end():
+    options = dataclasses.replace(OPTIONS, learning_rate=1.0, warmup_ratio=0.2)
+    rates = [float(learning_rate(options, 10)(step)) for step in range(10)]
+    np.testing.assert_allclose(rates, [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    flat = dataclasses.replace(options, warmup_ratio=0.0)
+    assert float(learning_rate(flat, 10)(0)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model_type": "parallel"}, "model_type must be one of e2e, cluster_e2e, cluster_e2e_big; got 'parallel'"),
+        ({"train_on": "kl"}, "train_on must be one of both, ce, mse"),
+        ({"rematerialisation": "some"}, "rematerialisation must be one of none, dots, full"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio must be at least 0 and below 1"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+    ],
+)
+def test_bad_options_are_named(options, words):
+    with pytest.raises(InvalidArgumentError) as error:
+        TrainOptions(**options)
+    assert words in str(error.value)
+
+
+def test_the_command_trains_and_measures(folders, capsys):
+    root, model, data = folders
+    small = ["--kv-compressed-size", "4", "--down-type", "linear", "--dtype", "float32", "--sink-tokens", "3"]
+    command = ["train-compressor", "--model", str(model), "--data", str(data), "--out", str(root / "cli"), *small]
+    assert main([*command, "--max-steps", "2", "--model-type", "e2e", "--chunk-size", "4", "--mesh", "data=1"]) == 0
+    printed = capsys.readouterr()
+    assert f"wrote {root / 'cli' / 'compressor'}" in printed.out
+    assert "ce " in printed.err
+    assert "tok/s" in printed.err
+    assert load_compressor(root / "cli" / "compressor")[0].references == "e2e"
+    bench = ["--benchmark", "1", "--random-weights", str(model / "config.json"), "--length", "16", "--mesh", "data=1"]
+    assert main(["train-compressor", *bench, *small]) == 0
+    printed = capsys.readouterr().out
+    assert "model FLOP" in printed
+    assert "%" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--data and --out must be given"),
+        (["--coordinator", "localhost:1"], "belong together"),
+        (["--batch-size", "0"], "batch_size must be a whole number"),
+        (["--benchmark", "0"], "--benchmark must be at least 1"),
+    ],
+)
+def test_the_command_says_what_is_missing(capsys, arguments, words):
+    assert main(["train-compressor", *arguments]) == 1
+    assert words in capsys.readouterr().err

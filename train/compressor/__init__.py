@@ -1,0 +1,1 @@
+"""Training of DeltaKV compressors: a frozen model, two passes, gradients for the compressor only (docs/training.md)."""

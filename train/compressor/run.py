@@ -1,0 +1,270 @@
+"""A whole training run: data, steps, metrics, checkpoints, and the compressor at the end.
+
+OUT/options.json            what the run was started with
+OUT/metrics.jsonl, loss.png
+OUT/checkpoints/STEP        training state and place in the data (Orbax)
+OUT/compressor              the result, or what there is of it at --stop-after, in the published layout
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.checkpoint import load_compressor, save_compressor
+from sparsejax.checkpoint.source import read_json
+from sparsejax.compressor import CompressorConfig, init_params
+from sparsejax.compressor.config import kv_dim_of
+from sparsejax.errors import InvalidArgumentError, SparsejaxError
+from sparsejax.models import ModelConfig
+from train.compressor.checkpoints import Checkpoints
+from train.compressor.data import Batches, LocalBatch, Rows
+from train.compressor.forward import TwoPass
+from train.compressor.frozen import load_frozen, stack_compressor, unstack_compressor
+from train.compressor.log import RunLog, plot_metrics
+from train.compressor.options import RESUMABLE, TrainOptions
+from train.compressor.placement import Placement
+from train.compressor.step import StepMetrics, TrainState, init_state, make_train_step
+
+EXPORT_DTYPE = "bfloat16"
+
+
+class TrainingDivergedError(SparsejaxError, ArithmeticError):
+    """A loss or gradient is not finite; the message says which step and where its batch was saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run works on.
+
+    Attributes:
+      model: Hugging Face folder or id, or a converted folder.
+      data: folder of packed rows, see `train.compressor.data.Rows`.
+      out: folder of the run.
+      compressor: options of `CompressorConfig`, without those that the model decides and `references`, which the model
+        type decides.
+      options: how to train.
+      mesh: see `parse_mesh`.
+      init: a compressor to start from, folder or id; None: random.
+      resume: go on from the newest checkpoint in `out`.
+      stop_after: steps after which to stop for now, with a checkpoint to resume from.
+      progress: show progress bars.
+    """
+
+    model: str
+    data: Path
+    out: Path
+    compressor: Mapping[str, Any]
+    options: TrainOptions
+    mesh: str | None = None
+    init: str | None = None
+    resume: bool = False
+    stop_after: int | None = None
+    progress: bool = True
+
+
+def compressor_config(model: ModelConfig, options: TrainOptions, given: Mapping[str, Any]) -> CompressorConfig:
+    """The configuration of a compressor for `model`; the type of training decides the references."""
+    references = "e2e" if options.model_type == "e2e" else "cluster"
+    return CompressorConfig(num_layers=model.num_layers, kv_dim=kv_dim_of(model), **{**given, "references": references})
+
+
+def train(run: Run) -> Path:
+    """Trains a compressor.
+
+    Returns:
+      The folder of the compressor, as it is after the last step taken.
+
+    Raises:
+      TrainingDivergedError: a loss that is not finite.
+      InvalidArgumentError: options or data that do not fit each other, or an `out` that holds another run.
+      CheckpointError, CompressorMismatchError: a model or compressor that cannot be loaded or does not fit.
+    """
+    options, first = run.options, jax.process_index() == 0
+    placement = Placement.make(run.mesh)
+    rows = Rows(run.data, length=options.length, documents=options.document_masks)
+    checkpoints = _claim(run)
+    try:
+        model, frozen = load_frozen(run.model, placement, jnp.dtype(options.dtype), progress=run.progress and first)
+        config, params = _start(run, model)
+        if rows.length <= config.sink_tokens:
+            raise InvalidArgumentError(
+                f"length must be above sink_tokens ({config.sink_tokens}), or nothing is compressed; got {rows.length}."
+            )
+        batches = Batches(
+            rows,
+            micro_batches=options.accumulation,
+            batch=options.batch_size * jax.local_device_count(),
+            seed=options.seed,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+        rows_per_step = options.accumulation * options.batch_size * jax.device_count()
+        steps = options.max_steps or max(1, options.epochs * len(rows) // rows_per_step)
+        _record(run, config, steps, rows_per_step)
+
+        def whole(tree: Any) -> Any:
+            return jax.tree.map(lambda leaf: placement.put(leaf, placement.whole), tree)
+
+        state = whole(init_state(whole(stack_compressor(params)), options, steps))
+        latest = checkpoints.latest()
+        if latest is not None:
+            state, place = checkpoints.restore(latest, state)
+            batches.restore(place)
+        passes = TwoPass(model, config, placement, jnp.dtype(options.dtype), options.train_on, options.recompute)
+        loop = _Loop(run, make_train_step(passes, options, steps), frozen, placement, batches, checkpoints, model)
+        log = (
+            RunLog(
+                run.out,
+                start=latest or 0,
+                steps=steps,
+                every=options.log_every,
+                tokens_per_step=rows_per_step * rows.length,
+                shown=run.progress and first,
+            )
+            if first
+            else None
+        )
+        try:
+            state = loop(state, latest or 0, steps, log)
+        finally:
+            if log is not None:
+                log.close()
+    finally:
+        checkpoints.close()
+    if first:
+        plot_metrics(run.out / "metrics.jsonl", run.out / "loss.png")
+        shutil.rmtree(run.out / "compressor", ignore_errors=True)
+        save_compressor(
+            run.out / "compressor", config, unstack_compressor(state.params), model=model, dtype=EXPORT_DTYPE
+        )
+    return run.out / "compressor"
+
+
+@dataclass
+class _Loop:
+    """The steps of a run. Results are read late, so that the host never waits for the step just started."""
+
+    run: Run
+    step: Any
+    frozen: Any
+    placement: Placement
+    batches: Batches
+    checkpoints: Checkpoints
+    model: ModelConfig
+
+    def __call__(self, state: TrainState, done: int, steps: int, log: RunLog | None) -> TrainState:
+        interval = self.run.options.save_interval(steps)
+        last = min(steps, self.run.stop_after or steps)
+        in_flight: deque[tuple[int, StepMetrics, LocalBatch]] = deque()
+
+        def settle(most: int) -> None:
+            while len(in_flight) > most:
+                number, metrics, batch = in_flight.popleft()
+                metrics = jax.device_get(metrics)
+                if not (np.isfinite(metrics.loss) and np.isfinite(metrics.gradient_norm)):
+                    self._diverged(number, metrics, batch)
+                if log is not None:
+                    log.step(number, metrics)
+
+        try:
+            while done < last:
+                batch = next(self.batches)
+                self._check(batch)
+                documents = None if batch.documents is None else self.placement.put_batch(batch.documents)
+                state, metrics = self.step(state, self.frozen, self.placement.put_batch(batch.tokens), documents)
+                done += 1
+                in_flight.append((done, metrics, batch))
+                settle(2)
+                if done % interval == 0 or done == last:
+                    # What is saved has been seen to be finite.
+                    settle(0)
+                    self.checkpoints.save(done, state, self.batches.state())
+        except KeyboardInterrupt:
+            settle(0)
+            self.checkpoints.save(done, state, self.batches.state())
+            raise
+        return state
+
+    def _check(self, batch: LocalBatch) -> None:
+        if batch.tokens.max() >= self.model.vocab_size or batch.tokens.min() < 0:
+            raise InvalidArgumentError(
+                f"The data has token ids from {batch.tokens.min()} to {batch.tokens.max()}; the model knows 0 to "
+                f"{self.model.vocab_size - 1}. Was it tokenized for another model?"
+            )
+
+    def _diverged(self, number: int, metrics: StepMetrics, batch: LocalBatch) -> None:
+        path = self.run.out / f"diverged_step_{number}_process_{jax.process_index()}.npz"
+        if batch.documents is None:
+            np.savez(path, tokens=batch.tokens)
+        else:
+            np.savez(path, tokens=batch.tokens, documents=batch.documents)
+        values = ", ".join(f"{name} {float(value):.4g}" for name, value in metrics._asdict().items())
+        raise TrainingDivergedError(
+            f"Step {number} is not finite ({values}). Its batch is in {path}; go on from the checkpoint before it with "
+            "--resume, at a lower learning rate or with another seed."
+        )
+
+
+def _start(run: Run, model: ModelConfig) -> tuple[CompressorConfig, dict[str, Any]]:
+    """Configuration and first parameters of the compressor."""
+    config = compressor_config(model, run.options, run.compressor)
+    if run.init is None:
+        return config, init_params(config, jax.random.key(run.options.seed))
+    loaded, params = load_compressor(run.init, model=model, references=config.references)
+    if loaded != config:
+        before, after = asdict(loaded), asdict(config)
+        differing = ", ".join(
+            f"{name} {before[name]!r}, not {after[name]!r}" for name in before if before[name] != after[name]
+        )
+        raise InvalidArgumentError(
+            f"init {run.init} is another compressor than the options ask for: it has {differing}."
+        )
+    return config, params
+
+
+def _claim(run: Run) -> Checkpoints:
+    """Opens the run's folder, new or to be resumed."""
+    folder = run.out / "checkpoints"
+    if not run.resume and run.out.exists() and any(run.out.iterdir()):
+        raise InvalidArgumentError(
+            f"{run.out} holds something already; go on with it (--resume) or choose another folder."
+        )
+    if run.resume and not folder.is_dir():
+        raise InvalidArgumentError(f"There is nothing to resume: {folder} does not exist.")
+    run.out.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder, keep=run.options.keep)
+    if run.resume and checkpoints.latest() is None:
+        checkpoints.close()
+        raise InvalidArgumentError(f"There is nothing to resume: {folder} has no complete checkpoint.")
+    return checkpoints
+
+
+def _record(run: Run, config: CompressorConfig, steps: int, rows_per_step: int) -> None:
+    """Writes options.json, or checks that a resumed run is the one that was started."""
+    now = {
+        "model": run.model,
+        "data": str(run.data),
+        "steps": steps,
+        "rows_per_step": rows_per_step,
+        "compressor": asdict(config),
+        **{name: value for name, value in asdict(run.options).items() if name not in RESUMABLE},
+    }
+    path = run.out / "options.json"
+    if run.resume:
+        before = read_json(path)
+        differing = [name for name in now if before.get(name) != json.loads(json.dumps(now[name]))]
+        if differing:
+            was = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in differing)
+            raise InvalidArgumentError(f"A resumed run must have the options it was started with; it had {was}.")
+    elif jax.process_index() == 0:
+        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
