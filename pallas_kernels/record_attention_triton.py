@@ -1,0 +1,215 @@
+"""Recorded attention as a Pallas-Triton kernel.
+
+A program owns a span of one (segment, KV head), so that nothing else adds to its slots. Tiles are transposed, slots by
+queries: sums over queries then stay inside a few threads. A row of queries is a (token, query head) pair of the group.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.decode_work import DEFAULT_LIMITS, SpanLimits, span_list
+from pallas_kernels.online_softmax import EMPTY_LSE, LOG2_E
+from pallas_kernels.tiles import (
+    WHOLE,
+    exact_dot,
+    index_grid,
+    kernel_exp2,
+    load_vectors,
+    locate_slots,
+    next_power_of_two,
+    vector_mask,
+)
+
+
+class RecordTile(NamedTuple):
+    """(Token, query head) pairs and slots of a tile, and how Triton compiles the program."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# By (bytes per element, padded head_dim).
+_TILES = {
+    (2, 64): RecordTile(128, 128, 4, 3),
+    (2, 128): RecordTile(128, 128, 4, 3),
+    (2, 256): RecordTile(64, 64, 4, 2),
+    (4, 64): RecordTile(32, 32, 4, 2),
+    (4, 128): RecordTile(32, 32, 4, 2),
+    (4, 256): RecordTile(16, 16, 4, 2),
+}
+_FALLBACK_TILE = RecordTile(16, 16, 4, 2)
+_DEAD = -3e38
+
+
+def default_tile(k_pages: jax.Array) -> RecordTile:
+    """The tile for a pool [P, page, D]."""
+    return _TILES.get((k_pages.dtype.itemsize, max(next_power_of_two(k_pages.shape[2]), 64)), _FALLBACK_TILE)
+
+
+def _record_kernel(
+    _, q_ref, lse_ref, k_ref, table_ref, history_ref, rows_ref, starts_ref, begin_ref, power_ref, layer_ref,
+    head_row_ref, first_ref, last_ref, score_ref, *, address, heads, group, scale, own, largest, tile, exp2,
+):  # fmt: skip
+    """One item of the span list: what the recorded queries of its segment gave to its slots."""
+    item = pl.program_id(0)
+    address = address.join_layer(layer_ref)
+    dim, page_size = q_ref.shape[2], k_ref.shape[1]
+    first, last = first_ref[address.table_layer, item], last_ref[address.table_layer, item]
+
+    @pl.when(first < last)
+    def _():
+        head_row = head_row_ref[address.table_layer, item]
+        segment, h = head_row // heads, head_row % heads
+        row, start, end = rows_ref[segment], starts_ref[segment], starts_ref[segment + 1]
+        begin = jnp.maximum(begin_ref[segment], start)
+        # Query t sees the slots below t + seen_from if `own`, and all slots of the item otherwise.
+        seen_from = history_ref[address.table_layer, row, h if history_ref.shape[2] > 1 else 0] + 1 - start
+        factor = LOG2_E if largest else power_ref[segment].astype(jnp.float32) * LOG2_E
+        members = next_power_of_two(group)
+        tokens = max(1, tile.block_q // members)  # of a tile
+        tiles = pl.cdiv(end - begin, tokens)
+
+        def load_queries(index):
+            """(q [pairs, D], f32[pairs] what the scaled scores fall short by, i32[pairs] end of the slots seen)."""
+            pair = jnp.arange(tokens * members, dtype=jnp.int32)
+            token, member = begin + index * tokens + pair // members, pair % members
+            real = (token < end) & (member < group)
+            lse = plgpu.load(lse_ref.at[token, h * group + member], mask=real, other=-EMPTY_LSE)
+            tokens_, columns = index_grid(token, jnp.arange(next_power_of_two(dim), dtype=jnp.int32))
+            members_, _ = index_grid(h * group + member, columns[0])
+            q = plgpu.load(q_ref.at[tokens_, members_, columns], mask=vector_mask(real, columns, dim), other=0.0)
+            return q, lse * factor, token + seen_from
+
+        def weigh(k, slot, queries):
+            """f32[slots] of one tile; `slot` None: every query sees every slot."""
+            q, lse, seen = queries
+            scores = exact_dot(k, q.T) * (scale * factor) - lse[None, :]
+            if slot is not None:
+                scores = jnp.where(slot[:, None] < seen[None, :], scores, _DEAD)
+            weights = exp2(scores)
+            return weights.max(axis=1) if largest else weights.sum(axis=1)
+
+        def slots_of(step):
+            return first + step * tile.block_k + jnp.arange(tile.block_k, dtype=jnp.int32)
+
+        def locate(slot, live):
+            return locate_slots(table_ref, row, h, slot, live, address=address, page_size=page_size)
+
+        def add(page, place, live, mass):
+            held = plgpu.load(score_ref.at[page, place], mask=live, other=None if live is None else 0.0)
+            mass = jnp.maximum(held, mass) if largest else held + mass
+            plgpu.store(score_ref.at[page, place], mass, mask=live)
+
+        def few_queries():
+            """All queries are one tile, which is held while the slots go by."""
+            queries = load_queries(0)
+
+            def record(steps, masked):
+                def visit(step, carry):
+                    slot = slots_of(step)
+                    live = slot < last if masked else None
+                    page, place = locate(slot, live)
+                    k = load_vectors(k_ref, page, place, live, dim=dim)
+                    add(page, place, live, weigh(k, slot if masked and own else None, queries))
+                    return carry
+
+                jax.lax.fori_loop(steps[0], steps[1], visit, 0)
+
+            whole = jnp.minimum(last, begin + seen_from) if own else last
+            full, steps = jnp.maximum(whole - first, 0) // tile.block_k, pl.cdiv(last - first, tile.block_k)
+            record((0, full), masked=False)
+            record((full, steps), masked=True)
+
+        def many_queries():
+            """A block of slots is held while the queries go by: those that see part of it, then those that see all."""
+
+            def visit(step, carry):
+                slot = slots_of(step)
+                live = slot < last
+                page, place = locate(slot, live)
+                k = load_vectors(k_ref, page, place, live, dim=dim)
+                low = first + step * tile.block_k
+                some = whole = 0
+                if own:
+                    some = jnp.minimum(jnp.maximum(low + 1 - seen_from - begin, 0) // tokens, tiles)
+                    whole = jnp.maximum(low + tile.block_k - seen_from - begin, 0)
+                    whole = jnp.minimum(pl.cdiv(whole, tokens), tiles)
+
+                def absorb(mass, bounds, slot):
+                    def visit_queries(index, mass):
+                        new = weigh(k, slot, load_queries(index))
+                        return jnp.maximum(mass, new) if largest else mass + new
+
+                    return jax.lax.fori_loop(bounds[0], bounds[1], visit_queries, mass)
+
+                mass = jnp.zeros(tile.block_k, jnp.float32)
+                if own:
+                    mass = absorb(mass, (some, whole), slot)
+                add(page, place, live, absorb(mass, (whole, tiles), None))
+                return carry
+
+            jax.lax.fori_loop(0, pl.cdiv(last - first, tile.block_k), visit, 0)
+
+        pl.when(tiles == 1)(few_queries)
+        pl.when(tiles > 1)(many_queries)
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "own", "max_slots", "limits"))
+def _record_list(history, rows, starts, first, power, *, heads, own, max_slots, limits: SpanLimits):
+    """The spans of all slots that recorded queries see, for all layers: XLA computes it once for a whole step."""
+    layers, segments = history.shape[0], rows.shape[0]
+    length = jnp.broadcast_to(history[:, rows], (layers, segments, heads))
+    if own:
+        length += (starts[1:] - starts[:-1])[:, None]
+    records = (power > 0) & (jnp.maximum(first, starts[:-1]) < starts[1:])
+    length = jnp.where(records[:, None], length, 0).reshape(layers, -1)
+    return span_list(length, max_slots=max_slots, limits=limits)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("address", "heads", "scale", "own", "largest", "tile", "limits", "interpret")
+)
+def record_attention_triton(
+    score, q, lse, k_pages, page_table, history, rows, starts, first, power, layer, *, address, heads, scale, own,
+    largest, tile, limits, interpret,
+):  # fmt: skip
+    """The updated score."""
+    group = q.shape[1] // heads
+    work = _record_list(
+        history, rows, starts, first, power, heads=heads, own=own,
+        max_slots=page_table.shape[3] * k_pages.shape[1], limits=limits or DEFAULT_LIMITS,
+    )  # fmt: skip
+    pairs = max(16, next_power_of_two(group))
+    most = max(16, next_power_of_two(q.shape[0] * next_power_of_two(group)))
+    tile = tile._replace(block_q=max(pairs, min(tile.block_q, most)))
+    return pl.pallas_call(
+        functools.partial(
+            _record_kernel,
+            address=address,
+            heads=heads,
+            group=group,
+            scale=scale,
+            own=own,
+            largest=largest,
+            tile=tile,
+            exp2=kernel_exp2(interpret),
+        ),
+        grid=(work.head_row.shape[1],),
+        in_specs=[WHOLE] * 14,
+        out_specs=WHOLE,
+        out_shape=jax.ShapeDtypeStruct(score.shape, score.dtype),
+        input_output_aliases={0: 0},
+        compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
+        interpret=interpret,
+        name="record_attention",
+    )(
+        score, q.astype(k_pages.dtype), lse, k_pages, page_table, history, rows, starts, first, power, layer,
+        work.head_row, work.first, work.last,
+    )  # fmt: skip
