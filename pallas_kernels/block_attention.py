@@ -152,8 +152,9 @@ def _mass_kernel(
         k = load_vectors(k_ref, key, jnp.broadcast_to(h, key.shape), live, dim=dim)
 
         def visit(step, mass):
-            query = first + step // group * block_q + jnp.arange(block_q, dtype=jnp.int32)
-            head = h * group + step % group
+            part = step // group
+            query = first + part * block_q + jnp.arange(block_q, dtype=jnp.int32)
+            head = h * group + step - part * group
             queries, columns = index_grid(query, jnp.arange(next_power_of_two(dim), dtype=jnp.int32))
             mask = vector_mask(query < last, columns, dim)
             q = plgpu.load(q_ref.at[queries, jnp.broadcast_to(head, queries.shape), columns], mask=mask, other=0.0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.online_softmax import LOG2_E
+from pallas_kernels.online_softmax import EMPTY_LSE, LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
     exact_dot,
@@ -74,7 +74,7 @@ def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
         row, factor = rows_ref[b], power.astype(jnp.float32) * LOG2_E
         member = jnp.arange(members, dtype=jnp.int32)
         real = member < group
-        lse = plgpu.load(lse_ref.at[jnp.broadcast_to(b, member.shape), h * group + member], mask=real, other=-_NOTHING)
+        lse = plgpu.load(lse_ref.at[jnp.broadcast_to(b, member.shape), h * group + member], mask=real, other=-EMPTY_LSE)
 
         def visit(step, carry):
             slot = first + step * block + jnp.arange(block, dtype=jnp.int32)
@@ -106,9 +106,6 @@ def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
     records = (first < last) & (power > 0)
     pl.when(records & kept)(lambda: add(_BLOCK, next_power_of_two(group), read))
     pl.when(records & ~kept)(lambda: add(tile.block, max(16, next_power_of_two(group)), compute))
-
-
-_NOTHING = -1e30
 
 
 def add_decode_scores(

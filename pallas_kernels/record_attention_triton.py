@@ -17,12 +17,10 @@ from pallas_kernels.online_softmax import EMPTY_LSE, LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
     exact_dot,
-    index_grid,
     kernel_exp2,
     load_vectors,
     locate_slots,
     next_power_of_two,
-    vector_mask,
 )
 
 
@@ -82,9 +80,7 @@ def _record_kernel(
             token, member = begin + index * tokens + pair // members, pair % members
             real = (token < end) & (member < group)
             lse = plgpu.load(lse_ref.at[token, h * group + member], mask=real, other=-EMPTY_LSE)
-            tokens_, columns = index_grid(token, jnp.arange(next_power_of_two(dim), dtype=jnp.int32))
-            members_, _ = index_grid(h * group + member, columns[0])
-            q = plgpu.load(q_ref.at[tokens_, members_, columns], mask=vector_mask(real, columns, dim), other=0.0)
+            q = load_vectors(q_ref, token, h * group + member, real, dim=dim)
             return q, lse * factor, token + seen_from
 
         def weigh(k, slot, queries):

@@ -135,7 +135,7 @@ def test_default_tiles_on_the_gpu(dtype, dim, group):
     rows, power = jnp.array([2, 1, 4, 3], jnp.int32), jnp.array([2, 1, 1, 1], jnp.int32)
     position, score = slot_state(case)
     q = normal(1, len(rows), heads * group, dim, dtype=dtype)
-    options = dict(address=case.address, num_kv_heads=heads, scale=dim**-0.5, position=position, power=power)
+    options = {"address": case.address, "num_kv_heads": heads, "scale": dim**-0.5, "position": position, "power": power}
     *attention, expected = reference(q, *case[:4], rows, score=score, **options)
     results = [
         decode_attention(q, *case[:4], rows, score=score, return_lse=True, implementation="triton", **options)

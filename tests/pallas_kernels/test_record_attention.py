@@ -91,7 +91,7 @@ def test_adds_what_the_recorded_queries_attended_to(mode, granularity, heads, gr
     lse = log_sum_exps(q, case, history, heads, own, dim**-0.5)
     score = jnp.abs(normal(2, *case.k_pages.shape[:2], dtype=jnp.float32)) * 0.1
     arguments = (score, q, lse, case.k_pages, case.page_table, history, ROWS, STARTS, FIRST, POWER)
-    options = dict(address=case.address, num_kv_heads=heads, scale=dim**-0.5, own=own, reduce=reduce)
+    options = {"address": case.address, "num_kv_heads": heads, "scale": dim**-0.5, "own": own, "reduce": reduce}
     expected = np.asarray(reference(*arguments, **options))
     got = np.asarray(record_attention(*arguments, tile=TILE, limits=LIMITS, **options, **mode))
     tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
@@ -158,7 +158,7 @@ def test_default_tiles_on_the_gpu(dtype, dim, group, window):
     first, power = jnp.maximum(starts[1:] - window, 0), jnp.array([1, 2], jnp.int32)
     score = jnp.zeros(case.k_pages.shape[:2])
     arguments = (score, q, lse, jnp.nan_to_num(case.k_pages), case.page_table, case.lengths, rows, starts, first, power)
-    options = dict(address=case.address, num_kv_heads=heads, scale=dim**-0.5)
+    options = {"address": case.address, "num_kv_heads": heads, "scale": dim**-0.5}
     expected = np.asarray(reference(*arguments, **options))
     results = [record_attention(*arguments, implementation="triton", **options) for _ in range(2)]
     tolerance = 1e-4 if dtype == jnp.float32 else 1e-2
