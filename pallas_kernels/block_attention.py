@@ -36,8 +36,8 @@ class BlockTile(NamedTuple):
 
 # By (bytes per element, padded head_dim).
 _TILES = {
-    (2, 64): BlockTile(128, 8, 2),
-    (2, 128): BlockTile(128, 8, 2),
+    (2, 64): BlockTile(64, 4, 2),
+    (2, 128): BlockTile(64, 4, 2),
     (2, 256): BlockTile(64, 8, 2),
     (4, 64): BlockTile(32, 8, 1),
     (4, 128): BlockTile(32, 8, 1),

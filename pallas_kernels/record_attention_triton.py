@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.decode_work import DEFAULT_LIMITS, SpanLimits, span_list
+from pallas_kernels.decode_work import SpanLimits, span_list
 from pallas_kernels.online_softmax import EMPTY_LSE, LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
@@ -25,25 +25,31 @@ from pallas_kernels.tiles import (
 
 
 class RecordTile(NamedTuple):
-    """(Token, query head) pairs and slots of a tile, and how Triton compiles the program."""
+    """Tiles of (token, query head) pairs by slots, and how Triton compiles the program.
 
-    block_q: int
-    block_k: int
+    Attributes:
+      few: pairs and slots of a tile when that many pairs are all there are.
+      many: pairs and slots of a tile when there are more.
+    """
+
+    few: tuple[int, int]
+    many: tuple[int, int]
     num_warps: int
     num_stages: int
 
 
 # By (bytes per element, padded head_dim).
 _TILES = {
-    (2, 64): RecordTile(128, 128, 4, 3),
-    (2, 128): RecordTile(128, 128, 4, 3),
-    (2, 256): RecordTile(64, 64, 4, 2),
-    (4, 64): RecordTile(32, 32, 4, 2),
-    (4, 128): RecordTile(32, 32, 4, 2),
-    (4, 256): RecordTile(16, 16, 4, 2),
+    (2, 64): RecordTile((128, 128), (128, 128), 4, 2),
+    (2, 128): RecordTile((128, 128), (128, 128), 4, 2),
+    (2, 256): RecordTile((128, 32), (32, 128), 8, 2),
+    (4, 64): RecordTile((32, 32), (32, 32), 4, 2),
+    (4, 128): RecordTile((32, 32), (32, 32), 4, 2),
+    (4, 256): RecordTile((16, 16), (16, 16), 4, 2),
 }
-_FALLBACK_TILE = RecordTile(16, 16, 4, 2)
+_FALLBACK_TILE = RecordTile((16, 16), (16, 16), 4, 2)
 _DEAD = -3e38
+_LIMITS = SpanLimits(wave=264)  # 2 programs on each of an H200's multiprocessors
 
 
 def default_tile(k_pages: jax.Array) -> RecordTile:
@@ -71,90 +77,102 @@ def _record_kernel(
         seen_from = history_ref[address.table_layer, row, h if history_ref.shape[2] > 1 else 0] + 1 - start
         factor = LOG2_E if largest else power_ref[segment].astype(jnp.float32) * LOG2_E
         members = next_power_of_two(group)
-        tokens = max(1, tile.block_q // members)  # of a tile
-        tiles = pl.cdiv(end - begin, tokens)
 
-        def load_queries(index):
-            """(q [pairs, D], f32[pairs] what the scaled scores fall short by, i32[pairs] end of the slots seen)."""
+        def pairs_of(index, tokens):
+            """(token, head, which exist) of the pairs of a tile of `tokens` tokens."""
             pair = jnp.arange(tokens * members, dtype=jnp.int32)
             token, member = begin + index * tokens + pair // members, pair % members
-            real = (token < end) & (member < group)
-            lse = plgpu.load(lse_ref.at[token, h * group + member], mask=real, other=-EMPTY_LSE)
-            q = load_vectors(q_ref, token, h * group + member, real, dim=dim)
-            return q, lse * factor, token + seen_from
+            return token, h * group + member, (token < end) & (member < group)
 
-        def weigh(k, slot, queries):
-            """f32[slots] of one tile; `slot` None: every query sees every slot."""
-            q, lse, seen = queries
-            scores = exact_dot(k, q.T) * (scale * factor) - lse[None, :]
+        def load_queries(index, tokens):
+            return load_vectors(q_ref, *pairs_of(index, tokens), dim=dim)
+
+        def load_lse(index, tokens):
+            """f32[pairs], so large for pairs that do not exist that they weigh 0."""
+            token, head, real = pairs_of(index, tokens)
+            return plgpu.load(lse_ref.at[token, head], mask=real, other=-EMPTY_LSE)
+
+        def weigh(k, q, lse, slot=None, token=None):
+            """f32[slots] of one tile. Without `slot` and `token` every query sees every slot."""
+            scores = exact_dot(k, q.T) * (scale * factor) - (lse * factor)[None, :]
             if slot is not None:
-                scores = jnp.where(slot[:, None] < seen[None, :], scores, _DEAD)
+                scores = jnp.where(slot[:, None] < token[None, :] + seen_from, scores, _DEAD)
             weights = exp2(scores)
             return weights.max(axis=1) if largest else weights.sum(axis=1)
 
-        def slots_of(step):
-            return first + step * tile.block_k + jnp.arange(tile.block_k, dtype=jnp.int32)
+        def locate(step, block, masked):
+            """(slots of a step, which of them exist, their page and place)."""
+            slot = first + step * block + jnp.arange(block, dtype=jnp.int32)
+            live = slot < last if masked else None
+            return slot, live, *locate_slots(table_ref, row, h, slot, live, address=address, page_size=page_size)
 
-        def locate(slot, live):
-            return locate_slots(table_ref, row, h, slot, live, address=address, page_size=page_size)
+        def load_score(page, place, live):
+            return plgpu.load(score_ref.at[page, place], mask=live, other=None if live is None else 0.0)
 
-        def add(page, place, live, mass):
-            held = plgpu.load(score_ref.at[page, place], mask=live, other=None if live is None else 0.0)
-            mass = jnp.maximum(held, mass) if largest else held + mass
-            plgpu.store(score_ref.at[page, place], mass, mask=live)
+        def combine(a, b):
+            return jnp.maximum(a, b) if largest else a + b
 
         def few_queries():
             """All queries are one tile, which is held while the slots go by."""
-            queries = load_queries(0)
+            pairs, block = tile.few
+            tokens = pairs // members
+            q, lse = load_queries(0, tokens), load_lse(0, tokens)
 
             def record(steps, masked):
                 def visit(step, carry):
-                    slot = slots_of(step)
-                    live = slot < last if masked else None
-                    page, place = locate(slot, live)
+                    slot, live, page, place = locate(step, block, masked)
+                    before = load_score(page, place, live)
                     k = load_vectors(k_ref, page, place, live, dim=dim)
-                    add(page, place, live, weigh(k, slot if masked and own else None, queries))
+                    causal = (slot, pairs_of(0, tokens)[0]) if masked and own else ()
+                    plgpu.store(score_ref.at[page, place], combine(before, weigh(k, q, lse, *causal)), mask=live)
                     return carry
 
                 jax.lax.fori_loop(steps[0], steps[1], visit, 0)
 
             whole = jnp.minimum(last, begin + seen_from) if own else last
-            full, steps = jnp.maximum(whole - first, 0) // tile.block_k, pl.cdiv(last - first, tile.block_k)
+            full, steps = jnp.maximum(whole - first, 0) // block, pl.cdiv(last - first, block)
             record((0, full), masked=False)
             record((full, steps), masked=True)
 
         def many_queries():
             """A block of slots is held while the queries go by: those that see part of it, then those that see all."""
+            pairs, block = tile.many
+            tokens = pairs // members
+            tiles = pl.cdiv(end - begin, tokens)
 
             def visit(step, carry):
-                slot = slots_of(step)
-                live = slot < last
-                page, place = locate(slot, live)
+                slot, live, page, place = locate(step, block, masked=True)
                 k = load_vectors(k_ref, page, place, live, dim=dim)
-                low = first + step * tile.block_k
+                before = load_score(page, place, live)
+                low = first + step * block
                 some = whole = 0
                 if own:
                     some = jnp.minimum(jnp.maximum(low + 1 - seen_from - begin, 0) // tokens, tiles)
-                    whole = jnp.maximum(low + tile.block_k - seen_from - begin, 0)
+                    whole = jnp.maximum(low + block - seen_from - begin, 0)
                     whole = jnp.minimum(pl.cdiv(whole, tokens), tiles)
 
-                def absorb(mass, bounds, slot):
-                    def visit_queries(index, mass):
-                        new = weigh(k, slot, load_queries(index))
-                        return jnp.maximum(mass, new) if largest else mass + new
+                def absorb(mass, bounds, masked):
+                    def visit_queries(index, carry):
+                        mass, lse = carry
+                        # Of the next tile: what a product does not read, Triton does not fetch ahead.
+                        next_lse = load_lse(index + 1, tokens)
+                        causal = (slot, pairs_of(index, tokens)[0]) if masked else ()
+                        return combine(mass, weigh(k, load_queries(index, tokens), lse, *causal)), next_lse
 
-                    return jax.lax.fori_loop(bounds[0], bounds[1], visit_queries, mass)
+                    return jax.lax.fori_loop(*bounds, visit_queries, (mass, load_lse(bounds[0], tokens)))[0]
 
-                mass = jnp.zeros(tile.block_k, jnp.float32)
+                mass = jnp.zeros(block, jnp.float32)
                 if own:
-                    mass = absorb(mass, (some, whole), slot)
-                add(page, place, live, absorb(mass, (whole, tiles), None))
+                    mass = absorb(mass, (some, whole), masked=True)
+                mass = absorb(mass, (whole, tiles), masked=False)
+                plgpu.store(score_ref.at[page, place], combine(before, mass), mask=live)
                 return carry
 
-            jax.lax.fori_loop(0, pl.cdiv(last - first, tile.block_k), visit, 0)
+            jax.lax.fori_loop(0, pl.cdiv(last - first, block), visit, 0)
 
-        pl.when(tiles == 1)(few_queries)
-        pl.when(tiles > 1)(many_queries)
+        few = (end - begin) * members <= tile.few[0]
+        pl.when(few)(few_queries)
+        pl.when(~few)(many_queries)
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "own", "max_slots", "limits"))
@@ -180,11 +198,13 @@ def record_attention_triton(
     group = q.shape[1] // heads
     work = _record_list(
         history, rows, starts, first, power, heads=heads, own=own,
-        max_slots=page_table.shape[3] * k_pages.shape[1], limits=limits or DEFAULT_LIMITS,
+        max_slots=page_table.shape[3] * k_pages.shape[1], limits=limits or _LIMITS,
     )  # fmt: skip
-    pairs = max(16, next_power_of_two(group))
-    most = max(16, next_power_of_two(q.shape[0] * next_power_of_two(group)))
-    tile = tile._replace(block_q=max(pairs, min(tile.block_q, most)))
+    # No tile is larger than the chunk or smaller than a group.
+    least = max(16, next_power_of_two(group))
+    most = max(least, next_power_of_two(q.shape[0]) * next_power_of_two(group))
+    few, many = ((max(least, min(pairs, most)), block) for pairs, block in (tile.few, tile.many))
+    tile = tile._replace(few=few, many=many)
     return pl.pallas_call(
         functools.partial(
             _record_kernel,

@@ -19,7 +19,7 @@ from pallas_kernels import (
 )
 
 BLOCK = 16
-TILE = RecordTile(BLOCK, BLOCK, num_warps=2, num_stages=2)
+TILE = RecordTile(few=(64, BLOCK), many=(BLOCK, 2 * BLOCK), num_warps=2, num_stages=2)
 LIMITS = SpanLimits(wave=4, min_span=2 * BLOCK, wave_span=2 * BLOCK, max_span=2 * BLOCK, multiple=BLOCK)
 # Slots of rows 1 .. 6 with the chunk's; segments of 1, 16, 0, 17, 20 and 3 tokens, then 5 tokens of padding.
 LENGTHS = (20, 17, 17, 30, 64, 19)
@@ -31,6 +31,7 @@ POWER = jnp.array([1, 2, 1, 1, 2, 1], jnp.int32)
 TOKENS = 62
 
 reference = jax.jit(record_attention_reference, static_argnames=("address", "num_kv_heads", "scale", "own", "reduce"))
+prefill_reference = jax.jit(prefill_attention_reference, static_argnames=("address", "scale"))
 
 
 def history_of(lengths, own):
@@ -43,19 +44,20 @@ def history_of(lengths, own):
 
 def log_sum_exps(q, case, history, heads, own, scale):
     """f32[T, Hq] of the attention that is recorded, by prefill attention over K as both K and V."""
-    tokens = q.shape[0]
-    new = jnp.zeros((tokens, heads, q.shape[2]), case.k_pages.dtype)
+    tokens, page_size = q.shape[0], case.k_pages.shape[1]
     if own:
-        for s in range(len(ROWS)):
-            for t in range(int(STARTS[s]), int(STARTS[s + 1])):
-                for h in range(heads):
-                    th = h if history.shape[2] > 1 else 0
-                    slot = int(history[case.address.table_layer, ROWS[s], th]) + t - int(STARTS[s])
-                    page_size = case.k_pages.shape[1]
-                    entry = case.page_table[case.address.table_layer, ROWS[s], th, slot // page_size]
-                    new = new.at[t, h].set(case.k_pages[case.address.page(entry, h), slot % page_size])
+        keys, table, held = (np.asarray(x) for x in (case.k_pages.astype(jnp.float32), case.page_table, history))
+        new = np.zeros((tokens, heads, q.shape[2]), np.float32)
+        for s, row in enumerate(ROWS.tolist()):
+            count = int(STARTS[s + 1] - STARTS[s])
+            for h in range(heads):
+                th = h if history.shape[2] > 1 else 0
+                slot = held[case.address.table_layer, row, th] + np.arange(count)
+                page = case.address.page(table[case.address.table_layer, row, th, slot // page_size], h)
+                new[STARTS[s] : STARTS[s + 1], h] = keys[page, slot % page_size]
+        new = jnp.asarray(new, q.dtype)
         arguments = (q, new, new, case.k_pages, case.k_pages, case.page_table, history, ROWS, STARTS)
-        return prefill_attention_reference(*arguments, address=case.address, scale=scale)[1]
+        return prefill_reference(*arguments, address=case.address, scale=scale)[1]
     return 1.0 + normal(9, tokens, q.shape[1], dtype=jnp.float32) ** 2 + jnp.log(COLUMNS_SLOTS)
 
 
