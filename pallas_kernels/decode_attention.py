@@ -243,7 +243,7 @@ def decode_attention_reference(
         out = jnp.einsum("bhgn,bhnd->bhgd", weights, v)
     lse = jnp.where(live.any(-1)[..., None], lse, online_softmax.EMPTY_LSE)
     out, lse = out.reshape(batch, q_heads, dim), lse.reshape(batch, q_heads)
-    if score is None:
+    if score is None or power is None:
         return out, lse
     recorded = live & (power > 0)[:, None, None]
     mass = (weights ** power[:, None, None, None]).sum(axis=2)  # [B, H, N]

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import online_softmax
-from pallas_kernels.decode_scores import add_decode_scores, has_place, logit_places, most_places
+from pallas_kernels.decode_scores import ALIGNMENT, add_decode_scores, has_place, logit_places, most_places
 from pallas_kernels.decode_work import DecodeTile
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.tiles import (
@@ -49,9 +49,8 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
     q_ref, k_ref, v_ref, table_ref, length_ref, rows_ref, layer_ref, *refs = refs
     index_ref, refs = (refs[0], refs[1:]) if indexed else (None, refs)
     position_ref, refs = (refs[0], refs[1:]) if positioned else (None, refs)
-    if recorded:
-        place_ref, *refs, logits_ref = refs
-    head_row_ref, first_ref, last_ref, out_ref, lse_ref = refs
+    place_ref, refs = (refs[0], refs[1:]) if recorded else (None, refs)
+    head_row_ref, first_ref, last_ref, out_ref, lse_ref, *logits_ref = refs
     item = pl.program_id(0)
     address = address.join_layer(layer_ref)
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
@@ -68,15 +67,18 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
         members, columns = index_grid(member, column)
         real = vector_mask(member < group, columns, dim)
         q = plgpu.load(q_ref.at[b, h * group + members, columns], mask=real, other=0.0)
-        if recorded:
-            logits_first = place_ref[address.table_layer, head_row]
-            stays = has_place(logits_first, last, logits_ref)
+        in_block = jnp.arange(tile.block, dtype=jnp.int32)
+        kept = None
+        if place_ref is not None:
+            start = place_ref[address.table_layer, head_row]
+            # Written so that Triton sees what the index is a multiple of: it then stores vectors.
+            kept = has_place(start, last, *logits_ref), start * ALIGNMENT + first // tile.block * tile.block
 
         def attend(state, steps, masked):
             """Absorbs the blocks `steps` = (from, to)."""
 
             def visit(step, state):
-                slot = first + step * tile.block + jnp.arange(tile.block, dtype=jnp.int32)
+                slot = first + step * tile.block + in_block
                 live = slot < last if masked else None
                 if index_ref is not None:
                     slot = plgpu.load(
@@ -89,14 +91,10 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
                 k = load_vectors(k_ref, page, place, live, dim=dim)
                 v = load_vectors(v_ref, page, place, live, dim=dim)
                 logits = exact_dot(q, k.T)
-                if recorded:
-                    at_member, at_place = index_grid(member, logits_first + slot)
-                    keep = (at_member < group) & (stays if live is None else stays & live[None, :])
-                    plgpu.store(logits_ref.at[at_member, at_place], logits, mask=keep)
                 if position_ref is not None:
                     alive = plgpu.load(position_ref.at[page, place], mask=live, other=None if live is None else -1) >= 0
                     live = alive if live is None else live & alive
-                return online_softmax.absorb(
+                state = online_softmax.absorb(
                     state,
                     logits,
                     None if live is None else live[None, :],
@@ -104,6 +102,12 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
                     scale=scale * LOG2_E,
                     exp2=exp2,
                 )
+                # Only here, where the tile is not needed any more: any earlier it costs registers.
+                if kept is not None:
+                    stays, start = kept
+                    at_member, at_place = index_grid(member, start + step * tile.block + in_block)
+                    plgpu.store(logits_ref[0].at[at_member, at_place], logits, mask=stays & (at_member < group))
+                return state
 
             return jax.lax.fori_loop(steps[0], steps[1], visit, state)
 
@@ -170,6 +174,8 @@ def decode_attention_triton(
     items = work.head_row.shape[1]
     places = None
     if score is not None:
+        if ALIGNMENT % tile.block:
+            raise ValueError(f"tile.block must divide {ALIGNMENT} when score is recorded, got {tile.block}")
         places = logit_places(lengths, rows, power, heads=heads)
     optional = [x for x in (indices, position, places) if x is not None]
     inputs = [q, k_pages, v_pages, page_table, lengths, rows, layer, *optional, work.head_row, work.first, work.last]

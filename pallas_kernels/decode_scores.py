@@ -25,33 +25,35 @@ from pallas_kernels.tiles import (
 
 # The logits that are kept. What lies beyond is computed a second time: correct whatever the lengths, and slower.
 _MOST_BYTES = 256 << 20
-_ALIGNMENT = 32  # of the places of a head: whole cache lines
+
+ALIGNMENT = 128
+"""Every head's logits start at a multiple of this, which is one of every block: blocks are stored whole."""
+
+_NOWHERE = 1 << 30  # the place of a head without one
 _BLOCK, _NUM_WARPS = 512, 4  # slots of a step that reads logits
 
 
 def most_places(heads: int, group: int, max_slots: int) -> int:
     """The static size of the logits f32[group, places] of `heads` (request, KV head) pairs."""
-    padded = -(-max_slots // _ALIGNMENT) * _ALIGNMENT
-    return min(heads * padded, _MOST_BYTES // (4 * group) // _ALIGNMENT * _ALIGNMENT)
+    return ALIGNMENT * min(heads * -(-max_slots // ALIGNMENT), max(1, _MOST_BYTES // (4 * group * ALIGNMENT)))
 
 
 @functools.partial(jax.jit, static_argnames=("heads",))
 def logit_places(lengths: jax.Array, rows: jax.Array, power: jax.Array, *, heads: int) -> jax.Array:
-    """i32[Lt, B*H] where the logits of each (request, KV head) start; requests that record nothing take no place.
+    """i32[Lt, B*H] where the logits of each (request, KV head) start, in units of ALIGNMENT.
 
-    As the work list it does not depend on the layer, so that one serves a whole step.
+    Requests that record nothing take no place. As the work list it does not depend on the layer: one serves a step.
     """
     layers, batch = lengths.shape[0], rows.shape[0]
     length = jnp.broadcast_to(lengths[:, rows], (layers, batch, heads))
-    length = jnp.where(power[:, None] > 0, -(-length // _ALIGNMENT) * _ALIGNMENT, 0).reshape(layers, -1)
-    end = jnp.cumsum(length, axis=1, dtype=jnp.int32)
-    # A place at the very end has no room for a slot: has_place is false.
-    return jnp.where(length > 0, end - length, jnp.iinfo(jnp.int32).max // 2)
+    units = jnp.where(power[:, None] > 0, -(-length // ALIGNMENT), 0).reshape(layers, -1)
+    end = jnp.cumsum(units, axis=1, dtype=jnp.int32)
+    return jnp.where(units > 0, end - units, _NOWHERE)
 
 
-def has_place(logits_first, last, logits_ref):
-    """Whether an item that ends before slot `last` keeps its logits, inside a kernel."""
-    return logits_first + last <= logits_ref.shape[1]
+def has_place(place, last, logits_ref):
+    """Whether an item that ends before slot `last` of a head with `place` keeps its logits, inside a kernel."""
+    return place + pl.cdiv(last, ALIGNMENT) <= logits_ref.shape[1] // ALIGNMENT
 
 
 def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
@@ -66,8 +68,8 @@ def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
     head_row = head_row_ref[address.table_layer, item]
     b, h = head_row // heads, head_row % heads
     power = power_ref[b]
-    logits_first = place_ref[address.table_layer, head_row]
-    kept = has_place(logits_first, last, logits_ref)
+    logits_place = place_ref[address.table_layer, head_row]
+    kept = has_place(logits_place, last, logits_ref)
 
     def add(block, members, logits_of):
         """Adds to all slots, `block` at a time; `logits_of(slot, live, page, place)` gives f32[members, block]."""
@@ -92,7 +94,7 @@ def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
 
     def read(member, slot, live, page, place):
         del page, place
-        at_member, at_place = index_grid(member, logits_first + slot)
+        at_member, at_place = index_grid(member, logits_place * ALIGNMENT + slot)
         mask = (at_member < group) & live[None, :]
         return plgpu.load(logits_ref.at[at_member, at_place], mask=mask, other=0.0)
 

@@ -92,10 +92,11 @@ def _record_kernel(
             token, head, real = pairs_of(index, tokens)
             return plgpu.load(lse_ref.at[token, head], mask=real, other=-EMPTY_LSE)
 
-        def weigh(k, q, lse, slot=None, token=None):
-            """f32[slots] of one tile. Without `slot` and `token` every query sees every slot."""
+        def weigh(k, q, lse, causal=None):
+            """f32[slots] of one tile. Without `causal` = (slots, tokens) every query sees every slot."""
             scores = exact_dot(k, q.T) * (scale * factor) - (lse * factor)[None, :]
-            if slot is not None:
+            if causal is not None:
+                slot, token = causal
                 scores = jnp.where(slot[:, None] < token[None, :] + seen_from, scores, _DEAD)
             weights = exp2(scores)
             return weights.max(axis=1) if largest else weights.sum(axis=1)
@@ -104,7 +105,8 @@ def _record_kernel(
             """(slots of a step, which of them exist, their page and place)."""
             slot = first + step * block + jnp.arange(block, dtype=jnp.int32)
             live = slot < last if masked else None
-            return slot, live, *locate_slots(table_ref, row, h, slot, live, address=address, page_size=page_size)
+            page, place = locate_slots(table_ref, row, h, slot, live, address=address, page_size=page_size)
+            return slot, live, page, place
 
         def load_score(page, place, live):
             return plgpu.load(score_ref.at[page, place], mask=live, other=None if live is None else 0.0)
@@ -123,8 +125,8 @@ def _record_kernel(
                     slot, live, page, place = locate(step, block, masked)
                     before = load_score(page, place, live)
                     k = load_vectors(k_ref, page, place, live, dim=dim)
-                    causal = (slot, pairs_of(0, tokens)[0]) if masked and own else ()
-                    plgpu.store(score_ref.at[page, place], combine(before, weigh(k, q, lse, *causal)), mask=live)
+                    causal = (slot, pairs_of(0, tokens)[0]) if masked and own else None
+                    plgpu.store(score_ref.at[page, place], combine(before, weigh(k, q, lse, causal)), mask=live)
                     return carry
 
                 jax.lax.fori_loop(steps[0], steps[1], visit, 0)
@@ -144,27 +146,27 @@ def _record_kernel(
                 slot, live, page, place = locate(step, block, masked=True)
                 k = load_vectors(k_ref, page, place, live, dim=dim)
                 before = load_score(page, place, live)
-                low = first + step * block
+                at = first + step * block
                 some = whole = 0
                 if own:
-                    some = jnp.minimum(jnp.maximum(low + 1 - seen_from - begin, 0) // tokens, tiles)
-                    whole = jnp.maximum(low + block - seen_from - begin, 0)
+                    some = jnp.minimum(jnp.maximum(at + 1 - seen_from - begin, 0) // tokens, tiles)
+                    whole = jnp.maximum(at + block - seen_from - begin, 0)
                     whole = jnp.minimum(pl.cdiv(whole, tokens), tiles)
 
-                def absorb(mass, bounds, masked):
+                def absorb(mass, low, high, masked):
                     def visit_queries(index, carry):
                         mass, lse = carry
                         # Of the next tile: what a product does not read, Triton does not fetch ahead.
                         next_lse = load_lse(index + 1, tokens)
-                        causal = (slot, pairs_of(index, tokens)[0]) if masked else ()
-                        return combine(mass, weigh(k, load_queries(index, tokens), lse, *causal)), next_lse
+                        causal = (slot, pairs_of(index, tokens)[0]) if masked else None
+                        return combine(mass, weigh(k, load_queries(index, tokens), lse, causal)), next_lse
 
-                    return jax.lax.fori_loop(*bounds, visit_queries, (mass, load_lse(bounds[0], tokens)))[0]
+                    return jax.lax.fori_loop(low, high, visit_queries, (mass, load_lse(low, tokens)))[0]
 
                 mass = jnp.zeros(block, jnp.float32)
                 if own:
-                    mass = absorb(mass, (some, whole), masked=True)
-                mass = absorb(mass, (whole, tiles), masked=False)
+                    mass = absorb(mass, some, whole, masked=True)
+                mass = absorb(mass, whole, tiles, masked=False)
                 plgpu.store(score_ref.at[page, place], combine(before, mass), mask=live)
                 return carry
 

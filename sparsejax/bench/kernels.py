@@ -169,8 +169,8 @@ _CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "record_attention": [
         {"tile": RecordTile((128, few), (pairs, many), warps, stages)}
         for few, pairs, many, warps, stages in (
-            (64, 128, 64, 4, 3), (64, 64, 128, 4, 3), (128, 64, 256, 8, 3), (128, 128, 128, 4, 2), (128, 128, 256, 8, 2),
-            (32, 256, 128, 8, 2),
+            (64, 128, 64, 4, 3), (64, 64, 128, 4, 3), (128, 64, 256, 8, 3), (128, 128, 128, 4, 2),
+            (128, 128, 256, 8, 2), (32, 256, 128, 8, 2),
         )
     ],
     "block_attention_mass": [

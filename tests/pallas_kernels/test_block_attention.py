@@ -53,7 +53,7 @@ def test_every_default_tile_on_the_gpu(dtype, dim):
     tolerance = 1e-4 if dtype == jnp.float32 else 1e-2
     expected = block_attention_mass_reference(q, k, starts, scale=scale)
     np.testing.assert_allclose(got[0], expected, rtol=tolerance, atol=tolerance)
-    np.testing.assert_array_equal(*got)
+    np.testing.assert_array_equal(got[0], got[1])
 
 
 @pytest.mark.parametrize("mode", [{"implementation": "xla"}, {"implementation": "triton", "interpret": True}])

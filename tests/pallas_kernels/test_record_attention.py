@@ -165,7 +165,7 @@ def test_default_tiles_on_the_gpu(dtype, dim, group, window):
     results = [record_attention(*arguments, implementation="triton", **options) for _ in range(2)]
     tolerance = 1e-4 if dtype == jnp.float32 else 1e-2
     np.testing.assert_allclose(results[0], expected, rtol=tolerance, atol=tolerance)
-    np.testing.assert_array_equal(*results)
+    np.testing.assert_array_equal(results[0], results[1])
 
 
 @pytest.mark.parametrize(
