@@ -3,24 +3,31 @@ reference; prefill attention has a Mosaic GPU kernel for Hopper, too. Nothing he
 methods.
 """
 
-from pallas_kernels.decode_attention import DecodeTile, decode_attention, decode_attention_reference
-from pallas_kernels.decode_work import SpanLimits, WorkList, decode_work_list
+from pallas_kernels.block_attention import BlockTile, block_attention_mass, block_attention_mass_reference
+from pallas_kernels.decode_attention import decode_attention, decode_attention_reference
+from pallas_kernels.decode_work import DecodeTile, SpanLimits, WorkList, decode_work_list
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.invert_spd import invert_spd, invert_spd_reference
 from pallas_kernels.move_slots import move_slots, move_slots_reference
 from pallas_kernels.online_softmax import EMPTY_LSE
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.prefill_attention import PrefillTile, prefill_attention, prefill_attention_reference
+from pallas_kernels.record_attention import record_attention, record_attention_reference
+from pallas_kernels.record_attention_triton import RecordTile
 from pallas_kernels.store_kv import store_kv, store_kv_reference
 
 __all__ = [
     "EMPTY_LSE",
+    "BlockTile",
     "DecodeTile",
     "Implementation",
     "PageAddress",
     "PrefillTile",
+    "RecordTile",
     "SpanLimits",
     "WorkList",
+    "block_attention_mass",
+    "block_attention_mass_reference",
     "decode_attention",
     "decode_attention_reference",
     "decode_work_list",
@@ -30,6 +37,8 @@ __all__ = [
     "move_slots_reference",
     "prefill_attention",
     "prefill_attention_reference",
+    "record_attention",
+    "record_attention_reference",
     "resolve",
     "store_kv",
     "store_kv_reference",

@@ -38,6 +38,13 @@ def check_pool(k_pages: jax.Array, v_pages: jax.Array) -> None:
         raise ValueError(f"the page size (axis 1 of k_pages) must be a power of two, got {page_size}")
 
 
+def check_score(score: jax.Array, k_pages: jax.Array) -> None:
+    """Raises unless `score` is f32[pages, page_size], a number for every slot of the pool."""
+    check_shape("score", score, tuple(k_pages.shape[:2]))
+    if score.dtype != jnp.float32:
+        raise TypeError(f"score must be float32, got {score.dtype}")
+
+
 def check_table(
     page_table: jax.Array, lengths: jax.Array, lengths_name: str, address: PageAddress, num_kv_heads: int
 ) -> None:

@@ -12,8 +12,13 @@ _BLOCK = 256  # slots read per step
 
 
 @functools.partial(jax.jit, static_argnames=("address", "heads", "scale"))
-def decode_attention_xla(q, k_pages, v_pages, page_table, lengths, rows, indices, layer, *, address, heads, scale):
-    """A loop over blocks of slots that ends at the longest live length, so work follows what is held and not M."""
+def decode_attention_xla(
+    q, k_pages, v_pages, page_table, lengths, rows, indices, position, score, power, layer, *, address, heads, scale
+):
+    """A loop over blocks of slots that ends at the longest live length, so work follows what is held and not M.
+
+    A second one adds to the scores, which take the log-sum-exp of all blocks.
+    """
     address = address.join_layer(layer)
     batch, q_heads, dim = q.shape
     page_size = k_pages.shape[1]
@@ -38,9 +43,12 @@ def decode_attention_xla(q, k_pages, v_pages, page_table, lengths, rows, indices
         def read_pages(step):
             column = step * width + jnp.arange(width, dtype=jnp.int32)[None, None]
             page = pages_of(jnp.minimum(column, columns - 1))
-            position = step * block + jnp.arange(block, dtype=jnp.int32)
+            slot = step * block + jnp.arange(block, dtype=jnp.int32)
             k, v = (pool[page].reshape(batch, heads, block, dim) for pool in (k_pages, v_pages))
-            return k, v, position < length[..., None]
+            live = slot < length[..., None]
+            if position is not None:
+                live &= position[page].reshape(batch, heads, block) >= 0
+            return k, v, live, jnp.repeat(page, page_size, axis=2)
 
         read = read_pages
     else:
@@ -53,12 +61,12 @@ def decode_attention_xla(q, k_pages, v_pages, page_table, lengths, rows, indices
             live = (slot >= 0) & (slot < length[..., None])
             slot = jnp.where(live, slot, 0)
             page = pages_of(slot // page_size)
-            return k_pages[page, slot % page_size], v_pages[page, slot % page_size], live
+            return k_pages[page, slot % page_size], v_pages[page, slot % page_size], live, page
 
         read = read_listed
 
     def visit(step, state):
-        k, v, live = read(step)
+        k, v, live, _ = read(step)
         scores = jnp.einsum("bhgd,bhnd->bhgn", q, k.astype(jnp.float32), precision="highest")
         # Dead slots may hold anything, NaN included, and 0 * NaN is NaN.
         v = jnp.where(live[..., None], v.astype(jnp.float32), 0.0)
@@ -67,4 +75,15 @@ def decode_attention_xla(q, k_pages, v_pages, page_table, lengths, rows, indices
 
     state = online_softmax.start(q.shape[:3], dim)
     out, lse = online_softmax.finish(jax.lax.fori_loop(0, steps, visit, state))
-    return out.reshape(batch, q_heads, dim), lse.reshape(batch, q_heads)
+
+    def record(step, score):
+        k, _, live, page = read(step)
+        logits = jnp.einsum("bhgd,bhnd->bhgn", q, k.astype(jnp.float32), precision="highest")
+        mass = jnp.exp2((logits - LOG2_E * lse[..., None]) * power[:, None, None, None]).sum(axis=2)  # [B, H, n]
+        page = jnp.where(live & (power > 0)[:, None, None], page, score.shape[0])
+        place = jnp.broadcast_to(jnp.arange(block, dtype=jnp.int32) % page_size, page.shape)
+        return score.at[page, place].add(mass, mode="drop")
+
+    if score is not None:
+        score = jax.lax.fori_loop(0, steps, record, score)
+    return out.reshape(batch, q_heads, dim), lse.reshape(batch, q_heads), score

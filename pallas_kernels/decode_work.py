@@ -13,6 +13,14 @@ import jax.numpy as jnp
 from pallas_kernels.checks import check_integer, check_shape
 
 
+class DecodeTile(NamedTuple):
+    """Slots read per step of a program's loop, and how Triton compiles the program."""
+
+    block: int
+    num_warps: int
+    num_stages: int
+
+
 class SpanLimits(NamedTuple):
     """How long the spans may be, and so how many there are.
 
@@ -97,6 +105,11 @@ def _work_list(lengths, rows, *, num_kv_heads, max_slots, num_indices, limits):
     if num_indices is not None:
         max_slots = num_indices
         length = jnp.where(length > 0, num_indices, 0)
+    return span_list(length, max_slots=max_slots, limits=limits)
+
+
+def span_list(length: jax.Array, *, max_slots: int, limits: SpanLimits = DEFAULT_LIMITS) -> WorkList:
+    """The items of heads of `length` i32[Lt, heads], none longer than `max_slots`."""
     heads = length.shape[1]
     total = length.sum(axis=1, keepdims=True)
     span = jnp.maximum(-(-total // limits.wave), limits.min_span)

@@ -17,14 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import (
+    BlockTile,
     DecodeTile,
     PageAddress,
     PrefillTile,
+    RecordTile,
     SpanLimits,
+    block_attention_mass,
     decode_attention,
     decode_work_list,
     move_slots,
     prefill_attention,
+    record_attention,
     store_kv,
 )
 
@@ -111,12 +115,16 @@ def _decode(
     page: int,
     heads: Heads,
     ragged: bool,
+    scored: bool,
     layers: int,
     *,
     tile: DecodeTile | None = None,
     limits: SpanLimits | None = None,
 ) -> Program:
-    """Ragged: a table per layer and head, lengths from 0.1 to 0.9 of the context. Otherwise one table for all."""
+    """Ragged: a table per layer and head, lengths from 0.1 to 0.9 of the context. Otherwise one table for all.
+
+    Scored: every request records what its slots were attended to.
+    """
     lengths = np.zeros((layers, batch + 1, heads.kv) if ragged else (1, batch + 1, 1), np.int32)
     lengths[:, 1:] = context
     if ragged:
@@ -127,22 +135,31 @@ def _decode(
     pool = [_random(seed, entries * addresses[0].entry_stride, page, heads.dim) for seed in (1, 2)]
     operations = _operations(layers)
 
-    @jax.jit
-    def step(q, k_pages, v_pages, table, lengths, rows):
+    @partial(jax.jit, donate_argnums=0)
+    def step(score, q, k_pages, v_pages, table, lengths, rows, power):
         work = None
         if limits is not None:
             work = decode_work_list(lengths, rows, num_kv_heads=heads.kv, max_slots=columns * page, limits=limits)
+        attend = partial(decode_attention, num_kv_heads=heads.kv, scale=1.0, work=work, tile=tile)
         for operation in range(operations):
-            q = decode_attention(
-                q, k_pages, v_pages, table, lengths, rows, address=addresses[operation % layers],
-                num_kv_heads=heads.kv, scale=1.0, work=work, tile=tile,
-            )  # fmt: skip
-        return q
+            at = (q, k_pages, v_pages, table, lengths, rows)
+            if score is None:
+                q = attend(*at, address=addresses[operation % layers])
+            else:
+                q, score = attend(*at, address=addresses[operation % layers], score=score, power=power)
+        return score, q
 
-    arguments = (*pool, table, jnp.asarray(lengths), jnp.arange(1, batch + 1, dtype=jnp.int32))
+    score = [jnp.zeros(pool[0].shape[:2]) if scored else None]
+    rows = jnp.arange(1, batch + 1, dtype=jnp.int32)
+    arguments = (*pool, table, jnp.asarray(lengths), rows, jnp.ones_like(rows))
     queries = [_random(10 + i, batch, heads.query, heads.dim) for i in range(2)]
+
+    def call(i: int):
+        score[0], out = step(score[0], queries[i % 2], *arguments)
+        return out
+
     slots = lengths.sum() / layers if ragged else lengths.sum() * heads.kv
-    return Program(lambda i: step(queries[i % 2], *arguments), operations, slots * heads.slot_bytes)
+    return Program(call, operations, slots * heads.slot_bytes)
 
 
 def _causal_flops(tokens: int, history: float, heads: Heads) -> float:
@@ -184,6 +201,69 @@ def _prefill(
     where = (table, jnp.asarray(lengths), segment[1:], segment * tokens)
     flops = segments * _causal_flops(tokens, float(lengths[:, 1:].mean()), heads)
     return Program(lambda i: step(*new, *pool, *where), operations, flops)
+
+
+def _record(
+    window: int,
+    tokens: int,
+    history: int,
+    page: int,
+    heads: Heads,
+    flops: bool,
+    *,
+    tile: RecordTile | None = None,
+    limits: SpanLimits | None = None,
+) -> Program:
+    """The last `window` queries of a chunk are recorded; a table per layer and head."""
+    layers = _operations(1, many=8)
+    held = history + tokens
+    lengths = np.zeros((layers, 2, heads.kv), np.int32)
+    lengths[:, 1] = held
+    table, entries = _random_table(lengths, page, -(-held // page))
+    pool = _random(1, entries, page, heads.dim)
+    addresses = _addresses(layers, heads, per_head=True)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(score, q, lse, k_pages, table, history, rows, starts, first, power):
+        for address in addresses:
+            score = record_attention(
+                score, q, lse, k_pages, table, history, rows, starts, first, power, address=address,
+                num_kv_heads=heads.kv, scale=heads.dim**-0.5, tile=tile, limits=limits,
+            )  # fmt: skip
+        return score
+
+    one = jnp.ones(1, jnp.int32)
+    arguments = (
+        _random(3, tokens, heads.query, heads.dim), jnp.full((tokens, heads.query), 11.0), pool, table,
+        jnp.asarray(np.maximum(lengths - tokens, 0)), one, jnp.array([0, tokens], jnp.int32), one * (tokens - window),
+        one,
+    )  # fmt: skip
+    score = [jnp.zeros(pool.shape[:2])]
+
+    def call(i: int):
+        del i
+        score[0] = step(score[0], *arguments)
+        return score[0]
+
+    pairs = heads.query * window * (held - window / 2)
+    return Program(call, layers, 2.0 * heads.dim * pairs if flops else held * heads.kv * heads.slot_bytes / 2)
+
+
+def _block_mass(tokens: int, block: int, heads: Heads, *, tile: BlockTile | None = None) -> Program:
+    operations = _operations(1, many=8)
+
+    @jax.jit
+    def step(q, k, starts):
+        total = jnp.zeros(())
+        for _ in range(operations):
+            mass = block_attention_mass(q, k, starts, block=block, scale=1.0, tile=tile)
+            total += mass[0, 0]
+            q = q.at[0, 0, 0].set(total.astype(q.dtype))  # what the next call waits for
+        return total
+
+    new = [_random(3 + i, tokens, n, heads.dim) for i, n in enumerate((heads.query, heads.kv))]
+    starts = jnp.array([0, tokens], jnp.int32)
+    return Program(lambda i: step(*new, starts), operations, 2.0 * heads.query * heads.dim * tokens * block)
 
 
 def _cudnn(tokens: int, heads: Heads) -> Program:
@@ -238,12 +318,14 @@ def _move(moves: int, page: int, heads: Heads) -> Program:
     return Program(call, 1, 2 * moves * heads.slot_bytes)
 
 
-def _decode_case(batch: int, context: int, page: int, heads: Heads = LLAMA_8B, ragged: bool = False) -> Case:
+def _decode_case(
+    batch: int, context: int, page: int, heads: Heads = LLAMA_8B, ragged: bool = False, scored: bool = False
+) -> Case:
     size = f"{context // 1024}k" if context >= 1024 else str(context)
     model = "" if heads == LLAMA_8B else f", {heads.query}/{heads.kv} heads"
-    name = f"decode {batch} x {size}, page {page}{model}{', ragged' if ragged else ''}"
+    name = f"decode {batch} x {size}, page {page}{model}{', ragged' if ragged else ''}{', scored' if scored else ''}"
     layers = max(1, min(8, (4 << 30) // (batch * context * heads.kv * heads.slot_bytes)))
-    return Case(name, "decode_attention", "read", partial(_decode, batch, context, page, heads, ragged, layers))
+    return Case(name, "decode_attention", "read", partial(_decode, batch, context, page, heads, ragged, scored, layers))
 
 
 def cases() -> list[Case]:
@@ -254,6 +336,18 @@ def cases() -> list[Case]:
         *(_decode_case(*shape, page) for page in (32, 1) for shape in uniform),
         *(_decode_case(*shape, 32, QWEN_7B) for shape in uniform),
         *(_decode_case(*shape, 32, ragged=True) for shape in ragged),
+        _decode_case(64, 4096, 32),
+        *(_decode_case(*shape, 32, scored=True) for shape in ((64, 4096), (8, 32768))),
+        Case(
+            "record 32 queries at 32k",
+            "record_attention",
+            "read",
+            partial(_record, 32, 2048, 30720, 32, LLAMA_8B, False),
+        ),
+        Case(
+            "record 2k after 30k", "record_attention", "matmul", partial(_record, 2048, 2048, 30720, 32, LLAMA_8B, True)
+        ),
+        Case("block mass 8k", "block_attention_mass", "matmul", partial(_block_mass, 8192, 128, LLAMA_8B)),
         Case("cuDNN causal 8k", "cudnn", "matmul", partial(_cudnn, 8192, LLAMA_8B)),
         Case("cuDNN causal 32k", "cudnn", "matmul", partial(_cudnn, 32768, LLAMA_8B)),
         *(
@@ -280,6 +374,9 @@ def tiny_cases() -> list[Case]:
     return [
         _decode_case(2, 64, 8, heads),
         _decode_case(2, 64, 8, heads, ragged=True),
+        _decode_case(2, 64, 8, heads, scored=True),
+        Case("record tiny", "record_attention", "read", partial(_record, 4, 16, 48, 8, heads, False)),
+        Case("block mass tiny", "block_attention_mass", "matmul", partial(_block_mass, 32, 16, heads)),
         Case("cuDNN causal tiny", "cudnn", "matmul", partial(_cudnn, 32, heads)),
         Case("prefill tiny", "prefill_attention", "cuDNN causal tiny", partial(_prefill, 32, 16, 8, heads, 2, True)),
         Case("store_kv tiny", "store_kv", "copy", partial(_store, 16, 8, heads)),

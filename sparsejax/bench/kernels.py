@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels import DecodeTile, PrefillTile, SpanLimits
+from pallas_kernels import BlockTile, DecodeTile, PrefillTile, RecordTile, SpanLimits
 from sparsejax.bench.ceilings import Ceilings, measure
 from sparsejax.bench.kernel_shapes import Case, Program, cases, tiny_cases
 from sparsejax.bench.timing import Timing, device_seconds, time_calls
@@ -76,7 +76,7 @@ def _measure(case: Case, limit: float, repeats: int) -> Row:
     by_kernel = {name: 1e3 * seconds / program.operations for name, seconds in device_seconds(program.call).items()}
     seconds = timing.median / program.operations
     rate = program.amount / seconds
-    flops = case.kernel in ("cudnn", "prefill_attention")
+    flops = case.ceiling not in ("read", "copy")
     return Row(
         name=case.name,
         kernel=case.kernel,
@@ -166,6 +166,16 @@ _CANDIDATES: dict[str, list[dict[str, Any]]] = {
             (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (256, 64, 8, 2),
         )
     ],
+    "record_attention": [
+        {"tile": RecordTile((128, few), (pairs, many), warps, stages)}
+        for few, pairs, many, warps, stages in (
+            (64, 128, 64, 4, 3), (64, 64, 128, 4, 3), (128, 64, 256, 8, 3), (128, 128, 128, 4, 2),
+            (128, 128, 256, 8, 2), (32, 256, 128, 8, 2),
+        )
+    ],
+    "block_attention_mass": [
+        {"tile": BlockTile(*tile)} for tile in ((64, 4, 2), (64, 8, 2), (128, 4, 2), (128, 8, 2), (128, 8, 3))
+    ],
 }  # fmt: skip
 _MEASURED_WITH = {"decode_work": "decode_attention"}
 
@@ -181,7 +191,8 @@ def tune(
     """Times the candidates of `kernel` and reports them.
 
     Args:
-      kernel: "decode_attention" or "prefill_attention" for their tiles, "decode_work" for the limits of the spans.
+      kernel: "decode_attention", "prefill_attention", "record_attention" or "block_attention_mass" for their tiles,
+        "decode_work" for the limits of the spans.
       names: cases to weigh; None means all of this kernel.
       every: the cases to choose from; None means `cases()`.
       candidates: options of `Case.build`; None means the built-in ones.

@@ -1,0 +1,230 @@
+"""Decode attention as Pallas-Triton kernels: one over the spans of the work list, one that merges those of a head."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import online_softmax
+from pallas_kernels.decode_scores import ALIGNMENT, add_decode_scores, has_place, logit_places, most_places
+from pallas_kernels.decode_work import DecodeTile
+from pallas_kernels.online_softmax import LOG2_E
+from pallas_kernels.tiles import (
+    WHOLE,
+    exact_dot,
+    index_grid,
+    kernel_exp2,
+    load_vectors,
+    locate_slots,
+    next_power_of_two,
+    vector_mask,
+)
+
+# By (bytes per element, padded head_dim).
+_TILES = {
+    (2, 64): DecodeTile(128, 4, 3),
+    (2, 128): DecodeTile(64, 2, 3),
+    (2, 256): DecodeTile(32, 2, 3),
+    (4, 64): DecodeTile(64, 4, 2),
+    (4, 128): DecodeTile(32, 4, 2),
+    (4, 256): DecodeTile(16, 4, 2),
+}
+_FALLBACK_TILE = DecodeTile(16, 4, 2)
+_MIN_DOT_ROWS = 16  # the smallest tile of a tensor-core product
+_MERGE_BLOCKS = (4, 64)  # items per step of the merge: as many as a head has at most, within these bounds
+
+
+def default_tile(k_pages: jax.Array) -> DecodeTile:
+    """The tile for a pool [P, page, D]."""
+    return _TILES.get((k_pages.dtype.itemsize, max(next_power_of_two(k_pages.shape[2]), 64)), _FALLBACK_TILE)
+
+
+def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned, recorded, exp2):
+    """One item of the work list: its partial output [items, G, D] and log-sum-exp [items, G].
+
+    When `recorded`, also the logits (before `scale`) of the items that have a place in the logits [G, places].
+    """
+    q_ref, k_ref, v_ref, table_ref, length_ref, rows_ref, layer_ref, *refs = refs
+    index_ref, refs = (refs[0], refs[1:]) if indexed else (None, refs)
+    position_ref, refs = (refs[0], refs[1:]) if positioned else (None, refs)
+    place_ref, refs = (refs[0], refs[1:]) if recorded else (None, refs)
+    head_row_ref, first_ref, last_ref, out_ref, lse_ref, *logits_ref = refs
+    item = pl.program_id(0)
+    address = address.join_layer(layer_ref)
+    dim, page_size = q_ref.shape[2], k_ref.shape[1]
+    first, last = first_ref[address.table_layer, item], last_ref[address.table_layer, item]
+
+    @pl.when(first < last)
+    def _():
+        head_row = head_row_ref[address.table_layer, item]
+        b, h = head_row // heads, head_row % heads
+        row = rows_ref[b]
+        length = length_ref[address.table_layer, row, h if length_ref.shape[2] > 1 else 0]
+        member = jnp.arange(max(_MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
+        column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
+        members, columns = index_grid(member, column)
+        real = vector_mask(member < group, columns, dim)
+        q = plgpu.load(q_ref.at[b, h * group + members, columns], mask=real, other=0.0)
+        in_block = jnp.arange(tile.block, dtype=jnp.int32)
+        kept = None
+        if place_ref is not None:
+            start = place_ref[address.table_layer, head_row]
+            # Written so that Triton sees what the index is a multiple of: it then stores vectors.
+            kept = has_place(start, last, *logits_ref), start * ALIGNMENT + first // tile.block * tile.block
+
+        def attend(state, steps, masked):
+            """Absorbs the blocks `steps` = (from, to)."""
+
+            def visit(step, state):
+                slot = first + step * tile.block + in_block
+                live = slot < last if masked else None
+                if index_ref is not None:
+                    slot = plgpu.load(
+                        index_ref.at[b, h if index_ref.shape[1] > 1 else 0, slot],
+                        mask=live,
+                        other=-1 if masked else None,
+                    )
+                    live = (slot >= 0) & (slot < length)
+                page, place = locate_slots(table_ref, row, h, slot, live, address=address, page_size=page_size)
+                k = load_vectors(k_ref, page, place, live, dim=dim)
+                v = load_vectors(v_ref, page, place, live, dim=dim)
+                logits = exact_dot(q, k.T)
+                if position_ref is not None:
+                    alive = plgpu.load(position_ref.at[page, place], mask=live, other=None if live is None else -1) >= 0
+                    live = alive if live is None else live & alive
+                state = online_softmax.absorb(
+                    state,
+                    logits,
+                    None if live is None else live[None, :],
+                    lambda weights: exact_dot(weights.astype(v.dtype), v),
+                    scale=scale * LOG2_E,
+                    exp2=exp2,
+                )
+                # Only here, where the tile is not needed any more: any earlier it costs registers.
+                if kept is not None:
+                    stays, start = kept
+                    at_member, at_place = index_grid(member, start + step * tile.block + in_block)
+                    plgpu.store(logits_ref[0].at[at_member, at_place], logits, mask=stays & (at_member < group))
+                return state
+
+            return jax.lax.fori_loop(steps[0], steps[1], visit, state)
+
+        # Only the end of a head is not a whole block.
+        full, steps = (last - first) // tile.block, pl.cdiv(last - first, tile.block)
+        state = online_softmax.start(member.shape, column.shape[0])
+        state = attend(state, (0, full), masked=False)
+        state = attend(state, (full, steps), masked=True)
+        out, lse = online_softmax.finish(state)
+        plgpu.store(out_ref.at[item, members, columns], out, mask=real)
+        plgpu.store(lse_ref.at[item, member], lse, mask=member < group)
+
+
+def _merge_kernel(
+    out_ref, lse_ref, layer_ref, first_ref, last_ref, first_span_ref, merged_ref, merged_lse_ref, *, heads, group, block
+):
+    """One query head: the mean of its items' outputs weighted by the exponentials of their log-sum-exps."""
+    head_row, member = pl.program_id(0), pl.program_id(1)
+    layer = layer_ref[0]
+    first_span = first_span_ref[layer, head_row]
+    spans = first_span_ref[layer, head_row + 1] - first_span
+    rest = first_span_ref[layer, first_span_ref.shape[1] - 1] + head_row
+    parts = spans + (first_ref[layer, rest] < last_ref[layer, rest]).astype(jnp.int32)
+    dim = merged_ref.shape[2]
+    column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
+
+    def visit(step, state):
+        part = step * block + jnp.arange(block, dtype=jnp.int32)
+        live = part < parts
+        item = jnp.where(part < spans, first_span + part, rest)
+        lse = plgpu.load(
+            lse_ref.at[item, jnp.broadcast_to(member, item.shape)], mask=live, other=online_softmax.EMPTY_LSE
+        )
+        items, columns = index_grid(item, column)
+        mask = vector_mask(live, columns, dim)
+        out = plgpu.load(out_ref.at[items, jnp.broadcast_to(member, items.shape), columns], mask=mask, other=0.0)
+        # An item whose indices were all dead has nothing to add.
+        live &= lse > online_softmax.EMPTY_LSE / 2
+        return online_softmax.absorb(
+            state,
+            lse[None],
+            live[None],
+            lambda weights: (weights.reshape(-1, 1) * out).sum(axis=0)[None],
+            scale=LOG2_E,
+        )
+
+    state = online_softmax.start((1,), column.shape[0])
+    state = jax.lax.fori_loop(0, pl.cdiv(parts, block), visit, state)
+    out, lse = online_softmax.finish(state)
+    b, head = head_row // heads, head_row % heads * group + member
+    at = (jnp.broadcast_to(b, column.shape), jnp.broadcast_to(head, column.shape), column)
+    plgpu.store(merged_ref.at[at], out.reshape(-1).astype(merged_ref.dtype), mask=column < dim)
+    merged_lse_ref[b, head] = lse.max()  # its only element
+
+
+@functools.partial(jax.jit, static_argnames=("address", "heads", "scale", "tile", "interpret"))
+def decode_attention_triton(
+    q, k_pages, v_pages, page_table, lengths, rows, indices, position, score, power, work, layer, *, address, heads,
+    scale, tile, interpret,
+):  # fmt: skip
+    """(out [B, Hq, D], lse f32[B, Hq], score or None)."""
+    batch, q_heads, dim = q.shape
+    group = q_heads // heads
+    items = work.head_row.shape[1]
+    places = None
+    if score is not None:
+        if ALIGNMENT % tile.block:
+            raise ValueError(f"tile.block must divide {ALIGNMENT} when score is recorded, got {tile.block}")
+        places = logit_places(lengths, rows, power, heads=heads)
+    optional = [x for x in (indices, position, places) if x is not None]
+    inputs = [q, k_pages, v_pages, page_table, lengths, rows, layer, *optional, work.head_row, work.first, work.last]
+    out_shape = [
+        jax.ShapeDtypeStruct((items, group, dim), jnp.float32),
+        jax.ShapeDtypeStruct((items, group), jnp.float32),
+    ]
+    if score is not None:
+        num_places = most_places(batch * heads, group, page_table.shape[3] * k_pages.shape[1])
+        out_shape.append(jax.ShapeDtypeStruct((group, num_places), jnp.float32))
+    out, lse, *logits = pl.pallas_call(
+        functools.partial(
+            _span_kernel,
+            address=address,
+            heads=heads,
+            group=group,
+            scale=scale,
+            tile=tile,
+            indexed=indices is not None,
+            positioned=position is not None,
+            recorded=score is not None,
+            exp2=kernel_exp2(interpret),
+        ),
+        grid=(items,),
+        in_specs=[WHOLE] * len(inputs),
+        out_specs=[WHOLE] * len(out_shape),
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
+        interpret=interpret,
+        name="decode_attention_spans",
+    )(*inputs)
+    parts = next_power_of_two(-(-items // (batch * heads)))
+    block = min(max(parts, _MERGE_BLOCKS[0]), _MERGE_BLOCKS[1])
+    merged, merged_lse = pl.pallas_call(
+        functools.partial(_merge_kernel, heads=heads, group=group, block=block),
+        grid=(batch * heads, group),
+        in_specs=[WHOLE] * 6,
+        out_specs=[WHOLE, WHOLE],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, q_heads), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=max(1, block // 16), num_stages=1),
+        interpret=interpret,
+        name="decode_attention_merge",
+    )(out, lse, layer, work.first, work.last, work.first_span)
+    if score is not None:
+        score = add_decode_scores(
+            score, logits[0], places, merged_lse, q, k_pages, page_table, rows, position, power, work, layer,
+            address=address, heads=heads, scale=scale, tile=tile, interpret=interpret,
+        )  # fmt: skip
+    return merged, merged_lse, score
