@@ -28,7 +28,7 @@ class EngineConfig:
       max_model_len: longest prompt plus answer, in tokens. Default: the model's `max_position_embeddings`.
       max_num_seqs: most requests running at once. Default: 256 on a GPU, 16 on a CPU.
       max_num_batched_tokens: most prompt tokens in one step; longer prompts are chunked. Requests that decode in the
-        step count too, but leave at least half of it to prompts. Default: 2,048 on a GPU, 512 on a CPU.
+        step count too, but leave at least half of it to prompts. Default: 2,048 on a GPU, 1,024 on a CPU.
       max_mixed_tokens: the same for steps in which requests decode. Less than max_num_batched_tokens gives them their
         tokens at shorter intervals while long prompts are computed, which then take longer. Default:
         max_num_batched_tokens.
@@ -45,7 +45,8 @@ class EngineConfig:
       max_resident_rows: for prefix caching: requests beyond max_num_seqs that the slot table has rows for. At least as
         many can be kept after their end; their pages are given up first whenever pages are needed.
         Default: max_num_seqs.
-      methods: sparse methods that requests may use. Default: all that are available.
+      methods: sparse methods that requests may use. Default: any; the cache is then laid out for dense attention until
+        the first request that evicts, when it is built anew (`LLM.enable_methods`).
       default_compression: the method of requests that name none.
       page_size: tokens in one page of the KV cache, a power of two.
       num_pages: physical pages in the pool (one KV head of one layer each). Default: what memory allows.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 SMALLEST_PREFILL = 64
 SMALLEST_MIXED_LANES = 32
+SMALLEST_SLOTS = 256
 
 
 def powers_of_two(largest: int, *, smallest: int = 1) -> tuple[int, ...]:
@@ -71,3 +72,13 @@ def bucket(size: int, buckets: tuple[int, ...]) -> int:
         if size <= candidate:
             return candidate
     raise ValueError(f"size {size} is larger than the largest bucket {buckets[-1]}")
+
+
+def slot_buckets(most: int) -> tuple[int, ...]:
+    """Bounds on the slots of a row in programs that evict: each costs a compilation, but none of the model."""
+    return powers_of_two(most, smallest=min(SMALLEST_SLOTS, most))
+
+
+def compress_rows(number: int, most: int) -> int:
+    """Rows of a call of the compression program: one, or as many as there can be."""
+    return 1 if number == 1 else most

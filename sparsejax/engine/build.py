@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from sparsejax.cache import CacheLayout
+from sparsejax import methods as methods_registry
+from sparsejax.cache import CacheLayout, Granularity
 from sparsejax.config import EngineConfig
 from sparsejax.engine import memory
 from sparsejax.engine.engine import Engine
+from sparsejax.engine.recording import CHUNK_RECORDS, idle_record
 from sparsejax.engine.runner import Runner
 from sparsejax.engine.sampling import MAX_EOS_IDS
 from sparsejax.engine.scheduler import Scheduler, SchedulerConfig
 from sparsejax.engine.state import init_state
 from sparsejax.errors import InvalidArgumentError
+from sparsejax.methods import Method
+from sparsejax.methods.kvzip import FIRST_INSTRUCTION, NEXT_INSTRUCTION
 from sparsejax.models import Decoder, ModelConfig
 
 STRETCHING_ROPE = ("linear", "dynamic", "yarn")  # kinds whose factor reaches beyond max_position_embeddings
 
 
 def build_engine(
-    model_config: ModelConfig, params: Any, tokenizer: Any, config: EngineConfig, eos_token_ids: tuple[int, ...]
+    model_config: ModelConfig,
+    params: Any,
+    tokenizer: Any,
+    config: EngineConfig,
+    *,
+    eos_token_ids: tuple[int, ...],
+    methods: Iterable[str],
 ) -> Engine:
     """An engine for parameters that are on the device.
 
     Args:
+      methods: which requests may use; they decide the layout of the cache.
       eos_token_ids: tokens that end an answer.
 
     Raises:
@@ -51,6 +63,8 @@ def build_engine(
         )
     max_resident_rows = _max_resident_rows(model_config, config, max_num_seqs)
     decoder = Decoder(model_config, params["embed"].dtype)
+    evicting = [methods_registry.get(name) for name in methods if methods_registry.get(name).family == "evict"]
+    granularity = _granularity(config, evicting)
     layout = CacheLayout(
         num_layers=model_config.num_layers,
         num_kv_heads=model_config.num_kv_heads,
@@ -59,9 +73,12 @@ def build_engine(
         max_rows=max_num_seqs + max_resident_rows,
         max_slots=max_model_len,
         page_size=config.page_size,
-        granularity=config.table_granularity or "shared",  # no method so far lets layers or heads differ
+        granularity=granularity,
         dtype=decoder.dtype,
+        with_score=bool(evicting),
+        with_position=bool(evicting),
     )
+    records: frozenset[str] = frozenset().union(*(method.records for method in evicting))
     num_pages = config.num_pages
     if num_pages is None:
         scratch = 0
@@ -74,8 +91,15 @@ def build_engine(
                 prefill_tokens=max_num_batched_tokens,
                 prefill_seqs=config.max_prefill_seqs,
                 implementation=config.implementation,
+                records=records & CHUNK_RECORDS,
             )
-        state = jax.eval_shape(lambda: init_state(layout.num_rows, model_config.vocab_size))
+        state = jax.eval_shape(
+            lambda: init_state(
+                layout.num_rows,
+                model_config.vocab_size,
+                idle_record(layout, model_config, records, config.max_prefill_seqs),
+            )
+        )
         tables = 4 * layout.entries_per_page_column * layout.num_rows * (layout.max_entries_per_row + 1)
         num_pages = memory.pages_that_fit(
             layout, device=device, scratch=scratch, other=memory.tree_bytes([state]) + tables
@@ -92,11 +116,15 @@ def build_engine(
             max_prefill_seqs=config.max_prefill_seqs,
             eos_token_ids=eos_token_ids,
             implementation=config.implementation,
+            records=records,
+            may_evict_per_step=any(method.evicts_per_step for method in evicting),
+            instructions=_instructions(tokenizer),
         )
     if config.warmup:
         runner.warm_up(
             greedy_only=config.warmup == "greedy",
             forks=max_resident_rows > 0,
+            compression=config.default_compression,
             progress=lambda variants: tqdm(variants, desc="compiling", unit="step"),
         )
     scheduler = Scheduler(
@@ -115,9 +143,37 @@ def build_engine(
     return Engine(runner, scheduler, tokenizer=tokenizer, seed=config.seed)
 
 
+def named_methods(config: EngineConfig) -> tuple[str, ...]:
+    """The methods that a configuration names; an engine is built for them from the start."""
+    default = () if config.default_compression is None else (config.default_compression.method,)
+    return (*(config.methods or ()), *default)
+
+
+def _instructions(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of what asks a model to repeat a text; none without a tokenizer, the text then stands for itself."""
+    if tokenizer is None:
+        return (), ()
+    first, others = (
+        tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (FIRST_INSTRUCTION, NEXT_INSTRUCTION)
+    )
+    return first, others
+
+
+def _granularity(config: EngineConfig, evicting: Sequence[type[Method]]) -> Granularity:
+    """The coarsest slot tables that the methods allow, or those that were asked for."""
+    if not evicting:
+        return config.table_granularity or "shared"
+    if config.table_granularity not in (None, "per_head"):
+        raise InvalidArgumentError(
+            f'table_granularity must be "per_head" for method {evicting[0].name!r}, which lets heads keep different '
+            f"tokens; got {config.table_granularity!r}."
+        )
+    return "per_head"
+
+
 def default_batched_tokens(platform: str) -> int:
     """`max_num_batched_tokens` of an engine that was told none. platform: of its device, as JAX names it."""
-    return 512 if platform == "cpu" else 2048
+    return 1024 if platform == "cpu" else 2048
 
 
 def _max_resident_rows(model: ModelConfig, config: EngineConfig, max_num_seqs: int) -> int:

@@ -11,51 +11,30 @@ has one surplus token in flight, which is discarded.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from sparsejax.engine.detokenizer import decode_function
+from sparsejax.engine.eviction import EvictReport
+from sparsejax.engine.in_flight import Compressed, InFlight, dispatch
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.memory import explain_out_of_memory
 from sparsejax.engine.outputs import Logprob, logprobs_of_token
-from sparsejax.engine.plan import Chunk, Fork, Plan, Release
+from sparsejax.engine.plan import Chunk, Evict
 from sparsejax.engine.prefix_cache import PrefixCacheStats
 from sparsejax.engine.request import Request, derive_seed, expand
 from sparsejax.engine.runner import Runner
 from sparsejax.engine.sampling import SampleOutput
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.engine.scheduler import Scheduler
-from sparsejax.engine.state import StepOutput
 from sparsejax.engine.stopping import check_stop, detokenizer_for
 from sparsejax.engine.submission import Answer, Submission
 from sparsejax.errors import SchedulingError
 
 PROBE = "\0probe"  # id of a request that is only checked, never added
-
-
-@dataclass(frozen=True)
-class InFlight:
-    """A dispatched step whose results have not been read.
-
-    Attributes:
-      sampling: (lane of the output, request) of each token it samples.
-      chunks: what was prefilled, in packing order; empty for a decode step.
-      output: device values.
-      forked: bool[] values that must be true: the forks dispatched with the step.
-      free_entries: what the device must report if host and device agree; None if a later step of the plan tells.
-    """
-
-    sampling: list[tuple[int, Request]]
-    chunks: Sequence[Chunk]
-    output: StepOutput
-    free_entries: int | None
-    forked: Sequence[jax.Array] = ()
 
 
 class Engine:
@@ -70,6 +49,7 @@ class Engine:
 
     Attributes:
       wait_seconds: what all steps together have spent waiting for the device.
+      eviction_observer: called with the entries and the report of every call of the evict program, a step late.
     """
 
     def __init__(
@@ -89,7 +69,8 @@ class Engine:
         self._added = 0
         self._decode = None if tokenizer is None else decode_function(tokenizer, skip_special_tokens=False)
         self.wait_seconds = 0.0
-        self._in_flight: list[InFlight] = []
+        self.eviction_observer: Callable[[Sequence[Evict], EvictReport], None] | None = None
+        self._in_flight: InFlight | None = None
         self._answers: dict[str, tuple[Submission, Answer]] = {}  # by request id of each answer, unfinished
         self._bytes_per_entry = (
             runner.layout.pages_per_entry
@@ -102,7 +83,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do: requests to serve, or results to read."""
-        return self.scheduler.has_unfinished or bool(self._in_flight)
+        return self.scheduler.has_unfinished or self._in_flight is not None
 
     @property
     def prefix_cache_stats(self) -> PrefixCacheStats:
@@ -113,7 +94,18 @@ class Engine:
         """Gives up all rows that are kept for reuse; their pages are free with the next step."""
         self.scheduler.reset_prefix_cache()
 
-    def check(self, prompt: TokenizedPrompt, params: SamplingParams, *, name: str = "prompt") -> None:
+    def close(self) -> None:
+        """Gives the device memory of cache and state back; the engine is of no use then."""
+        self.runner.close()
+
+    def check(
+        self,
+        prompt: TokenizedPrompt,
+        params: SamplingParams,
+        compression: CompressionParams | None = None,
+        *,
+        name: str = "prompt",
+    ) -> None:
         """Raises what `add` would raise for this prompt, and changes nothing.
 
         Args:
@@ -122,7 +114,8 @@ class Engine:
         Raises:
           InvalidArgumentError: the prompt is longer than the engine can ever serve.
         """
-        self.scheduler.check(Request(PROBE, prompt.token_ids, params), name=name)
+        request = Request(PROBE, prompt.token_ids, params, compression or CompressionParams())
+        self.scheduler.check(request, name=name)
 
     def add(
         self,
@@ -171,7 +164,7 @@ class Engine:
             with explain_out_of_memory("running a step"):
                 self._step()
         except BaseException:  # what the device has done is unknown, and its cache may be gone: it was donated
-            self._in_flight = []
+            self._in_flight = None
             self.scheduler.restart()
             self.runner.reset()
             raise
@@ -180,60 +173,50 @@ class Engine:
         if self.scheduler.must_preempt():
             self._read()  # a victim's replay needs every token it was given
         plan = self.scheduler.schedule()
-        forked = self._change_table(plan)
-        dispatched = self._dispatch(plan, forked)
-        for flight in dispatched:
-            jax.tree.map(lambda x: x.copy_to_host_async(), (flight.output, flight.forked))
+        entries = {
+            each.request.request_id: self.scheduler.held_entries(each.request) for each in (*plan.compress, *plan.evict)
+        }
+        flight = dispatch(self.runner, plan, entries)
         self._read()
-        self._in_flight = dispatched
-
-    def _dispatch(self, plan: Plan, forked: Sequence[jax.Array]) -> list[InFlight]:
-        """Dispatches a plan's decodes and chunks: as one step if there is one for both, else in this order."""
-        runner, expected = self.runner, self.scheduler.free_entries
-        firsts = [
-            (lane, chunk.request)
-            for lane, chunk in enumerate(plan.prefill)
-            if chunk.is_last and not chunk.request.is_replay
-        ]
-        if runner.mixed_shape(plan.prefill, plan.decode) is not None:
-            output = runner.mixed(plan.prefill, plan.decode)
-            following = list(enumerate(plan.decode, start=runner.max_prefill_seqs))
-            return [InFlight(following + firsts, plan.prefill, output, expected, forked)]
-        dispatched = []
-        if plan.decode:
-            output = runner.decode(plan.decode)
-            dispatched.append(InFlight(list(enumerate(plan.decode)), (), output, None if plan.prefill else expected))
-        if plan.prefill:
-            dispatched.append(InFlight(firsts, plan.prefill, runner.prefill(plan.prefill), expected, forked))
-        return dispatched
-
-    def _change_table(self, plan: Plan) -> list[jax.Array]:
-        """Dispatches the plan's changes in order, neighbours of a kind together; returns what `Runner.fork` does."""
-        forked = []
-        for kind, changes in itertools.groupby(plan.changes, type):
-            if kind is Fork:
-                forked += self.runner.fork([change for change in changes if isinstance(change, Fork)])
-            else:
-                self.runner.release([change.row for change in changes if isinstance(change, Release)])
-        return forked
+        self._in_flight = flight
 
     def _read(self) -> None:
-        """Waits for the steps in flight and hands out their tokens."""
-        flights, self._in_flight = self._in_flight, []
-        for flight in flights:
-            start = time.perf_counter()
-            output: StepOutput
-            output, forked = jax.device_get((flight.output, flight.forked))
-            self.wait_seconds += time.perf_counter() - start
-            if not output.ok or not all(forked) or flight.free_entries not in (None, int(output.free_entries)):
-                raise SchedulingError(
-                    f"the device has {int(output.free_entries)} free table entries where the scheduler counted "
-                    f"{flight.free_entries}. The cache is emptied. Please report this."
-                )
-            if output.prompt is not None:
-                self._take_prompt_logprobs(flight.chunks, output.prompt)
-            for lane, request in flight.sampling:
-                self._take_token(request, lane, output.sample)
+        """Waits for the plan in flight and hands out its tokens."""
+        flight, self._in_flight = self._in_flight, None
+        if flight is None:
+            return
+        start = time.perf_counter()
+        results = flight.read()
+        self.wait_seconds += time.perf_counter() - start
+        expected = self.scheduler.settle(flight.balance, results.measured.usage)
+        free = int(results.measured.free_entries)
+        if not results.ok or free != expected:
+            raise SchedulingError(
+                f"the device has {free} free table entries where the scheduler counted {expected}"
+                f"{'' if results.ok else ', and something did not fit'}. The cache is emptied. Please report this."
+            )
+        for each in results.compressed:
+            self._take_compression(each)
+        if self.eviction_observer is not None:
+            for entries, report in results.evictions:
+                self.eviction_observer(entries, report)
+        for step in results.steps:
+            if step.output.prompt is not None:
+                self._take_prompt_logprobs(step.chunks, step.output.prompt)
+            for lane, request in step.sampling:
+                self._take_token(request, lane, step.output.sample)
+
+    def _take_compression(self, compressed: Compressed) -> None:
+        found = self._answers.get(compressed.entry.request.request_id)
+        if found is None:  # it has ended
+            return
+        record = found[1].compression
+        record.count += 1
+        record.seconds += compressed.seconds
+        record.bytes_before = compressed.entries_before * self._bytes_per_entry
+        record.bytes_after = compressed.entries_after * self._bytes_per_entry
+        record.kept_tokens = None if compressed.kept is None else compressed.kept.tolist()
+        found[1].kv_bytes = max(found[1].kv_bytes, record.bytes_before)
 
     def _take_token(self, request: Request, lane: int, sample: SampleOutput) -> None:
         token = int(sample.token[lane])
@@ -291,9 +274,11 @@ class Engine:
         self, submission: Submission, answer: Answer, reason: str, stop_reason: int | str | None = None
     ) -> None:
         request = answer.request
-        # While it waits to be replayed it holds nothing, but it did hold its whole replay.
-        held = max(request.num_computed, request.prefill_target if request.num_preemptions else 0)
-        answer.kv_bytes = self.scheduler.entries_for(held) * self._bytes_per_entry
+        entries = self.scheduler.held_entries(request)
+        if request.num_preemptions:
+            # While it waits to be replayed it holds nothing, but it did hold its whole replay.
+            entries = max(entries, self.scheduler.entries_for(request.prefill_target))
+        answer.kv_bytes = max(answer.kv_bytes, entries * self._bytes_per_entry)
         self.scheduler.finish(request, reason, stop_reason)
         if answer.detokenizer is not None:
             answer.detokenizer.finish()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from sparsejax.assets import tiny_model_path
 from sparsejax.checkpoint import load_config, load_model, load_tokenizer, resolve
 from sparsejax.config import EngineConfig
 from sparsejax.engine import inputs, memory
-from sparsejax.engine.build import build_engine
+from sparsejax.engine.build import build_engine, named_methods
 from sparsejax.engine.engine import Engine
 from sparsejax.engine.inputs import Prompt, TokenizedPrompt
 from sparsejax.engine.outputs import RequestOutput
@@ -23,6 +25,8 @@ from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.engine.submission import Submission
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.models import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 class LLM:
@@ -83,8 +87,37 @@ class LLM:
         self.config = config
         self.model_config = model_config
         self._tokenizer = tokenizer
-        self.engine: Engine = build_engine(model_config, params, tokenizer, config, eos_token_ids)
         self._request_ids = itertools.count()
+        self._build = functools.partial(
+            build_engine, model_config, params, tokenizer, config, eos_token_ids=eos_token_ids
+        )
+        self._methods = frozenset({"full", *named_methods(config)})
+        self.engine: Engine = self._build(methods=self._methods)
+
+    def enable_methods(self, names: Iterable[str]) -> None:
+        """Makes methods usable that the engine was not built for, by rebuilding its KV cache for them.
+
+        `generate` and its like call this by themselves unless `methods` was given. The cache of a dense engine has one
+        slot table for all layers and heads and no scores; eviction needs a table per head. What prefix caching kept is
+        lost, and steps are compiled anew. Does nothing if all names are enabled.
+
+        Raises:
+          InvalidArgumentError: unknown method, or requests are unfinished.
+        """
+        wanted = frozenset(names)
+        for name in wanted:
+            methods.get(name)
+        if wanted <= self._methods:
+            return
+        if self.engine.has_unfinished:
+            raise InvalidArgumentError(
+                f"method {min(wanted - self._methods)!r} needs another layout of the KV cache, and requests are "
+                "unfinished: name all methods in LLM(methods=...) to mix them."
+            )
+        self._methods |= wanted
+        logger.info("the KV cache is rebuilt for methods %s", ", ".join(sorted(self._methods)))
+        self.engine.close()  # there is no room for two pools
+        self.engine = self._build(methods=self._methods)
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer, or None with skip_tokenizer_init."""
@@ -213,19 +246,21 @@ class LLM:
         compression = inputs.one_each(
             "compression_params", compression_params, CompressionParams, default, len(prompts)
         )
-        for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+        for i, each in enumerate(params):
             if each.stop_strings and self._tokenizer is None:
                 raise InvalidArgumentError(
                     f"sampling_params {i} has stop strings, but there is no tokenizer to see them."
                 )
-            self.engine.check(prompt, each, name=f"prompt {i}")
-        allowed = self.config.methods or methods.available()
+        allowed = self.config.methods
         for i, each in enumerate(compression):
-            if each.method not in allowed:
+            if allowed is not None and each.method not in self._methods:
                 raise InvalidArgumentError(
                     f"compression_params {i} asks for method {each.method!r}; this engine was built with "
                     f"methods={', '.join(allowed)}."
                 )
+        self.enable_methods(each.method for each in compression)
+        for i, request in enumerate(zip(prompts, params, compression, strict=True)):
+            self.engine.check(*request, name=f"prompt {i}")
         return [
             self.engine.add(str(next(self._request_ids)), *request)
             for request in zip(prompts, params, compression, strict=True)

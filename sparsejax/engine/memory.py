@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, init_cache
 from sparsejax.engine.packing import pack
+from sparsejax.engine.recording import idle_record
 from sparsejax.engine.state import init_state
 from sparsejax.engine.steps import StepOptions, decode_step, mixed_step
 from sparsejax.errors import OutOfMemoryError
@@ -58,6 +59,7 @@ def scratch_bytes(
     prefill_tokens: int,
     prefill_seqs: int,
     implementation: Implementation | None,
+    records: frozenset[str] = frozenset(),
 ) -> int:
     """Temporary memory of the largest steps, from XLA's own analysis of the compiled programs.
 
@@ -65,13 +67,22 @@ def scratch_bytes(
     """
     shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
     cache = jax.eval_shape(functools.partial(init_cache, layout))
-    state = jax.eval_shape(functools.partial(init_state, layout.max_rows + 1, decoder.config.vocab_size))
-    options = StepOptions(plain=False, logprobs=True, implementation=implementation)
-    batch = shape(pack([], size=prefill_tokens, segments=prefill_seqs, eos_token_ids=()))
+    state = jax.eval_shape(
+        lambda: init_state(
+            layout.num_rows,
+            decoder.config.vocab_size,
+            idle_record(layout, decoder.config, records, prefill_seqs),
+        )
+    )
+    evicts = layout.with_score
+    options = StepOptions(plain=False, logprobs=True, records=records, watch=evicts, implementation=implementation)
+    moment_slots = {} if evicts else None
+    batch = shape(pack([], size=prefill_tokens, segments=prefill_seqs, eos_token_ids=(), moment_slots=moment_slots))
     rows = jax.ShapeDtypeStruct((decode_batch,), jnp.int32)
+    decodes = (rows, rows) if evicts else (rows,)
     peak = 0
     # A mixed step does all that a prefill step does, and more.
-    for step, work in ((mixed_step, (batch, rows)), (decode_step, (rows,))):
+    for step, work in ((mixed_step, (batch, *decodes)), (decode_step, decodes)):
         run = jax.jit(functools.partial(step, decoder=decoder, options=options), donate_argnums=(1, 2))
         analysis: Any = run.lower(shape(params), cache, state, *work).compile().memory_analysis()
         # Outputs that alias no donated input are small (tokens and log-probabilities) but live beside the scratch.
@@ -88,6 +99,7 @@ def pages_that_fit(layout: CacheLayout, *, device: Any, scratch: int, other: int
       other: bytes of everything else that is still to be allocated (state, tables).
     """
     page_bytes = 2 * layout.page_size * layout.head_dim * jnp.dtype(layout.dtype).itemsize
+    page_bytes += 4 * layout.page_size * (layout.with_score + layout.with_position)
     if device.platform == "cpu":
         return CPU_POOL_BYTES // page_bytes
     stats = device.memory_stats() or {}

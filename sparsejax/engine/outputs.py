@@ -93,6 +93,12 @@ class RequestMetrics:
       num_cached_tokens: of the prompt, taken from the prefix cache instead of being computed; all answers together.
       num_preemptions: how often it lost its cache and was recomputed.
       kv_bytes: the most KV cache it held, whole pages, all answers together; pages shared with others count in full.
+      num_compressions: how often its cache was compressed; per-step evictions count only where they cut a prompt.
+      compression_seconds: time that compressing took, as the host saw it: from the end of the model's step on. An
+        underestimate where the host came late to read.
+      kv_bytes_before_compression, kv_bytes_after_compression: KV cache around the last compression, whole pages.
+      kept_tokens: tokens of each layer and KV head of the first answer after its last compression, [layer][head]; None
+        if there was none, or if a method that evicts per step cut the prompt.
     """
 
     arrival_time: float
@@ -101,6 +107,11 @@ class RequestMetrics:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     kv_bytes: int = 0
+    num_compressions: int = 0
+    compression_seconds: float = 0.0
+    kv_bytes_before_compression: int = 0
+    kv_bytes_after_compression: int = 0
+    kept_tokens: list[list[int]] | None = None
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from sparsejax.engine.plan import Chunk
+from sparsejax.engine.recording import chunk_record
 from sparsejax.engine.sampling import to_rows
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.state import PrefillBatch
@@ -14,7 +15,14 @@ from sparsejax.engine.state import PrefillBatch
 IDLE = SamplingParams(temperature=0.0)  # parameters of segments that hold no request
 
 
-def pack(chunks: Sequence[Chunk], *, size: int, segments: int, eos_token_ids: tuple[int, ...]) -> PrefillBatch:
+def pack(
+    chunks: Sequence[Chunk],
+    *,
+    size: int,
+    segments: int,
+    eos_token_ids: tuple[int, ...],
+    moment_slots: Mapping[str, int] | None = None,
+) -> PrefillBatch:
     """Packs the chunks' tokens behind one another (numpy).
 
     Args:
@@ -22,6 +30,7 @@ def pack(chunks: Sequence[Chunk], *, size: int, segments: int, eos_token_ids: tu
       size: T, the padded number of tokens.
       segments: S, the padded number of segments.
       eos_token_ids: tokens that `min_tokens` holds back.
+      moment_slots: where the query moments of requests go, by request id; None: the cache cannot evict.
     """
     requests = [chunk.request for chunk in chunks]
     tokens, targets, positions, rope_lengths = (np.zeros(size, np.int32) for _ in range(4))
@@ -43,9 +52,9 @@ def pack(chunks: Sequence[Chunk], *, size: int, segments: int, eos_token_ids: tu
         rope_lengths[span] = np.maximum(position + 1, prompt_length)
         generated[span] = position >= prompt_length
         rows[i], first[i], last[i] = request.row, chunk.is_first, chunk.is_last
-        num_output[i] = len(request.output_token_ids)
-        if chunk.is_last and request.output_token_ids:
-            newest[i] = request.output_token_ids[-1]
+        num_output[i] = request.num_prefilled_outputs
+        if chunk.is_last and request.is_replay:
+            newest[i] = request.output_token_ids[num_output[i] - 1]
         at += chunk.count
         starts[i + 1] = at
     starts[len(chunks) + 1 :] = at
@@ -68,4 +77,5 @@ def pack(chunks: Sequence[Chunk], *, size: int, segments: int, eos_token_ids: tu
         newest=newest,
         num_output=num_output,
         sampling=sampling,
+        record=None if moment_slots is None else chunk_record(chunks, starts, moment_slots),
     )

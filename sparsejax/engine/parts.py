@@ -6,15 +6,39 @@ part backs its tokens with pages; `steps.py` then runs the model once over a par
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Implementation, decode_attention, prefill_attention
-from sparsejax.cache import KVCache, allocate
+from pallas_kernels import (
+    Implementation,
+    block_attention_mass,
+    decode_attention,
+    prefill_attention,
+    record_attention,
+)
+from sparsejax.cache import KVCache, SlotMapping, add_scores, allocate
+from sparsejax.engine.recording import add_moments, unrotate
 from sparsejax.engine.state import DecodeState, PrefillBatch
-from sparsejax.models import Attend
+from sparsejax.models import ModelConfig
+
+
+class Carry(NamedTuple):
+    """What the layers hand on: the cache, and the moments of queries if a step records them."""
+
+    cache: KVCache
+    moments: jax.Array | None
+
+
+class PartAttend(Protocol):
+    """Attention of one layer over a part. The K and V of all its tokens have been stored, where `mapping` says."""
+
+    def __call__(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, carry: Carry, mapping: SlotMapping, /
+    ) -> tuple[jax.Array, Carry]: ...
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +51,7 @@ class Tokens:
       rope_lengths: length that sets the RoPE base of "dynamic" models (others ignore it).
       rows: table row that a token's K and V belong to; 0 for padding.
       back: how far from the end of its row the token is, as `slot_mapping` takes it.
+      hole: i32[N, Lt, Ht], the slot of an evicted token that the token takes instead, or -1; None if none does.
     """
 
     tokens: jax.Array
@@ -34,6 +59,7 @@ class Tokens:
     rope_lengths: jax.Array
     rows: jax.Array
     back: jax.Array
+    hole: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -45,12 +71,14 @@ class Lanes:
       rows: i32[B], table row; 0 for an idle lane.
       num_output: i32[B], tokens generated before.
       newest: i32[B], the token to go on from instead of a sampled one, or -1.
+      counted: bool[B], the token enters `DecodeState.output_count` and `num_output`: it was not counted before.
       live: bool[B], the lane's row gets a newest token.
     """
 
     rows: jax.Array
     num_output: jax.Array
     newest: jax.Array
+    counted: jax.Array
     live: jax.Array
 
 
@@ -61,28 +89,49 @@ class Part:
     Attributes:
       tokens, lanes: what goes in, and what comes out.
       ends: i32[B], the token whose logits a lane is sampled from; None: there is a lane for every token, in order.
-      attend: attention of one layer. The K and V of all tokens have been stored when it is called.
+      attend: attention of one layer.
       ok: bool[], false if the tokens did not fit; their K and V then go nowhere, and no lane is live.
     """
 
     tokens: Tokens
     lanes: Lanes
     ends: jax.Array | None
-    attend: Attend
+    attend: PartAttend
     ok: jax.Array
 
 
-def prefill_part(cache: KVCache, batch: PrefillBatch, *, implementation: Implementation | None) -> tuple[KVCache, Part]:
-    """A packed chunk: T tokens and S lanes, of which those count that end a prompt."""
+def prefill_part(
+    cache: KVCache,
+    batch: PrefillBatch,
+    *,
+    config: ModelConfig,
+    records: frozenset[str] = frozenset(),
+    implementation: Implementation | None,
+) -> tuple[KVCache, Part]:
+    """A packed chunk: T tokens and S lanes, of which those count that end a prompt.
+
+    Args:
+      records: what the segments may ask to have recorded, of `recording`'s three kinds.
+    """
     num_tokens = batch.tokens.shape[0]
     starts, rows = jnp.asarray(batch.starts), jnp.asarray(batch.rows)
     segment = batch.segment
     history = cache.table.length
     cache, ok = allocate(cache, rows, starts[1:] - starts[:-1], max_count=num_tokens)
+    tokens = Tokens(
+        tokens=jnp.asarray(batch.tokens),
+        positions=jnp.asarray(batch.positions),
+        rope_lengths=jnp.asarray(batch.rope_lengths),
+        # A refused allocation leaves the lengths as they were: `back` would then point at live tokens.
+        rows=jnp.where(ok, jnp.append(rows, 0)[segment], 0),
+        back=jnp.append(starts, num_tokens)[segment + 1] - jnp.arange(num_tokens, dtype=jnp.int32),
+    )
 
-    def attend(layer, q, k, v, k_pre_rope, cache):
-        del k_pre_rope
-        out = prefill_attention(
+    def attend(layer, q, k, v, carry, mapping):
+        cache = carry.cache
+        address, scale = cache.layout.address(layer), q.shape[-1] ** -0.5
+        attention = partial(
+            prefill_attention,
             q,
             k,
             v,
@@ -92,39 +141,83 @@ def prefill_part(cache: KVCache, batch: PrefillBatch, *, implementation: Impleme
             history,
             rows,
             starts,
-            address=cache.layout.address(layer),
-            scale=q.shape[-1] ** -0.5,
+            address=address,
+            scale=scale,
             implementation=implementation,
         )
-        return out, cache
+        record, moments = batch.record, carry.moments
+        if record is None:
+            return attention(), carry
+        if "attention" in records:
+            out, lse = attention(return_lse=True)
+            score = record_attention(
+                cache.pool.score,
+                q,
+                lse,
+                cache.pool.k,
+                cache.table.pages,
+                history,
+                rows,
+                starts,
+                jnp.asarray(record.first),
+                # A refused allocation has no slots behind the history.
+                jnp.where(ok, record.power, 0),
+                address=address,
+                num_kv_heads=cache.layout.num_kv_heads,
+                scale=scale,
+                implementation=implementation,
+            )
+            cache = replace(cache, pool=replace(cache.pool, score=score))
+        else:
+            out = attention()
+        if "blocks" in records:
+            mass = block_attention_mass(q, k, starts, implementation=implementation)
+            wanted = jnp.append(jnp.asarray(record.blocks), False)[segment]
+            cache = add_scores(cache, layer, mapping, jnp.where(wanted[:, None], mass, 0))
+        if "moments" in records and moments is not None:
+            before_rope = unrotate(config.rope, q, tokens.positions, tokens.rope_lengths)
+            moments = add_moments(moments, layer, before_rope, record, starts, segment)
+        return out, Carry(cache, moments)
 
-    tokens = Tokens(
-        tokens=jnp.asarray(batch.tokens),
-        positions=jnp.asarray(batch.positions),
-        rope_lengths=jnp.asarray(batch.rope_lengths),
-        # A refused allocation leaves the lengths as they were: `back` would then point at live tokens.
-        rows=jnp.where(ok, jnp.append(rows, 0)[segment], 0),
-        back=jnp.append(starts, num_tokens)[segment + 1] - jnp.arange(num_tokens, dtype=jnp.int32),
-    )
     lanes = Lanes(
         rows=rows,
         num_output=jnp.asarray(batch.num_output),
         newest=jnp.asarray(batch.newest),
+        counted=jnp.asarray(batch.newest) < 0,
         live=jnp.asarray(batch.last) & (rows > 0) & ok,
     )
     return cache, Part(tokens=tokens, lanes=lanes, ends=jnp.maximum(starts[1:] - 1, 0), attend=attend, ok=ok)
 
 
 def decode_part(
-    cache: KVCache, state: DecodeState, rows: jax.Array, *, implementation: Implementation | None
+    cache: KVCache,
+    state: DecodeState,
+    rows: jax.Array,
+    forced: jax.Array | None = None,
+    *,
+    watch: bool = False,
+    implementation: Implementation | None,
 ) -> tuple[KVCache, Part]:
-    """The newest token of each row: B tokens, B lanes. rows: i32[B], 0 for idle lanes."""
-    live = rows > 0
-    cache, ok = allocate(cache, rows, live.astype(jnp.int32), max_count=1)
+    """The newest token of each row: B tokens, B lanes.
 
-    def attend(layer, q, k, v, k_pre_rope, cache):
-        del k, v, k_pre_rope
-        out = decode_attention(
+    Args:
+      rows: i32[B], 0 for idle lanes.
+      forced: i32[B], the token to go on with instead of a sampled one, or -1; None: all are sampled.
+      watch: some rows record attention or have dead slots.
+    """
+    live = rows > 0
+    record = state.record if watch else None
+    hole, count = None, live.astype(jnp.int32)
+    if record is not None:
+        hole = record.hole[:, rows]  # [Lt, B, Ht]
+        count = (live[:, None] & (hole < 0)).astype(jnp.int32)
+    cache, ok = allocate(cache, rows, count, max_count=1)
+
+    def attend(layer, q, k, v, carry, mapping):
+        del k, v, mapping
+        cache = carry.cache
+        attention = partial(
+            decode_attention,
             q,
             cache.pool.k,
             cache.pool.v,
@@ -136,7 +229,13 @@ def decode_part(
             scale=q.shape[-1] ** -0.5,
             implementation=implementation,
         )
-        return out, cache
+        if record is None:
+            return attention(), carry
+        out, score = attention(
+            position=cache.pool.position, score=cache.pool.score, power=jnp.where(ok, record.power[rows], 0)
+        )
+        cache = replace(cache, pool=replace(cache.pool, score=score))
+        return out, carry._replace(cache=cache)
 
     position = state.position[rows]
     tokens = Tokens(
@@ -145,8 +244,18 @@ def decode_part(
         rope_lengths=position + 1,
         rows=jnp.where(ok, rows, 0),
         back=jnp.ones_like(rows),
+        hole=None if hole is None else jnp.where(ok, hole, -1).swapaxes(0, 1),
     )
-    lanes = Lanes(rows=rows, num_output=state.num_output[rows], newest=jnp.full_like(rows, -1), live=live & ok)
+    newest = jnp.full_like(rows, -1) if forced is None else jnp.asarray(forced)
+    num_output = state.num_output[rows]
+    lanes = Lanes(
+        rows=rows,
+        # A lane with a newest token says how many there are with it.
+        num_output=jnp.where(newest >= 0, num_output + 1, num_output),
+        newest=newest,
+        counted=jnp.ones_like(live),
+        live=live & ok,
+    )
     return cache, Part(tokens=tokens, lanes=lanes, ends=None, attend=attend, ok=ok)
 
 
@@ -171,14 +280,17 @@ def join(prefill: Part, decode: Part, first_free: jax.Array) -> Part:
     def put(into: jax.Array, values: jax.Array) -> jax.Array:
         return into.at[place].set(values, mode="drop", unique_indices=True)
 
-    def attend(layer, q, k, v, k_pre_rope, cache):
-        out, cache = prefill.attend(layer, q, k, v, k_pre_rope, cache)
-        decoded, cache = decode.attend(layer, q[source], k[source], v[source], k_pre_rope[source], cache)
-        return put(out, decoded), cache
+    def attend(layer, q, k, v, carry, mapping):
+        out, carry = prefill.attend(layer, q, k, v, carry, mapping)
+        decoded, carry = decode.attend(layer, q[source], k[source], v[source], carry, mapping)
+        return put(out, decoded), carry
 
     assert prefill.ends is not None, "a chunk names the tokens that end its segments"
+    into = prefill.tokens
+    if decode.tokens.hole is not None:
+        into = replace(into, hole=jnp.full((size, *decode.tokens.hole.shape[1:]), -1, jnp.int32))
     return Part(
-        tokens=jax.tree.map(put, prefill.tokens, decode.tokens),
+        tokens=jax.tree.map(put, into, decode.tokens),
         lanes=jax.tree.map(lambda *both: jnp.concatenate(both), prefill.lanes, decode.lanes),
         ends=jnp.concatenate([prefill.ends, source]),
         attend=attend,

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sparsejax.engine.request import Request
+from sparsejax.engine.usage import Balance
+
+ALL = 2**31 - 1  # count of a fork that takes over whatever the source holds
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Release:
 
 @dataclass(frozen=True)
 class Fork:
-    """Give the empty row `target` the first `count` tokens of the row `source`."""
+    """Give the empty row `target` the first `count` tokens of the row `source`; ALL: whatever it holds."""
 
     source: int
     target: int
@@ -29,17 +32,46 @@ class Chunk:
 
     Attributes:
       is_last: after it the request can decode. It samples the first token, unless the request replays outputs.
+      compressed_at: length of the text at its next compression, at the end of this chunk or later; what its queries
+        record counts for that one. None: this prefill is not compressed any more.
     """
 
     request: Request
     start: int
     count: int
     is_last: bool
+    compressed_at: int | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether the request begins with it: at token 0, or behind the cached prefix that its row was given."""
         return self.start == self.request.num_reused
+
+
+@dataclass(frozen=True)
+class Compress:
+    """Evict most of what a request's row holds.
+
+    Attributes:
+      request: the request; it keeps its row.
+      text_length: tokens of its text that have been given to the row by now, evicted ones included.
+      budget: tokens to keep, mean over the layers and heads. The row holds more.
+    """
+
+    request: Request
+    text_length: int
+    budget: int
+
+
+@dataclass(frozen=True)
+class Evict(Compress):
+    """The same, by a method that evicts per step. A row is listed in every plan from its first eviction on.
+
+    Attributes:
+      bulk: the row may hold more over its budget than goes in one step: at the end of a prompt.
+    """
+
+    bulk: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,12 +84,23 @@ class Plan:
       preempted: requests that lost their row in this plan and wait again.
       decode: requests that each compute their newest token and sample the next, oldest first.
       prefill: one packed batch; empty if there is nothing to prefill.
+      forced: known tokens, of the requests in `decode` that replay outputs: what such a decode yields instead of a
+        sample. They have been recorded long ago, and are not recorded again.
+      compress: after decode and prefill. The first token of a prompt that is compressed is sampled before.
+      evict: likewise, per-step evictions. No request is in both.
+      snapshots: at last, forks that keep what was just compressed for others.
+      balance: what the host counts then, for `Scheduler.settle`.
     """
 
     changes: list[Release | Fork] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     prefill: list[Chunk] = field(default_factory=list)
     decode: list[Request] = field(default_factory=list)
+    forced: dict[Request, int] = field(default_factory=dict)
+    compress: list[Compress] = field(default_factory=list)
+    evict: list[Evict] = field(default_factory=list)
+    snapshots: list[Fork] = field(default_factory=list)
+    balance: Balance = field(default_factory=lambda: Balance(free_entries=0))
 
     @property
     def release(self) -> list[int]:

@@ -15,6 +15,9 @@ everything take part. Three kinds of request need to compute tokens that a cache
 * presence and frequency penalties count generated tokens: a replay reuses nothing beyond the prompt.
 
 What they compute is cached for others all the same.
+
+Requests that compress take no part in this: what their scorers record of a prefix's queries is not in its pages. What
+they may take over is the whole row of a request that compressed the same context by itself (`contexts.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsejax.engine.blocks import Row
+from sparsejax.engine.contexts import Contexts
 from sparsejax.engine.prefix_tree import PrefixTree
 from sparsejax.engine.request import Request
 
@@ -36,11 +40,13 @@ class Hit:
       source: the row that holds most of it; None if no row holds a block of it.
       count: tokens to take over from `source`.
       pending: tokens that a row will hold once its prefill has gone on, if more than `count`; else 0.
+      compressed: all that `source` holds is taken over; it is what is left of the first `count` tokens.
     """
 
     source: Row | None = None
     count: int = 0
     pending: int = 0
+    compressed: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class PrefixCache:
         self._tree: PrefixTree[Row] = PrefixTree(block)
         self._ready: dict[Row, int] = {}  # tokens of each row that a fork may take over now
         self._residents: OrderedDict[Row, None] = OrderedDict()  # least recently used first
+        self._contexts = Contexts()
         self._found: tuple[Request, Hit] | None = None  # the last answer, until anything changes
 
     def stats(self, resident_entries: int) -> PrefixCacheStats:
@@ -119,7 +126,19 @@ class PrefixCache:
             self._found = request, self._find(request)
         return self._found[1]
 
+    def _find_context(self, request: Request) -> Hit:
+        assert request.footprint is not None
+        length = request.footprint.schedule.context
+        if length > most_reusable(request):
+            return Hit()
+        row, pending = self._contexts.find(request)
+        if row is None:
+            return Hit(pending=length if pending else 0)
+        return Hit(row, length, compressed=True)
+
     def _find(self, request: Request) -> Hit:
+        if request.context_key is not None:
+            return self._find_context(request)
         most = most_reusable(request) if may_share(request) else 0
         block, best = self._tree.block, Hit()
         if most < block or not self._ready:
@@ -147,7 +166,10 @@ class PrefixCache:
             self._residents.move_to_end(hit.source)
 
     def enter(self, row: Row, request: Request) -> None:
-        """Enters a row whose request has been admitted. Nothing of it is ready before `advance`."""
+        """Enters a row whose request has been admitted. Nothing of it is ready before `advance`, `keep` or `settle`."""
+        if request.context_key is not None and not request.num_reused:
+            self._contexts.begin(request)
+            self._found = None
         if may_share(request):
             self._insert(row, request.tokens[: request.prefill_target], ready=0)
 
@@ -157,8 +179,33 @@ class PrefixCache:
             self._ready[row] = min(request.num_computed, request.prefill_target)
             self._found = None
 
+    def awaits_copy(self, request: Request, length: int) -> bool:
+        """Whether others could use a copy of the request's row, which is compressed when its text has `length`."""
+        awaited = request.footprint is not None and length == request.footprint.schedule.context
+        return awaited and self._contexts.awaits(request)
+
+    def abandon(self, request: Request) -> None:
+        """Tells that an admitted request loses its row, or that its row is not copied."""
+        self._contexts.abandon(request)
+        self._found = None
+
+    def keep(self, row: Row, request: Request) -> None:
+        """Enters a resident copy of the row of a request whose context has just been compressed."""
+        self._contexts.keep(row, request)
+        self._residents[row] = None
+        self._found = None
+
+    def settle(self, row: Row) -> None:
+        """Tells that a resident copy has been measured: it can be forked."""
+        self._contexts.settle(row)
+        self._found = None
+
     def forget(self, row: Row) -> None:
         """Takes a row out: it is about to be released."""
+        if row in self._contexts:
+            self._contexts.forget(row)
+            self._residents.pop(row)
+            self._found = None
         if row in self._ready:
             self._tree.remove(row)
             del self._ready[row]

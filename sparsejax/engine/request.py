@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+from sparsejax.engine.footprint import Footprint
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.errors import SchedulingError
 
@@ -27,7 +28,9 @@ class Request:
     read, `num_dispatched_outputs` includes tokens still in flight. The newest token is the *input* of the next decode:
     its K/V is not in the cache before. While a request is RUNNING therefore always
 
-        num_computed == len(prompt_token_ids) + num_dispatched_outputs - 1.
+        num_computed == len(prompt_token_ids) + num_dispatched_outputs - 1,
+
+    except while it replays outputs by decoding them (`forced_token`), when num_computed is behind.
 
     Attributes:
       request_id: unique among unfinished requests.
@@ -46,6 +49,12 @@ class Request:
       num_reused: tokens that its row was given from another when it was last admitted; its prefill begins behind them.
       num_cached_tokens: tokens of the prompt that prefix caching gave it when it was first admitted.
       num_preemptions: how often it lost its row and started over.
+      footprint: what it can hold, and when it is compressed, set by `Scheduler.add`; None if it is never compressed.
+      num_held: tokens that its row holds, mean over the tables, once all dispatched steps have run. Evicted ones are
+        not among them.
+      is_evicting: its row has been evicted from by a method that evicts per step.
+      context_key: names what its row holds once its context is compressed, set by `Scheduler.add`; None if others
+        cannot take that over.
       finish_reason: "stop", "length" or "abort" once FINISHED.
       stop_reason: the stop string or stop token id that ended it; None for the model's end token.
     """
@@ -69,6 +78,10 @@ class Request:
     num_reused: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    footprint: Footprint | None = None
+    num_held: int = 0
+    is_evicting: bool = False
+    context_key: Hashable | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -93,8 +106,28 @@ class Request:
 
     @property
     def prefill_target(self) -> int:
-        """Tokens the cache must hold before it can decode: the prompt, or all but the newest token of a replay."""
-        return len(self.prompt_token_ids) + max(len(self.output_token_ids) - 1, 0)
+        """Tokens the cache must hold before it can decode: the prompt, and what `num_prefilled_outputs` says."""
+        return len(self.prompt_token_ids) + max(self.num_prefilled_outputs - 1, 0)
+
+    @property
+    def num_prefilled_outputs(self) -> int:
+        """Known outputs that are in the cache after a prefill, or are the newest token then.
+
+        All of them; but only the first, if decoding evicts: the others are then decoded again, one by one.
+        """
+        known = len(self.output_token_ids)
+        return min(known, 1) if self.footprint and self.footprint.schedule.changes_while_decoding else known
+
+    @property
+    def forced_token(self) -> int | None:
+        """What the next decode must yield, if that output is known: it replays. None: it samples."""
+        index = self.num_computed - len(self.prompt_token_ids) + 1
+        return self.output_token_ids[index] if 0 < index < len(self.output_token_ids) else None
+
+    @property
+    def transient_entries(self) -> int:
+        """Table entries that its evictions need while they run, beside what is held before and after."""
+        return 0 if self.footprint is None else self.footprint.transient(self.max_tokens - 1)
 
     @property
     def peak_tokens(self) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,20 @@ import numpy as np
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, KVCache, fork, init_cache, release
 from sparsejax.engine import buckets
+from sparsejax.engine.compression import CompressOutput, EvictOutput, Measured, compress_rows, evict_rows, measure
+from sparsejax.engine.compression_params import CompressionParams
+from sparsejax.engine.eviction_batches import (
+    EvictionShapes,
+    Members,
+    compress_calls,
+    evict_calls,
+    idle_compress_calls,
+    idle_evict_calls,
+)
 from sparsejax.engine.packing import pack
-from sparsejax.engine.plan import Chunk, Fork
+from sparsejax.engine.plan import Chunk, Compress, Evict, Fork
+from sparsejax.engine.reconstruction import reconstruct, reconstruct_batches
+from sparsejax.engine.recording import CHUNK_RECORDS, RecordState, idle_record, recording_of, watches
 from sparsejax.engine.request import Request
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, init_state
 from sparsejax.engine.steps import StepOptions, decode_step, mixed_step, options_for, prefill_step
@@ -29,6 +42,7 @@ from sparsejax.models import Decoder
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 RELEASE_ROWS = 8  # rows one release call takes; more are released by more calls
 FORK_ROWS = 8  # likewise, forks of one call
+NONE_FORCED: Mapping[Request, int] = {}
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,10 @@ class CompiledSteps:
         work is the batch, the rows, or (batch, rows).
       release: (cache, rows) -> cache; cache donated.
       fork: (cache, source, target, count, implementation) -> (cache, ok); cache donated.
+      compress: (params, cache, record, batch, spec) -> (cache, output); cache donated.
+      reconstruct: (params, cache, batch, implementation) -> cache; cache donated.
+      evict: (cache, record, batch, spec) -> (cache, record, output); cache and record donated.
+      measure: (cache, hole) -> output.
       compilations: how often each was traced, by name. While serving after a warm-up these stay constant.
     """
 
@@ -48,6 +66,10 @@ class CompiledSteps:
     mixed: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
     release: Callable[[KVCache, jax.Array], KVCache]
     fork: Callable[..., tuple[KVCache, jax.Array]]
+    compress: Callable[..., tuple[KVCache, CompressOutput]]
+    reconstruct: Callable[..., KVCache]
+    evict: Callable[..., tuple[KVCache, RecordState, EvictOutput]]
+    measure: Callable[..., Measured]
     compilations: Counter[str]
 
 
@@ -72,18 +94,44 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
         compilations["fork"] += 1
         return fork(cache, source, target, count, implementation=implementation)
 
+    def run_compress(params, cache, record, batch, spec):
+        compilations["compress"] += 1
+        return compress_rows(params, cache, record, batch, decoder=decoder, spec=spec)
+
+    def run_reconstruct(params, cache, batch, implementation):
+        compilations["reconstruct"] += 1
+        return reconstruct(params, cache, batch, decoder=decoder, implementation=implementation)
+
+    def run_evict(cache, record, batch, spec):
+        compilations["evict"] += 1
+        return evict_rows(cache, record, batch, spec=spec)
+
+    def run_measure(cache, hole):
+        compilations["measure"] += 1
+        return measure(cache, hole)
+
     return CompiledSteps(
         prefill=compiled("prefill", prefill_step),
         decode=compiled("decode", decode_step),
         mixed=compiled("mixed", mixed_step),
         release=jax.jit(run_release, donate_argnums=0),
         fork=jax.jit(run_fork, static_argnums=4, donate_argnums=0),
+        compress=jax.jit(run_compress, static_argnums=4, donate_argnums=1),
+        reconstruct=jax.jit(run_reconstruct, static_argnums=3, donate_argnums=1, compiler_options=COMPILER_OPTIONS),
+        evict=jax.jit(run_evict, static_argnums=3, donate_argnums=(0, 1)),
+        measure=jax.jit(run_measure),
         compilations=compilations,
     )
 
 
 class Runner:
-    """The device side of an engine: one model's steps over one cache."""
+    """The device side of an engine: one model's steps over one cache.
+
+    Args:
+      records: what methods may have recorded (`Method.records`).
+      may_evict_per_step: some method evicts at every decode step.
+      instructions: token ids that ask for the first part of a text, and for the others, in reconstruction passes.
+    """
 
     def __init__(
         self,
@@ -97,6 +145,9 @@ class Runner:
         max_prefill_seqs: int,
         eos_token_ids: tuple[int, ...] = (),
         implementation: Implementation | None = None,
+        records: frozenset[str] = frozenset(),
+        may_evict_per_step: bool = False,
+        instructions: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
     ) -> None:
         self.decoder = decoder
         self.params = params
@@ -107,18 +158,39 @@ class Runner:
         self.decode_buckets = buckets.decode_buckets(max_num_seqs)
         self.prefill_buckets = buckets.prefill_buckets(max_num_batched_tokens)
         self.mixed_shapes = buckets.mixed_shapes(max_mixed_tokens, max_num_seqs)
+        self.can_evict = layout.with_score
+        self.records = records & CHUNK_RECORDS
+        self.may_watch = "decode" in records or may_evict_per_step
+        self.instructions = instructions
+        self._eviction_shapes = EvictionShapes(
+            layout=layout,
+            num_query_heads=decoder.config.num_heads,
+            compress_rows=max_prefill_seqs,
+            evict_rows=self.decode_buckets,
+            implementation=implementation,
+        )
         self.cache: KVCache
         self.state: DecodeState
         self.reset()
         self._steps = compiled_steps(decoder)  # pyright: ignore[reportArgumentType]
         self._decode_rows: tuple[tuple[int, ...], jax.Array] = ((), jnp.zeros(1, jnp.int32))
+        self._unforced: dict[int, jax.Array] = {}
 
     def reset(self) -> None:
         """An empty cache and an idle state, whatever became of those before."""
-        self.__dict__.pop("cache", None)  # first, for there is no room for two
-        self.__dict__.pop("state", None)
+        self.close()  # first, for there is no room for two
         self.cache = init_cache(self.layout)
-        self.state = init_state(self.layout.max_rows + 1, self.decoder.config.vocab_size)
+        self.state = init_state(
+            self.layout.num_rows,
+            self.decoder.config.vocab_size,
+            idle_record(self.layout, self.decoder.config, self.records, self.max_prefill_seqs),
+        )
+        self._moment_slots: dict[str, int] = {}  # of requests whose prompt is being computed
+
+    def close(self) -> None:
+        """Drops cache and state."""
+        self.__dict__.pop("cache", None)
+        self.__dict__.pop("state", None)
 
     @property
     def compilations(self) -> Counter[str]:
@@ -128,24 +200,25 @@ class Runner:
     def prefill(self, chunks: Sequence[Chunk]) -> StepOutput:
         """Dispatches a prefill step; lane i of the output belongs to chunks[i], prompt lanes follow the packing."""
         batch = self._pack(chunks)
-        options = options_for(
-            [chunk.request.params for chunk in chunks],
-            implementation=self.implementation,
-            prompt_logprobs=_prompt_logprobs(chunks),
-        )
+        options = self._options(chunks, ())
         self.cache, self.state, output = self._steps.prefill(self.params, self.cache, self.state, batch, options)
         return output
 
-    def decode(self, requests: Sequence[Request]) -> StepOutput:
-        """Dispatches one decode step; lane i of the output belongs to requests[i]."""
+    def decode(self, requests: Sequence[Request], forced: Mapping[Request, int] = NONE_FORCED) -> StepOutput:
+        """Dispatches one decode step; lane i of the output belongs to requests[i].
+
+        Args:
+          forced: tokens that requests go on with instead of a sample; only if the cache can evict.
+        """
         rows = [request.row or 0 for request in requests]
         rows += [0] * (buckets.bucket(len(rows), self.decode_buckets) - len(rows))
         if tuple(rows) != self._decode_rows[0]:  # most steps decode the same rows: no transfer then
             self._decode_rows = (tuple(rows), jnp.asarray(np.asarray(rows, np.int32)))
-        options = options_for([request.params for request in requests], implementation=self.implementation)
-        self.cache, self.state, output = self._steps.decode(
-            self.params, self.cache, self.state, self._decode_rows[1], options
-        )
+        work = (self._decode_rows[1],)
+        if self.can_evict:
+            work = (*work, self._forced(requests, forced, len(rows)))
+        options = self._options((), requests)
+        self.cache, self.state, output = self._steps.decode(self.params, self.cache, self.state, work, options)
         return output
 
     def mixed_shape(self, chunks: Sequence[Chunk], requests: Sequence[Request]) -> tuple[int, int] | None:
@@ -154,8 +227,10 @@ class Runner:
             return None
         return buckets.mixed_shape(sum(chunk.count for chunk in chunks), len(requests), self.mixed_shapes)
 
-    def mixed(self, chunks: Sequence[Chunk], requests: Sequence[Request]) -> StepOutput:
-        """Dispatches a step that does what `decode(requests)` and then `prefill(chunks)` do.
+    def mixed(
+        self, chunks: Sequence[Chunk], requests: Sequence[Request], forced: Mapping[Request, int] = NONE_FORCED
+    ) -> StepOutput:
+        """Dispatches a step that does what `decode(requests, forced)` and then `prefill(chunks)` do.
 
         Lane i of the output belongs to chunks[i], lane max_prefill_seqs + i to requests[i].
 
@@ -168,14 +243,47 @@ class Runner:
         size, lanes = shape
         rows = np.zeros(lanes, np.int32)
         rows[: len(requests)] = [request.row or 0 for request in requests]
-        options = options_for(
-            [each.params for each in (*(chunk.request for chunk in chunks), *requests)],
-            implementation=self.implementation,
-            prompt_logprobs=_prompt_logprobs(chunks),
-        )
+        options = self._options(chunks, requests)
         work = (self._pack(chunks, size=size), rows)
+        if self.can_evict:
+            work = (*work, self._forced(requests, forced, lanes))
         self.cache, self.state, output = self._steps.mixed(self.params, self.cache, self.state, work, options)
         return output
+
+    def compress(self, entries: Sequence[Compress]) -> list[tuple[Members, CompressOutput]]:
+        """Dispatches the compression of rows; lane i of an output belongs to entry i of its members."""
+        for entry in entries:
+            if "reconstruction" in entry.request.compression.policy.records:
+                for work in reconstruct_batches(
+                    entry, first_instruction=self.instructions[0], next_instruction=self.instructions[1]
+                ):
+                    self.cache = self._steps.reconstruct(self.params, self.cache, work, self.implementation)
+        outputs = []
+        for members, spec, batch in compress_calls(
+            entries,
+            self._eviction_shapes,
+            moment_slots=self._moment_slots,
+        ):
+            assert self.state.record is not None, "only caches that can evict are given rows to compress"
+            self.cache, output = self._steps.compress(self.params, self.cache, self.state.record, batch, spec)
+            outputs.append((members, output))
+        for entry in entries:
+            self._moment_slots.pop(entry.request.request_id, None)
+        return outputs
+
+    def evict(self, entries: Sequence[Evict]) -> list[tuple[Sequence[Evict], EvictOutput]]:
+        """Dispatches per-step evictions; lane i of an output belongs to entry i of its members."""
+        outputs = []
+        for members, spec, batch in evict_calls(entries, self._eviction_shapes):
+            assert self.state.record is not None, "only caches that can evict are given rows to evict from"
+            self.cache, record, output = self._steps.evict(self.cache, self.state.record, batch, spec)
+            self.state = replace(self.state, record=record)
+            outputs.append((members, output))
+        return outputs
+
+    def measure(self) -> Measured:
+        """Dispatches a count of what is free and what every row holds."""
+        return self._steps.measure(self.cache, self.state.record.hole if self.state.record else None)
 
     def release(self, rows: Sequence[int]) -> None:
         """Gives the rows' pages back."""
@@ -200,6 +308,7 @@ class Runner:
         *,
         greedy_only: bool = False,
         forks: bool = False,
+        compression: CompressionParams | None = None,
         progress: Callable[[Sequence], Iterable] = lambda steps: steps,
     ) -> None:
         """Compiles and runs every step variant on the null row, which leaves no trace.
@@ -207,35 +316,110 @@ class Runner:
         Args:
           greedy_only: only the variants of requests that take the likeliest token and ask for nothing else.
           forks: rows will be forked.
+          compression: what requests will ask for, if it is known; the programs of others are compiled when needed.
           progress: wraps the list of variants, for a progress bar.
         """
-        steps = self._steps
-        work = [(steps.prefill, self._pack([], size=size)) for size in self.prefill_buckets]
-        work += [(steps.decode, jnp.zeros(size, jnp.int32)) for size in self.decode_buckets]
-        work += [(steps.mixed, (self._pack([], size=size), np.zeros(n, np.int32))) for size, n in self.mixed_shapes]
         variants = [
-            (step, batch, options)
-            for step, batch in work
-            for options in self._variants(with_chunk=step is not steps.decode)
+            (step, work, options)
+            for step, work in self._shapes()
+            for options in self._variants(
+                with_chunk=step is not self._steps.decode, with_decode=step is not self._steps.prefill
+            )
             if options.plain or not greedy_only
         ]
-        for step, batch, options in progress(variants):
-            self.cache, self.state, _ = step(self.params, self.cache, self.state, batch, options)
+        for step, work, options in progress(variants):
+            self.cache, self.state, _ = step(self.params, self.cache, self.state, work, options)
         self.release([0])
         if forks:
             self.fork([Fork(0, 0, 0)])
+        if compression is not None and compression.evicts:
+            self._warm_up_eviction(compression)
         jax.block_until_ready(self.cache.free.count)
+
+    def _shapes(self) -> list[tuple[Callable, Any]]:
+        """Every model step with an idle batch of every size."""
+        steps = self._steps
+
+        def decodes(lanes: int) -> tuple:
+            rows = np.zeros(lanes, np.int32)
+            return (rows, self._forced((), {}, lanes)) if self.can_evict else (rows,)
+
+        return [
+            *((steps.prefill, self._pack([], size=size)) for size in self.prefill_buckets),
+            *((steps.decode, decodes(lanes)) for lanes in self.decode_buckets),
+            *((steps.mixed, (self._pack([], size=size), *decodes(lanes))) for size, lanes in self.mixed_shapes),
+        ]
+
+    def _warm_up_eviction(self, compression: CompressionParams) -> None:
+        """Compiles the programs that evict as a request with these parameters asks, for all sizes."""
+        record = self.state.record
+        assert record is not None, "the engine is built for the method"
+        for spec, batch in idle_evict_calls(compression, self._eviction_shapes):
+            self.cache, record, _ = self._steps.evict(self.cache, record, batch, spec)
+            self.state = replace(self.state, record=record)
+        for spec, batch in idle_compress_calls(compression, self._eviction_shapes):
+            self.cache, _ = self._steps.compress(self.params, self.cache, record, batch, spec)
+        self.measure()
 
     def _pack(self, chunks: Sequence[Chunk], *, size: int | None = None) -> PrefillBatch:
         if size is None:
             size = buckets.bucket(sum(chunk.count for chunk in chunks), self.prefill_buckets)
-        return pack(chunks, size=size, segments=self.max_prefill_seqs, eos_token_ids=self.eos_token_ids)
+        if self.can_evict:
+            self._take_moment_slots(chunks)
+        return pack(
+            chunks,
+            size=size,
+            segments=self.max_prefill_seqs,
+            eos_token_ids=self.eos_token_ids,
+            moment_slots=self._moment_slots if self.can_evict else None,
+        )
 
-    def _variants(self, *, with_chunk: bool) -> list[StepOptions]:
-        details = [{"plain": True}, {"plain": False}, {"plain": False, "logprobs": True}]
+    def _take_moment_slots(self, chunks: Sequence[Chunk]) -> None:
+        """Gives requests that begin a slot for their queries' moments, until they are compressed."""
+        beginning = [chunk.request for chunk in chunks if chunk.start == 0 and recording_of(chunk.request).moments]
+        if not beginning:
+            return
+        # Requests that were preempted or cancelled in between never come to be compressed.
+        alive = {chunk.request.request_id for chunk in chunks}
+        self._moment_slots = {name: slot for name, slot in self._moment_slots.items() if name in alive}
+        free = set(range(1, self.max_prefill_seqs + 1)) - set(self._moment_slots.values())
+        for request in beginning:
+            self._moment_slots[request.request_id] = free.pop()
+
+    def _forced(self, requests: Sequence[Request], forced: Mapping[Request, int], lanes: int) -> jax.Array:
+        """i32[lanes]: the tokens that requests go on with, -1 elsewhere."""
+        if not forced:
+            if lanes not in self._unforced:
+                self._unforced[lanes] = jnp.full(lanes, -1, jnp.int32)
+            return self._unforced[lanes]
+        tokens = np.full(lanes, -1, np.int32)
+        tokens[: len(requests)] = [forced.get(request, -1) for request in requests]
+        return jnp.asarray(tokens)
+
+    def _options(self, chunks: Sequence[Chunk], requests: Sequence[Request]) -> StepOptions:
+        """The cheapest step variant for chunks and decodes."""
+        recording = self.can_evict and any(recording_of(chunk.request).any_of_chunk for chunk in chunks)
+        return options_for(
+            [each.params for each in (*(chunk.request for chunk in chunks), *requests)],
+            implementation=self.implementation,
+            prompt_logprobs=_prompt_logprobs(chunks),
+            # One variant for all that methods may ask for: lanes that do not ask cost next to nothing.
+            records=self.records if recording else frozenset(),
+            watch=self.can_evict and any(watches(request) for request in requests),
+        )
+
+    def _variants(self, *, with_chunk: bool, with_decode: bool) -> list[StepOptions]:
+        details: list[dict[str, Any]] = [{"plain": True}, {"plain": False}, {"plain": False, "logprobs": True}]
         if with_chunk:
             details.append({"plain": False, "logprobs": True, "prompt_logprobs": True})
-        return [StepOptions(implementation=self.implementation, **detail) for detail in details]
+        records = [frozenset(), self.records] if with_chunk and self.records else [frozenset()]
+        watch = [False, True] if with_decode and self.may_watch else [False]
+        return [
+            StepOptions(implementation=self.implementation, **detail, records=r, watch=w)
+            for detail in details
+            for r in records
+            for w in watch
+        ]
 
 
 def _prompt_logprobs(chunks: Sequence[Chunk]) -> bool:

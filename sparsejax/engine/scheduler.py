@@ -5,8 +5,10 @@ The caller's protocol, once a step:
     if scheduler.must_preempt():
         ...                          # read every result in flight: record tokens, finish() what has ended
     plan = scheduler.schedule()      # the counters already include this plan: dispatch it before any other call
-    ...                              # on the device: plan.changes in order, then plan.decode, then plan.prefill
-    ...                              # read the results of the step BEFORE this one: record tokens, finish() what ended
+    ...                              # on the device: plan.changes in order, then plan.decode, then plan.prefill, then
+                                     # plan.evict and plan.compress, then plan.snapshots
+    ...                              # read the results of the step BEFORE this one: settle() the balance of its plan,
+                                     # record tokens, finish() what ended
 
 `finish` and `cancel` may come while a token of the request is in flight. Its row and entries are then free at once on
 the host; on the device they become free by the next plan's changes, which run behind the step that still uses them.
@@ -25,6 +27,13 @@ The rules:
   prompt and outputs. The oldest request is never preempted, so something always finishes.
 * A preempted request comes back only when everyone has a page more to grow, or it would soon be preempted again.
 
+Requests that compress (`compression_schedule.py` says when) are admitted by what they hold at most (`footprint.py`):
+
+* What a compressed row holds is known one step late and counted too high until then. Where that leaves too little room,
+  `must_preempt` has the caller read first; only if room is still short is anybody preempted.
+* A chunk ends where its request is compressed, and nobody is admitted behind a prefill that did not end.
+* One that evicts while it decodes replays its outputs by decoding them: `Plan.forced` holds what they are.
+
 With `max_resident_rows`, the row of a request that ends stays resident for its tokens to be reused (`prefix_cache.py`):
 
 * An admitted request is given the longest cached prefix of its text by a fork, and prefills the rest.
@@ -40,63 +49,24 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 
-from sparsejax.engine.blocks import BlockTable, Row
 from sparsejax.engine.buckets import prompt_room
-from sparsejax.engine.plan import Chunk, Fork, Plan, Release
-from sparsejax.engine.prefix_cache import Hit, PrefixCache, PrefixCacheStats
+from sparsejax.engine.compression_due import due_now
+from sparsejax.engine.contexts import context_key
+from sparsejax.engine.footprint import Footprint
+from sparsejax.engine.limits import check_limits, most_tokens
+from sparsejax.engine.plan import Chunk, Evict, Plan
+from sparsejax.engine.prefix_cache import Hit, PrefixCacheStats
 from sparsejax.engine.request import Request, Status
-from sparsejax.errors import (
-    DuplicateRequestError,
-    EmptyPromptError,
-    InvalidArgumentError,
-    PromptTooLongError,
-    SchedulingError,
-)
+from sparsejax.engine.rows import Rows
+from sparsejax.engine.scheduler_config import SchedulerConfig
+from sparsejax.engine.usage import Balance, RowCounts
+from sparsejax.errors import DuplicateRequestError, InvalidArgumentError, SchedulingError
+
+__all__ = ["FINISH_REASONS", "Scheduler", "SchedulerConfig"]
 
 FINISH_REASONS = ("stop", "length", "abort")
 WORTH_WAITING = 0.25  # wait for another's prefill if it saves this fraction of the tokens still to compute
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """Limits of the engine.
-
-    Attributes:
-      max_num_seqs: requests that hold a row at once.
-      max_num_batched_tokens: tokens of a step that only prefills.
-      max_mixed_tokens: tokens of a step in which requests decode, at most as many. Decodes count, but leave half of it
-        to prompts (`buckets.prompt_room`).
-      max_prefill_seqs: requests with a chunk in one prefill step.
-      page_size: tokens of a page.
-      num_free_entries: table entries of the empty pool.
-      entries_per_page_column: entries that `page_size` tokens of a request take (table layers times table heads).
-      max_model_len: most tokens of prompt and answer.
-      max_resident_rows: rows beyond max_num_seqs, so that at least as many can stay resident; 0 turns prefix caching
-        off. Rows are numbered 1 to max_num_seqs + max_resident_rows.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_mixed_tokens: int
-    max_prefill_seqs: int
-    page_size: int
-    num_free_entries: int
-    entries_per_page_column: int
-    max_model_len: int
-    max_resident_rows: int = 0
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            least = 0 if each.name == "max_resident_rows" else 1
-            if getattr(self, each.name) < least:
-                raise InvalidArgumentError(f"{each.name} must be at least {least}, got {getattr(self, each.name)!r}.")
-
-    @property
-    def max_tokens_in_pool(self) -> int:
-        """Tokens of a single request that fill the pool."""
-        return self.num_free_entries // self.entries_per_page_column * self.page_size
 
 
 class Scheduler:
@@ -106,35 +76,27 @@ class Scheduler:
         self.config = config
         self.clock = clock
         self.num_preemptions = 0
-        self._table = BlockTable(
-            num_rows=config.max_num_seqs + config.max_resident_rows,
-            num_entries=config.num_free_entries,
-            entries_per_block=config.entries_per_page_column,
-            page_size=config.page_size,
-        )
-        self._cache = PrefixCache(config.page_size) if config.max_resident_rows else None
-        self._rows: dict[int, Row] = {}  # of admitted requests, by number
+        self._rows = Rows(config)
         self._waiting: deque[Request] = deque()  # by arrival
         self._admitted: list[Request] = []  # by arrival, all older than those waiting
         self._requests: dict[str, Request] = {}  # unfinished
-        self._changes: list[Release | Fork] = []
         self._arrivals = 0
 
     @property
     def free_entries(self) -> int:
         """Entries free once all dispatched steps and the pending changes have run."""
-        return self._table.free_entries
+        return self._rows.table.free_entries
 
     @property
     def available_entries(self) -> int:
         """Entries that no request holds: free, or only kept for reuse. What requests can count on."""
-        return self._table.unclaimed_entries
+        return self._rows.table.unclaimed_entries
 
     @property
     def prefix_cache_stats(self) -> PrefixCacheStats:
         """What prefix caching did and holds; all zero if it is off."""
         resident_entries = self.available_entries - self.free_entries
-        return PrefixCacheStats() if self._cache is None else self._cache.stats(resident_entries)
+        return PrefixCacheStats() if self._rows.cache is None else self._rows.cache.stats(resident_entries)
 
     @property
     def num_waiting(self) -> int:
@@ -151,7 +113,7 @@ class Scheduler:
 
     def entries_for(self, num_tokens: int) -> int:
         """Entries that `num_tokens` tokens of one request hold, shared ones included."""
-        return self._table.entries_for(num_tokens)
+        return self._rows.table.entries_for(num_tokens)
 
     def check(self, request: Request, *, name: str | None = None) -> None:
         """Raises what `add` would raise, and changes nothing: to refuse a batch before any of it is taken.
@@ -160,27 +122,15 @@ class Scheduler:
           name: what messages call the prompt. Default: by the request's id.
 
         Raises:
-          EmptyPromptError: no tokens.
-          PromptTooLongError: the prompt plus one token exceeds max_model_len, or its K/V the whole pool.
+          EmptyPromptError, PromptTooLongError, InvalidArgumentError: as `limits.check_limits` says.
           DuplicateRequestError: an unfinished request has the same id.
         """
-        length, config = len(request.prompt_token_ids), self.config
-        name = name or f"prompt of request {request.request_id!r}"
+        self._check(request, name)
+
+    def _check(self, request: Request, name: str | None = None) -> Footprint | None:
         if request.request_id in self._requests:
             raise DuplicateRequestError(f"request_id {request.request_id!r} is in use by an unfinished request.")
-        if length == 0:
-            raise EmptyPromptError(f"{name} is empty: give at least one token.")
-        if length + 1 > config.max_model_len:
-            raise PromptTooLongError(
-                f"{name} has {length} tokens; with at least one generated token it "
-                f"must fit into max_model_len={config.max_model_len}. Shorten the prompt or raise max_model_len."
-            )
-        if length > config.max_tokens_in_pool:
-            raise PromptTooLongError(
-                f"{name} has {length} tokens, but the whole KV cache holds "
-                f"{config.max_tokens_in_pool}. Shorten the prompt, or give the cache more pages (num_pages, "
-                "gpu_memory_utilization)."
-            )
+        return check_limits(request, self.config, name=name or f"prompt of request {request.request_id!r}")
 
     def add(self, request: Request) -> None:
         """Takes a request into the queue, and clips its `max_tokens` so that alone it always fits.
@@ -188,11 +138,9 @@ class Scheduler:
         Raises:
           InvalidArgumentError: as `check` says.
         """
-        self.check(request)
-        length = len(request.prompt_token_ids)
-        # The last generated token never enters the cache, hence the + 1.
-        room = min(self.config.max_model_len - length, self.config.max_tokens_in_pool - length + 1)
-        request.max_tokens = min(request.max_tokens, room)
+        request.footprint = self._check(request)
+        request.max_tokens = most_tokens(request, request.footprint, self.config)
+        request.context_key = None if self._rows.cache is None else context_key(request)
         request.order = self._arrivals
         self._arrivals += 1
         if request.arrival_time is None:
@@ -214,7 +162,7 @@ class Scheduler:
             self._waiting.remove(request)
         else:
             self._admitted.remove(request)
-            self._retire(request)
+            self._rows.retire(request)
         del self._requests[request.request_id]
         request.status = Status.FINISHED
         request.finish_reason = reason
@@ -229,12 +177,11 @@ class Scheduler:
 
     def cached_texts(self) -> dict[int, Sequence[int]]:
         """The tokens that the next request could take over from each row, by the row's number."""
-        return {} if self._cache is None else self._cache.texts()
+        return {} if self._rows.cache is None else self._rows.cache.texts()
 
     def reset_prefix_cache(self) -> None:
         """Releases all resident rows; on the device with the next plan."""
-        for row in [] if self._cache is None else self._cache.clear():
-            self._release(row)
+        self._rows.release_residents()
 
     def restart(self) -> None:
         """Makes every request that holds a row wait again, to be replayed: for a device whose cache was lost.
@@ -243,21 +190,30 @@ class Scheduler:
         """
         self.reset_prefix_cache()
         for request in reversed(self._admitted):
-            self._release(self._detach(request))
+            self._rows.take_back(request)
             request.status = Status.WAITING
             request.num_dispatched_outputs = len(request.output_token_ids)
             request.num_preemptions += 1
             self._waiting.appendleft(request)
         self._admitted.clear()
-        self._changes.clear()
+        self._rows.take_changes()
 
     def must_preempt(self) -> bool:
-        """Whether the next decode does not fit, so that `schedule` would preempt. Read all results in flight first."""
-        unclaimed = self._table.unclaimed_entries
-        if len(self._admitted) * self.config.entries_per_page_column <= unclaimed:
+        """Whether the next plan does not fit, so that `schedule` would preempt. Read all results in flight first.
+
+        What compressed rows hold is counted too high until it is read, so reading alone may answer it with no.
+        """
+        rows, prefilling = self._rows, self._prefilling
+        most = len(self._admitted) * self.config.entries_per_page_column
+        most += 0 if prefilling is None else self.entries_for(self.config.max_num_batched_tokens)
+        if most <= rows.unclaimed_entries:
             return False  # asked every step, so the common case must not cost a pass over all requests
-        growth = sum(self._decode_growth(each) for each in self._admitted if self._decodes(each))
-        return growth > unclaimed
+        decode = [each for each in self._admitted if self._decodes(each)]
+        growth = sum(self._growth(each, 1) for each in decode)
+        if prefilling is not None:
+            count = self._chunk_tokens(prefilling, self._prompt_room(len(decode)))
+            growth += rows.table.entries_to_grow(rows.of(prefilling), count)
+        return growth > rows.unclaimed_entries
 
     def schedule(self) -> Plan:
         """Plans a step and counts it as dispatched.
@@ -265,31 +221,63 @@ class Scheduler:
         Raises:
           SchedulingError: a request would be preempted whose outputs have not all been read.
         """
-        preempted = self._make_room_for_decode()
+        preempted = self._make_room()
         decode = [each for each in self._admitted if self._decodes(each)]
+        forced = {}
         for request in decode:
-            self._extend(request, 1)
-            request.num_dispatched_outputs += 1
+            known = request.forced_token
+            self._rows.extend(request, 1)
+            if known is None:
+                request.num_dispatched_outputs += 1
+            else:
+                forced[request] = known
         # After decode was chosen: what becomes RUNNING here decodes in the next plan. And nobody is admitted where
         # somebody was preempted: a victim that shares more the second time might come back at once.
         prefill = self._plan_prefill(self._prompt_room(len(decode)), admit=not preempted)
-        if self._cache is not None:
-            for chunk in prefill:
-                self._cache.advance(self._row(chunk.request), chunk.request)
-        changes, self._changes = self._changes, []
-        return Plan(changes=changes, preempted=preempted, prefill=prefill, decode=decode)
+        due = due_now([*decode, *(chunk.request for chunk in prefill)])
+        snapshots = self._rows.compress(due)
+        self._rows.advance(prefill)
+        return Plan(
+            changes=self._rows.take_changes(),
+            preempted=preempted,
+            prefill=prefill,
+            decode=decode,
+            forced=forced,
+            compress=[each for each in due if not isinstance(each, Evict)],
+            evict=[each for each in due if isinstance(each, Evict)],
+            snapshots=snapshots,
+            balance=self._rows.table.balance(),
+        )
+
+    def settle(self, balance: Balance, counts: RowCounts | None = None) -> int:
+        """Takes over what the device measured when it had run a plan. To be called for every plan that did work.
+
+        Args:
+          balance: the plan's.
+          counts: of all rows of the slot table, by number, after all of the plan; may be None if balance.rows is empty.
+
+        Returns:
+          The entries that the device must have had free then, exactly.
+        """
+        return self._rows.settle(balance, counts)
+
+    def held_entries(self, request: Request) -> int:
+        """Table entries that the request's row is counted to hold, shared ones included; 0 if it has no row."""
+        return 0 if request.row is None else self._rows.of(request).weight
+
+    @property
+    def _prefilling(self) -> Request | None:
+        """The request whose prefill is under way, if there is one. There is at most one: the latest admitted."""
+        latest = self._admitted[-1] if self._admitted else None
+        return latest if latest is not None and latest.status is Status.PREFILLING else None
 
     @staticmethod
     def _decodes(request: Request) -> bool:
         """Whether the next plan decodes an admitted request. One that has dispatched its last token only awaits it."""
         return request.status is Status.RUNNING and request.num_dispatched_outputs < request.max_tokens
 
-    def _decode_growth(self, request: Request) -> int:
-        """Entries that one more token takes: a new page's, whenever the last one is full."""
-        return 0 if request.num_computed % self.config.page_size else self.config.entries_per_page_column
-
-    def _make_room_for_decode(self) -> list[Request]:
-        """Preempts the latest arrivals until the decodes of the others fit."""
+    def _make_room(self) -> list[Request]:
+        """Preempts the latest arrivals until what the others do next fits."""
         preempted = []
         while self.must_preempt():
             victim = self._admitted[-1]
@@ -298,9 +286,14 @@ class Scheduler:
                     f"request {victim.request_id!r} must be preempted while {victim.num_unread} of its tokens are in "
                     "flight: read all results before schedule() whenever must_preempt() is true."
                 )
+            if len(self._admitted) == 1:
+                raise SchedulingError(
+                    f"request {victim.request_id!r} alone holds more of the KV cache than it ever should. Please "
+                    "report this."
+                )
             self._admitted.pop()
             # Not kept as a resident: more entries are needed than all residents together would give.
-            self._release(self._detach(victim))
+            self._rows.take_back(victim)
             victim.status = Status.WAITING
             victim.num_preemptions += 1
             self.num_preemptions += 1
@@ -315,15 +308,17 @@ class Scheduler:
 
     def _plan_prefill(self, budget: int, *, admit: bool) -> list[Chunk]:
         chunks: list[Chunk] = []
-        # A prefill that did not end took its step's whole budget, so at most one is under way: the latest admitted.
-        if self._admitted and self._admitted[-1].status is Status.PREFILLING:
-            chunks.append(self._next_chunk(self._admitted[-1], budget))
+        if self._prefilling is not None:
+            chunks.append(self._next_chunk(self._prefilling, budget))
             budget -= chunks[-1].count
-        while admit and self._waiting and budget and len(chunks) < self.config.max_prefill_seqs:
+        # Nobody is admitted behind a prefill that did not end, so at most one is under way.
+        while admit and self._waiting and len(chunks) < self.config.max_prefill_seqs and self._prefilling is None:
             request = self._waiting[0]
             if len(self._admitted) == self.config.max_num_seqs:
                 break
-            hit = Hit() if self._cache is None else self._cache.find(request)
+            hit = self._rows.find(request)
+            if not self._chunk_tokens(request, budget, start=hit.count):
+                break
             saved, rest = hit.pending - hit.count, request.prefill_target - hit.count
             if saved > WORTH_WAITING * rest or not self._can_admit(request, hit, budget):
                 break
@@ -334,111 +329,59 @@ class Scheduler:
 
     def _can_admit(self, request: Request, hit: Hit, budget: int) -> bool:
         """Whether the pool holds the request beside everyone's growth until, and one token beyond, its last chunk."""
-        reused = hit.count // self.config.page_size * self.config.page_size  # certain: see _fork
-        rest = max(request.prefill_target - reused - budget, 0)
+        # Of a uniform row only whole pages are certain: there may be no room for a copy.
+        reused = hit.count if hit.compressed else hit.count // self.config.page_size * self.config.page_size
         # Nobody else is admitted meanwhile, so that at least this many of its tokens go into each further step.
-        steps = 1 + -(-rest // self._prompt_room(len(self._admitted)))
+        room = self._prompt_room(len(self._admitted))
+        if request.footprint is None:
+            steps = 1 + -(-max(request.prefill_target - reused - budget, 0) // room)
+        else:
+            steps = 1 + request.footprint.schedule.max_chunks(reused, request.prefill_target, room)
         spare = self.config.page_size if request.num_preemptions else 0
-        needed = self._entries_at(request, 1 + spare)
+        needed = self._entries_needed(request, reused, 1 + spare)
         if hit.source is not None:
-            needed -= self._table.claimed_entries(hit.source, reused)
-        unclaimed = self._table.unclaimed_entries
+            needed -= self._rows.table.claimed_entries(hit.source, reused)
+        unclaimed = self._rows.unclaimed_entries
         # ceil(a + b) <= ceil(a) + ceil(b): with that much room there is no need to look at everyone.
         if needed + len(self._admitted) * self.entries_for(steps + spare) <= unclaimed:
             return True
-        for other in self._admitted:
-            needed += self._entries_at(other, steps + spare) - self.entries_for(other.num_computed)
+        needed += sum(self._growth(other, steps + spare) for other in self._admitted)
         return needed <= unclaimed
 
-    def _entries_at(self, request: Request, growth: int) -> int:
-        """Entries of the request when it has decoded `growth` tokens from now, or from the end of its prefill."""
-        start = max(request.num_computed, request.prefill_target)
-        return self.entries_for(min(start + growth, request.peak_tokens))
+    def _entries_needed(self, request: Request, reused: int, growth: int) -> int:
+        """Most entries of a waiting request until it has decoded `growth` tokens behind what it did before."""
+        if request.footprint is None:
+            return self.entries_for(min(request.prefill_target + growth, request.peak_tokens))
+        decoded = min(max(len(request.output_token_ids) - 1, 0) + growth, request.max_tokens - 1)
+        return request.footprint.peak(start=reused, decoded=decoded) + request.transient_entries
+
+    def _growth(self, request: Request, num_tokens: int) -> int:
+        """Most entries that an admitted request takes while it decodes so many tokens."""
+        most = max(request.peak_tokens - request.num_computed, 0)
+        return self._rows.table.entries_to_grow(self._rows.of(request), min(num_tokens, most))
 
     def _admit(self, request: Request, hit: Hit) -> None:
-        if not self._table.num_free_rows:
-            self._evict(but=hit.source)
-        row = self._table.take()
-        self._rows[row.number] = row
-        request.row = row.number
+        self._rows.give(request, hit)
         request.status = Status.PREFILLING
-        reused = self._fork(hit, row)
-        request.num_reused = request.num_computed = reused
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self.clock()
-            request.num_cached_tokens = reused
+            request.num_cached_tokens = request.num_reused
         self._admitted.append(request)
-        if self._cache is not None:
-            self._cache.use(request, hit, reused)
-            self._cache.enter(row, request)
 
-    def _fork(self, hit: Hit, row: Row) -> int:
-        """Gives the row what was found, and returns how many tokens that is."""
-        count, source = hit.count, hit.source
-        if source is None:
-            return 0
-        # The copy of a partial page needs room before the source could be evicted; else only whole pages are shared.
-        if count % self.config.page_size and not self._make_free(self.config.entries_per_page_column, but=source):
-            count -= count % self.config.page_size
-        self._table.fork(source, row, count)
-        self._changes.append(Fork(source.number, row.number, count))
-        return count
+    def _chunk_tokens(self, request: Request, room: int, *, start: int | None = None) -> int:
+        """Tokens of the request's next chunk in a step with room for so many; 0: none that may be cut there."""
+        start, stop = request.num_computed if start is None else start, request.prefill_target
+        if request.footprint is None:
+            return min(stop - start, room)
+        return request.footprint.schedule.chunk(start, stop, room)
 
     def _next_chunk(self, request: Request, budget: int) -> Chunk:
-        start = request.num_computed
-        count = min(request.prefill_target - start, budget)
-        self._extend(request, count)
+        start, count = request.num_computed, self._chunk_tokens(request, budget)
+        self._rows.extend(request, count)
         is_last = request.num_computed == request.prefill_target
         if is_last:
             request.status = Status.RUNNING
             if not request.is_replay:
                 request.num_dispatched_outputs += 1
-        return Chunk(request=request, start=start, count=count, is_last=is_last)
-
-    def _extend(self, request: Request, num_tokens: int) -> None:
-        row = self._row(request)
-        self._make_free(self._table.entries_to_grow(row, num_tokens))
-        self._table.grow(row, num_tokens)
-        request.num_computed += num_tokens
-
-    def _row(self, request: Request) -> Row:
-        assert request.row is not None, "only admitted requests have a row"
-        return self._rows[request.row]
-
-    def _make_free(self, num_entries: int, *, but: Row | None = None) -> bool:
-        """Evicts resident rows until so many entries are free. Returns whether they are."""
-        while self._table.free_entries < num_entries:
-            if not self._evict(but=but):
-                return False
-        return True
-
-    def _evict(self, *, but: Row | None = None) -> bool:
-        """Releases the resident row that was least recently used, `but` excepted, if there is one."""
-        row = None if self._cache is None else self._cache.evict(but=but)
-        if row is not None:
-            self._release(row)
-        return row is not None
-
-    def _retire(self, request: Request) -> None:
-        """Takes the row of a request that has ended, to keep it or to release it."""
-        row = self._row(request)
-        superfluous = [row] if self._cache is None else self._cache.retire(row, request)
-        self._detach(request)
-        if row not in superfluous:
-            self._table.rest(row)
-        for each in superfluous:
-            self._release(each)
-
-    def _detach(self, request: Request) -> Row:
-        """Parts a request from its row."""
-        row = self._row(request)
-        del self._rows[row.number]
-        request.row = None
-        request.num_computed = 0
-        return row
-
-    def _release(self, row: Row) -> None:
-        if self._cache is not None:
-            self._cache.forget(row)
-        self._table.release(row)
-        self._changes.append(Release(row.number))
+        recorded_for = None if request.footprint is None else request.footprint.schedule.recorded_for(start)
+        return Chunk(request=request, start=start, count=count, is_last=is_last, compressed_at=recorded_for)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.cache import RowUsage
+from sparsejax.engine.recording import ChunkRecord, RecordState, start_record
 from sparsejax.engine.sampling import RowSampling, SampleOutput, to_rows
 from sparsejax.engine.sampling_params import SamplingParams
 
@@ -25,6 +27,7 @@ class DecodeState:
       prompt_seen: bool[R, V], tokens that occur in the prompt (repetition penalty).
       output_count: i32[R, V], how often each token was generated (presence and frequency penalty).
         Both count tables are kept only by steps compiled with `plain=False`.
+      record: what eviction needs beside the cache; None if the cache cannot evict.
     """
 
     token: jax.Array
@@ -33,6 +36,7 @@ class DecodeState:
     sampling: RowSampling
     prompt_seen: jax.Array
     output_count: jax.Array
+    record: RecordState | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +57,7 @@ class PrefillBatch:
       newest: i32[S], the token to decode from after a replay, or -1 to sample it from the last logits.
       num_output: i32[S], tokens the request had generated before.
       sampling: parameters of each segment's request, arrays of leading size S.
+      record: what eviction wants recorded of each segment; None if the cache cannot evict.
     """
 
     tokens: jax.Array | np.ndarray
@@ -67,6 +72,7 @@ class PrefillBatch:
     newest: jax.Array | np.ndarray
     num_output: jax.Array | np.ndarray
     sampling: RowSampling
+    record: ChunkRecord | None = None
 
     @property
     def segment(self) -> jax.Array:
@@ -85,16 +91,18 @@ class StepOutput:
       ok: bool[], false if the pool was out of pages: what did not fit was not stored, and the sample means nothing.
       free_entries: i32[], table entries left in the pool.
       prompt: log-probabilities of the chunk's own tokens (prefill steps that were asked for them), else None.
+      usage: entries of every row after the step, R lanes; None if the cache cannot evict, where the host knows them.
     """
 
     sample: SampleOutput
     ok: jax.Array
     free_entries: jax.Array
     prompt: SampleOutput | None = None
+    usage: RowUsage | None = None
 
 
-def init_state(num_rows: int, vocab_size: int) -> DecodeState:
-    """An idle state of `num_rows` rows, the null row included."""
+def init_state(num_rows: int, vocab_size: int, record: RecordState | None = None) -> DecodeState:
+    """An idle state of `num_rows` rows, the null row included. record: the idle state of eviction, if there is any."""
 
     def zeros() -> jax.Array:  # separate buffers: a donated pytree must not hold one array twice
         return jnp.zeros(num_rows, jnp.int32)
@@ -107,6 +115,7 @@ def init_state(num_rows: int, vocab_size: int) -> DecodeState:
         sampling=jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), num_rows, axis=0), idle),
         prompt_seen=jnp.zeros((num_rows, vocab_size), bool),
         output_count=jnp.zeros((num_rows, vocab_size), jnp.int32),
+        record=record,
     )
 
 
@@ -119,6 +128,8 @@ def start_rows(state: DecodeState, batch: PrefillBatch, *, plain: bool) -> Decod
     rows = jnp.asarray(batch.rows)
     sampling = jax.tree.map(lambda old, new: old.at[rows].set(new), state.sampling, batch.sampling)
     state = replace(state, sampling=sampling)
+    if state.record is not None and batch.record is not None:
+        state = replace(state, record=start_record(state.record, batch.record, rows, jnp.asarray(batch.starts)))
     if plain:
         return state
     keep = ~jnp.asarray(batch.first)

@@ -11,7 +11,7 @@ tables and runs the attention kernels over the same tables (`parts.py`). Cache a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,8 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Implementation
-from sparsejax.cache import KVCache, append, free_entries, slot_mapping
-from sparsejax.engine.parts import Part, decode_part, join, prefill_part
+from sparsejax.cache import (
+    KVCache,
+    SlotMapping,
+    append,
+    free_entries,
+    row_usage,
+    slot_mapping,
+    slots_at,
+    stamp,
+)
+from sparsejax.engine.parts import Carry, Part, Tokens, decode_part, join, prefill_part
 from sparsejax.engine.sampling import SampleOutput, greedy, sample, token_logprobs
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, emit, start_rows
@@ -38,29 +47,41 @@ class StepOptions:
         then takes the argmax and keeps no token counts.
       logprobs: return the log-probabilities of the sampled tokens and of their rivals (not with plain).
       prompt_logprobs: return those of the chunk's prompt tokens too (steps with a chunk only, with logprobs).
+      records: what a chunk records for eviction (`recording`); none for a decode step.
+      watch: some decoding rows record attention, or have dead slots.
       implementation: "triton", "xla" or None, handed to the kernels.
     """
 
     plain: bool = True
     logprobs: bool = False
     prompt_logprobs: bool = False
+    records: frozenset[str] = frozenset()
+    watch: bool = False
     implementation: Implementation | None = None
 
 
 def options_for(
-    params: Sequence[SamplingParams], *, implementation: Implementation | None, prompt_logprobs: bool = False
+    params: Sequence[SamplingParams],
+    *,
+    implementation: Implementation | None,
+    prompt_logprobs: bool = False,
+    records: frozenset[str] = frozenset(),
+    watch: bool = False,
 ) -> StepOptions:
     """The cheapest step variant that serves every request of a batch.
 
     Args:
       prompt_logprobs: a request of the step's chunk wants log-probabilities of its prompt. (One that decodes by now may
         have wanted them.)
+      records, watch: as in StepOptions.
     """
     logprobs = prompt_logprobs or any(p.logprobs is not None for p in params)
     return StepOptions(
         plain=not logprobs and all(_takes_argmax(p) for p in params),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        records=records,
+        watch=watch,
         implementation=implementation,
     )
 
@@ -82,16 +103,28 @@ def prefill_step(
 
     The output has a lane for each of the S segments; only those with `batch.last` and no `batch.newest` count.
     """
-    cache, part = prefill_part(cache, batch, implementation=options.implementation)
+    cache, part = _prefill_part(cache, batch, decoder, options)
     state = start_rows(state, batch, plain=options.plain)
     return _run(params, cache, state, part, decoder=decoder, options=options, targets=batch.targets)
 
 
 def decode_step(
-    params, cache: KVCache, state: DecodeState, rows: jax.Array, *, decoder: Decoder, options: StepOptions
+    params,
+    cache: KVCache,
+    state: DecodeState,
+    rows: jax.Array,
+    forced: jax.Array | None = None,
+    *,
+    decoder: Decoder,
+    options: StepOptions,
 ) -> tuple[KVCache, DecodeState, StepOutput]:
-    """Feeds each row's newest token to the model and samples the next. rows: i32[B], 0 for idle lanes."""
-    cache, part = decode_part(cache, state, rows, implementation=options.implementation)
+    """Feeds each row's newest token to the model and samples the next.
+
+    Args:
+      rows: i32[B], 0 for idle lanes.
+      forced: i32[B], the token that follows, where it is known already (a replay), else -1; None: nowhere.
+    """
+    cache, part = _decode_part(cache, state, rows, forced, options)
     return _run(params, cache, state, part, decoder=decoder, options=options)
 
 
@@ -101,6 +134,7 @@ def mixed_step(
     state: DecodeState,
     batch: PrefillBatch,
     rows: jax.Array,
+    forced: jax.Array | None = None,
     *,
     decoder: Decoder,
     options: StepOptions,
@@ -110,16 +144,28 @@ def mixed_step(
     Args:
       batch: must have a padding token for every row that decodes; if not, `ok` of the output is false.
       rows: i32[B], 0 for idle lanes; none of them is in the batch.
+      forced: as in `decode_step`.
 
     Returns:
       The output has the S lanes of the chunk and then the B lanes of the rows.
     """
-    rows = jnp.asarray(rows)
-    cache, decode = decode_part(cache, state, rows, implementation=options.implementation)
-    cache, prefill = prefill_part(cache, batch, implementation=options.implementation)
+    cache, decode = _decode_part(cache, state, jnp.asarray(rows), forced, options)
+    cache, prefill = _prefill_part(cache, batch, decoder, options)
     state = start_rows(state, batch, plain=options.plain)
     part = join(prefill, decode, jnp.asarray(batch.starts)[-1])
     return _run(params, cache, state, part, decoder=decoder, options=options, targets=batch.targets)
+
+
+def _prefill_part(cache: KVCache, batch: PrefillBatch, decoder: Decoder, options: StepOptions) -> tuple[KVCache, Part]:
+    return prefill_part(
+        cache, batch, config=decoder.config, records=options.records, implementation=options.implementation
+    )
+
+
+def _decode_part(
+    cache: KVCache, state: DecodeState, rows: jax.Array, forced: jax.Array | None, options: StepOptions
+) -> tuple[KVCache, Part]:
+    return decode_part(cache, state, rows, forced, watch=options.watch, implementation=options.implementation)
 
 
 def _run(
@@ -138,26 +184,34 @@ def _run(
       targets: i32[T], the token after each one; needed for the log-probabilities of prompts.
     """
     tokens, lanes, ends = part.tokens, part.lanes, part.ends
-    mapping = slot_mapping(cache, tokens.rows, tokens.back)
+    mapping = _mapping(cache, tokens)
+    cache = stamp(cache, mapping, tokens.positions)
 
-    def attend(layer, q, k, v, k_pre_rope, cache):
+    def attend(layer, q, k, v, k_pre_rope, carry):
+        del k_pre_rope
         # Storing first keeps the pool's one live version: reading the old pool after it would force a copy.
-        cache = append(cache, layer, mapping, k, v, implementation=options.implementation)
-        return part.attend(layer, q, k, v, k_pre_rope, cache)
+        cache = append(carry.cache, layer, mapping, k, v, implementation=options.implementation)
+        return part.attend(layer, q, k, v, carry._replace(cache=cache), mapping)
 
-    hidden, cache = _apply(
+    moments = state.record.moments if state.record is not None and "moments" in options.records else None
+    hidden, (cache, moments) = apply_decoder(
         decoder,
         params,
         tokens.tokens,
         tokens.positions,
-        cache,
+        Carry(cache, moments),
         attend,
         rope_lengths=tokens.rope_lengths,
         method="hidden_states",
     )
-    logits = _apply(decoder, params, hidden if ends is None else hidden[ends], method="unembed")
+    logits = apply_decoder(decoder, params, hidden if ends is None else hidden[ends], method="unembed")
     sampled = _sample(logits, state, lanes.rows, lanes.num_output, options)
     replayed = lanes.newest >= 0
+    if moments is not None and state.record is not None:
+        state = replace(state, record=replace(state.record, moments=moments))
+    if options.watch and state.record is not None:  # each hole has been filled
+        hole = state.record.hole.at[:, lanes.rows].set(-1)
+        state = replace(state, record=replace(state.record, hole=hole))
     state = emit(
         state,
         lanes.rows,
@@ -165,16 +219,32 @@ def _run(
         position=(tokens.positions if ends is None else tokens.positions[ends]) + 1,
         num_output=jnp.where(replayed, lanes.num_output, lanes.num_output + 1),
         live=lanes.live,
-        counted=~replayed,
+        counted=lanes.counted,
         plain=options.plain,
     )
     prompt = None
     if options.prompt_logprobs and targets is not None:
         prompt = _prompt_logprobs(decoder, params, hidden, jnp.asarray(targets))
-    return cache, state, StepOutput(sample=sampled, ok=part.ok, free_entries=free_entries(cache), prompt=prompt)
+    output = StepOutput(
+        sample=sampled,
+        ok=part.ok,
+        free_entries=free_entries(cache),
+        prompt=prompt,
+        usage=row_usage(cache) if state.record is not None else None,
+    )
+    return cache, state, output
 
 
-def _apply(decoder: Decoder, params, *args, method: str, **kwargs) -> Any:
+def _mapping(cache: KVCache, tokens: Tokens) -> SlotMapping:
+    """Where the tokens' K and V go: the end of their rows, or the slot of an evicted token."""
+    if tokens.hole is None:
+        return slot_mapping(cache, tokens.rows, tokens.back)
+    end = cache.table.length[:, tokens.rows] - tokens.back[:, None]  # [Lt, N, Ht]
+    hole = tokens.hole.swapaxes(0, 1)
+    return slots_at(cache, tokens.rows, jnp.where(hole >= 0, hole, end))
+
+
+def apply_decoder(decoder: Decoder, params, *args, method: str, **kwargs) -> Any:
     """One of the decoder's methods on its parameters."""
     return decoder.apply({"params": params}, *args, method=method, **kwargs)
 
@@ -204,7 +274,7 @@ def _prompt_logprobs(decoder: Decoder, params, hidden: jax.Array, targets: jax.A
     targets = jnp.pad(targets, (0, padding)).reshape(blocks, block)
 
     def one(args):
-        return token_logprobs(_apply(decoder, params, args[0], method="unembed"), args[1])
+        return token_logprobs(apply_decoder(decoder, params, args[0], method="unembed"), args[1])
 
     out = jax.lax.map(one, (hidden, targets))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], out)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sparsejax.engine.detokenizer import Detokenizer
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sparsejax.engine.request import Request
+
+
+@dataclass
+class CompressionRecord:
+    """What compression did to an answer's row; sizes are those of the last time."""
+
+    count: int = 0
+    seconds: float = 0.0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    kept_tokens: list[list[int]] | None = None
 
 
 @dataclass(eq=False)
@@ -21,6 +32,7 @@ class Answer:
       cumulative_logprob: their sum over the chosen tokens.
       kv_bytes: most KV cache it held so far, whole pages.
       taken: tokens that an increment has handed out.
+      compression: what compression did.
     """
 
     request: Request
@@ -29,6 +41,7 @@ class Answer:
     cumulative_logprob: float = 0.0
     kv_bytes: int = 0
     taken: int = 0
+    compression: CompressionRecord = field(default_factory=CompressionRecord)
 
     def output(self, *, increment: bool) -> CompletionOutput:
         """The answer so far, or what is new of it since the last increment."""
@@ -98,6 +111,11 @@ class Submission:
                 num_cached_tokens=sum(answer.request.num_cached_tokens for answer in self.answers),
                 num_preemptions=sum(answer.request.num_preemptions for answer in self.answers),
                 kv_bytes=sum(answer.kv_bytes for answer in self.answers),
+                num_compressions=sum(answer.compression.count for answer in self.answers),
+                compression_seconds=sum(answer.compression.seconds for answer in self.answers),
+                kv_bytes_before_compression=sum(answer.compression.bytes_before for answer in self.answers),
+                kv_bytes_after_compression=sum(answer.compression.bytes_after for answer in self.answers),
+                kept_tokens=self.answers[0].compression.kept_tokens,
                 first_scheduled_time=min(scheduled, default=None),
                 first_token_time=self.first_token_time,
                 finished_time=self.finished_time,

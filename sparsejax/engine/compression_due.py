@@ -1,0 +1,31 @@
+"""Which compressions and evictions a plan contains: those that are due for the requests it gives tokens to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sparsejax.engine.plan import Compress, Evict
+from sparsejax.engine.request import Request
+
+
+def due_now(requests: Iterable[Request]) -> list[Compress]:
+    """What is due once the rows of these requests have been given the tokens that are counted as computed.
+
+    It is counted as done.
+    """
+    due = []
+    for request in requests:
+        if request.footprint is None:
+            continue
+        schedule, length, held = request.footprint.schedule, request.num_computed, request.num_held
+        evicts, over = schedule.evicts(length), schedule.due(held, length)
+        if not (over or (evicts and request.is_evicting)):
+            continue
+        budget = schedule.params.budget(length)
+        request.num_held = schedule.kept(held, length)
+        if evicts:
+            request.is_evicting = True
+            due.append(Evict(request, length, budget, bulk=held > budget + 1))
+        else:
+            due.append(Compress(request, length, budget))
+    return due

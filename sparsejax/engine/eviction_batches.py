@@ -1,0 +1,195 @@
+"""Host side of eviction: which rows go into one call of the compression or the evict program, as padded arrays."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels import Implementation
+from sparsejax.cache import CacheLayout
+from sparsejax.engine import buckets
+from sparsejax.engine.compression import CompressBatch, CompressSpec
+from sparsejax.engine.compression_params import CompressionParams
+from sparsejax.engine.eviction import EvictBatch, EvictSpec
+from sparsejax.engine.plan import Compress, Evict
+
+Members = tuple[Compress, ...]
+
+
+@dataclass(frozen=True)
+class EvictionShapes:
+    """What the shapes of calls follow from.
+
+    Attributes:
+      layout: of the cache.
+      num_query_heads: of the model.
+      compress_rows: most rows of a compression.
+      evict_rows: lane counts of evict steps.
+      implementation: "triton", "xla" or None, handed to the kernels.
+    """
+
+    layout: CacheLayout
+    num_query_heads: int
+    compress_rows: int
+    evict_rows: tuple[int, ...]
+    implementation: Implementation | None
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Bounds on the slots of a table."""
+        return buckets.slot_buckets(self.layout.max_entries_per_row * self.layout.page_size)
+
+    def compress_spec(self, params: CompressionParams, *, lanes: int, budget: int, held: int) -> CompressSpec:
+        """Of rows that hold no more than `held` tokens in a table, and keep no more than `budget` in the mean."""
+        layout = self.layout
+        # A rule that keeps whole pages may round every table up.
+        kept = buckets.bucket(min(budget, self.slots[-1]), self.slots) + layout.page_size
+        return CompressSpec(
+            method=params.policy,
+            rule=params.rule,
+            max_slots=buckets.bucket(min(held, self.slots[-1]), self.slots),
+            max_keep=lanes * kept * layout.table_layers * layout.table_heads,
+            implementation=self.implementation,
+        )
+
+    def evict_spec(self, params: CompressionParams, *, bulk: bool, held: int) -> EvictSpec:
+        """Of rows that hold no more than `held` slots in a table, dead ones included."""
+        return EvictSpec(
+            method=params.policy,
+            strategy=params.evict_strategy,  # pyright: ignore[reportArgumentType]
+            max_slots=buckets.bucket(min(held, self.slots[-1]), self.slots),
+            num_query_heads=self.num_query_heads,
+            num_per_evict=params.evict_count,
+            bulk=bulk,
+            implementation=self.implementation,
+        )
+
+
+def compress_calls(
+    entries: Sequence[Compress], shapes: EvictionShapes, *, moment_slots: Mapping[str, int]
+) -> list[tuple[Members, CompressSpec, CompressBatch]]:
+    """Groups entries by method and budget rule; lane i of a batch belongs to entry i of its members.
+
+    Args:
+      moment_slots: where the query moments of requests are, by request id.
+    """
+    groups: dict[Hashable, list[Compress]] = defaultdict(list)
+    for entry in entries:
+        params = entry.request.compression
+        groups[params.policy, params.rule].append(entry)
+    calls = []
+    for group in groups.values():
+        for first in range(0, len(group), shapes.compress_rows):
+            some = tuple(group[first : first + shapes.compress_rows])
+            lanes = buckets.compress_rows(len(some), shapes.compress_rows)
+            spec = shapes.compress_spec(
+                some[0].request.compression,
+                lanes=lanes,
+                budget=max(entry.budget for entry in some),
+                held=max(entry.text_length for entry in some),
+            )
+            calls.append((some, spec, compress_batch(some, lanes, moment_slots)))
+    return calls
+
+
+def idle_compress_calls(
+    params: CompressionParams, shapes: EvictionShapes
+) -> Iterator[tuple[CompressSpec, CompressBatch]]:
+    """Calls of every shape that requests with these parameters can need, on the null row."""
+    if params.per_step:
+        return
+    for lanes in dict.fromkeys((1, shapes.compress_rows)):
+        for held in shapes.slots:
+            if held > params.budget(held):
+                spec = shapes.compress_spec(params, lanes=lanes, budget=params.budget(held), held=held)
+                yield spec, compress_batch((), lanes, {})
+
+
+def compress_batch(entries: Sequence[Compress], size: int, moment_slots: Mapping[str, int]) -> CompressBatch:
+    """The arrays of a call, padded to `size` lanes."""
+    requests = [entry.request for entry in entries]
+    return CompressBatch(
+        rows=_lanes((request.row or 0 for request in requests), size),
+        budget=_lanes((entry.budget for entry in entries), size),
+        sinks=_lanes((request.compression.sinks for request in requests), size),
+        recent=_lanes((entry.request.compression.recent(entry.text_length) for entry in entries), size),
+        window=_lanes((request.compression.window for request in requests), size),
+        text_length=_lanes((entry.text_length for entry in entries), size),
+        prompt_length=_lanes((len(request.prompt_token_ids) for request in requests), size),
+        recorded=_lanes((_recorded(entry) for entry in entries), size),
+        seed=_lanes((request.seed for request in requests), size, np.uint32),
+        moment_slot=_lanes((moment_slots.get(request.request_id, 0) for request in requests), size),
+    )
+
+
+def evict_calls(
+    entries: Sequence[Evict], shapes: EvictionShapes
+) -> list[tuple[tuple[Evict, ...], EvictSpec, EvictBatch]]:
+    """Groups entries by what is fixed in an evict step; lane i of a batch belongs to entry i of its members."""
+    groups: dict[Hashable, list[Evict]] = defaultdict(list)
+    for entry in entries:
+        params = entry.request.compression
+        groups[params.policy, params.evict_strategy, params.evict_count, entry.bulk].append(entry)
+    calls = []
+    for some in groups.values():
+        held = max(
+            _most_slots(entry.request.compression, entry.bulk, entry.text_length, entry.budget) for entry in some
+        )
+        spec = shapes.evict_spec(some[0].request.compression, bulk=some[0].bulk, held=held)
+        calls.append((tuple(some), spec, evict_batch(some, buckets.bucket(len(some), shapes.evict_rows))))
+    return calls
+
+
+def idle_evict_calls(params: CompressionParams, shapes: EvictionShapes) -> Iterator[tuple[EvictSpec, EvictBatch]]:
+    """Calls of every shape that requests with these parameters can need, on the null row."""
+    if not params.per_step:
+        return
+    specs = [
+        shapes.evict_spec(params, bulk=bulk, held=_most_slots(params, bulk, text, params.budget(text)))
+        for bulk in (False, True)
+        for text in shapes.slots
+    ]
+    for spec in dict.fromkeys(specs):
+        for lanes in shapes.evict_rows:
+            yield spec, evict_batch((), lanes)
+
+
+def evict_batch(entries: Sequence[Evict], size: int) -> EvictBatch:
+    """The arrays of a call, padded to `size` lanes."""
+    params = [entry.request.compression for entry in entries]
+    return EvictBatch(
+        rows=_lanes((entry.request.row or 0 for entry in entries), size),
+        budget=_lanes((entry.budget for entry in entries), size),
+        text_length=_lanes((entry.text_length for entry in entries), size),
+        sink_tokens=_lanes((each.sinks for each in params), size),
+        recent_tokens=_lanes((entry.request.compression.recent(entry.text_length) for entry in entries), size),
+        recorded=_lanes((_recorded(entry) for entry in entries), size),
+        seed=_lanes((entry.request.seed for entry in entries), size, np.uint32),
+    )
+
+
+def _recorded(entry: Compress) -> int:
+    """Queries of the text whose attention the scores sum up."""
+    params, text = entry.request.compression, entry.text_length
+    prompt = min(text, params.context_tokens or text, len(entry.request.prompt_token_ids))
+    behind = 0 if params.once else text - prompt
+    return max(prompt - params.record_from(prompt), 0) + behind
+
+
+def _most_slots(params: CompressionParams, bulk: bool, text_length: int, budget: int) -> int:
+    """Most slots, dead ones included, that a table of the row has."""
+    if bulk or params.evict_strategy in ("no_op", "free_block"):
+        return text_length
+    return min(text_length, budget + params.evict_count)
+
+
+def _lanes(values: Iterable[int], size: int, dtype: type = np.int32) -> Any:
+    """The values, then zeros: a numpy array, which a program takes for an array of its own."""
+    lanes = np.zeros(size, dtype)
+    given = list(values)
+    lanes[: len(given)] = given
+    return lanes

@@ -1,0 +1,178 @@
+"""A plan on its way through the device: dispatched at once in the plan's order, read one step later."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsejax.engine.compression import CompressOutput, EvictOutput, Measured
+from sparsejax.engine.plan import Chunk, Compress, Evict, Fork, Plan, Release
+from sparsejax.engine.request import Request
+from sparsejax.engine.runner import Runner
+from sparsejax.engine.state import StepOutput
+from sparsejax.engine.usage import Balance
+
+
+@dataclass(frozen=True)
+class ModelStep:
+    """A dispatched run of the model.
+
+    Attributes:
+      sampling: (lane of the output, request) of each token it samples.
+      chunks: what was prefilled, in packing order; empty for a decode step.
+      output: on the device, or on the host once read.
+    """
+
+    sampling: list[tuple[int, Request]]
+    chunks: Sequence[Chunk]
+    output: StepOutput
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What became of one row.
+
+    Attributes:
+      entry: what was asked for.
+      kept: i32[L, H], tokens of each layer and head; None where a per-step eviction counts them together.
+      entries_before, entries_after: table entries of the row.
+      seconds: the host's wait from the end of the model's run to the end of the compression, shared out evenly over
+        the rows of the plan; less than the compression took if the host came late to read.
+    """
+
+    entry: Compress
+    kept: np.ndarray | None
+    entries_before: int
+    entries_after: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """A plan's results on the host.
+
+    Attributes:
+      steps: the model's, in order.
+      compressed: rows that were brought down to their budgets.
+      evictions: what per-step evictions report, call by call.
+      ok: nothing ran short on the device.
+      measured: what was free and held after the whole plan.
+    """
+
+    steps: list[ModelStep]
+    compressed: list[Compressed]
+    evictions: list[tuple[Sequence[Evict], Any]]
+    ok: bool
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A dispatched plan whose results have not been read.
+
+    Attributes:
+      steps: the model's runs, in order.
+      evictions, compressions: (entries, output) of each call, in the order of dispatch.
+      entries_before: table entries of the rows that are compressed, as counted before, by request id.
+      forked: bool[] values that must be true.
+      measured: counts after the whole plan, if its last program gives none.
+      balance: what the scheduler counted then.
+    """
+
+    steps: Sequence[ModelStep]
+    evictions: Sequence[tuple[Sequence[Evict], EvictOutput]]
+    compressions: Sequence[tuple[Sequence[Compress], CompressOutput]]
+    entries_before: dict[str, int]
+    forked: list[jax.Array]
+    measured: Measured | None
+    balance: Balance
+
+    def read(self) -> Results:
+        """Waits for the device and fetches everything."""
+        steps = [ModelStep(each.sampling, each.chunks, jax.device_get(each.output)) for each in self.steps]
+        start = time.perf_counter()
+        evictions = [(entries, jax.device_get(output)) for entries, output in self.evictions]
+        compressions = [(entries, jax.device_get(output)) for entries, output in self.compressions]
+        seconds = time.perf_counter() - start
+        forked, measured = jax.device_get((self.forked, self.measured))
+        outputs = [*(step.output for step in steps), *(output for _, output in (*evictions, *compressions))]
+        last = measured if measured is not None else outputs[-1]
+        bulk = [(entries, output) for entries, output in evictions if any(entry.bulk for entry in entries)]
+        rows = sum(len(entries) for entries, _ in (*bulk, *compressions))
+        return Results(
+            steps=steps,
+            compressed=[
+                Compressed(
+                    entry=entry,
+                    kept=np.asarray(output.kept[:, lane]) if isinstance(output, CompressOutput) else None,
+                    entries_before=self.entries_before[entry.request.request_id],
+                    entries_after=int(output.usage.held[entry.request.row or 0]),
+                    seconds=seconds / rows,
+                )
+                for entries, output in (*bulk, *compressions)
+                for lane, entry in enumerate(entries)
+            ],
+            evictions=[(entries, output.report) for entries, output in evictions],
+            ok=all(bool(output.ok) for output in outputs) and all(forked),
+            measured=Measured(free_entries=last.free_entries, usage=last.usage),
+        )
+
+
+def dispatch(runner: Runner, plan: Plan, entries_before: dict[str, int]) -> InFlight | None:
+    """Dispatches a plan; None if it runs nothing that could be read.
+
+    Args:
+      entries_before: see InFlight.
+    """
+    forked = _change_table(runner, plan)
+    steps = _run_model(runner, plan)
+    if not steps:
+        return None
+    evictions = runner.evict(plan.evict)
+    compressions = runner.compress(plan.compress)
+    forked += runner.fork(plan.snapshots)
+    measured = runner.measure() if plan.snapshots else None
+    flight = InFlight(steps, evictions, compressions, entries_before, forked, measured, plan.balance)
+    outputs = [*(step.output for step in steps), *(output for _, output in (*evictions, *compressions))]
+    jax.tree.map(lambda x: x.copy_to_host_async(), (outputs, forked, measured))
+    return flight
+
+
+def _run_model(runner: Runner, plan: Plan) -> list[ModelStep]:
+    """A plan's decodes and chunks: as one step if there is one for both, else in this order."""
+    firsts = [
+        (lane, chunk.request)
+        for lane, chunk in enumerate(plan.prefill)
+        if chunk.is_last and not chunk.request.is_replay
+    ]
+
+    def following(first_lane: int) -> list[tuple[int, Request]]:
+        lanes = enumerate(plan.decode, start=first_lane)
+        return [(lane, request) for lane, request in lanes if request not in plan.forced]
+
+    if runner.mixed_shape(plan.prefill, plan.decode) is not None:
+        output = runner.mixed(plan.prefill, plan.decode, plan.forced)
+        return [ModelStep(following(runner.max_prefill_seqs) + firsts, plan.prefill, output)]
+    steps = []
+    if plan.decode:
+        steps.append(ModelStep(following(0), (), runner.decode(plan.decode, plan.forced)))
+    if plan.prefill:
+        steps.append(ModelStep(firsts, plan.prefill, runner.prefill(plan.prefill)))
+    return steps
+
+
+def _change_table(runner: Runner, plan: Plan) -> list[jax.Array]:
+    """Dispatches the plan's changes in order, neighbours of a kind together; returns what `Runner.fork` does."""
+    forked = []
+    for kind, changes in itertools.groupby(plan.changes, type):
+        if kind is Fork:
+            forked += runner.fork([change for change in changes if isinstance(change, Fork)])
+        else:
+            runner.release([change.row for change in changes if isinstance(change, Release)])
+    return forked

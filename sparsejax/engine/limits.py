@@ -1,0 +1,77 @@
+"""What the engine can serve at all: refuses prompts, and clips answers to what the model and the empty pool hold."""
+
+from __future__ import annotations
+
+from sparsejax.engine.compression_schedule import CompressionSchedule
+from sparsejax.engine.footprint import Footprint, footprint_of
+from sparsejax.engine.request import Request
+from sparsejax.engine.scheduler_config import SchedulerConfig
+from sparsejax.errors import EmptyPromptError, InvalidArgumentError, PromptTooLongError
+
+
+def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Footprint | None:
+    """The footprint of a request that can be served; None if it compresses nothing.
+
+    Args:
+      name: what messages call the prompt.
+
+    Raises:
+      EmptyPromptError: no tokens.
+      PromptTooLongError: the prompt plus one token exceeds max_model_len, or what is kept of it the whole pool.
+      InvalidArgumentError: its method needs larger chunks than the engine's.
+    """
+    length, pool = len(request.prompt_token_ids), config.pool
+    if length == 0:
+        raise EmptyPromptError(f"{name} is empty: give at least one token.")
+    if length + 1 > config.max_model_len:
+        raise PromptTooLongError(
+            f"{name} has {length} tokens; with at least one generated token it "
+            f"must fit into max_model_len={config.max_model_len}. Shorten the prompt or raise max_model_len."
+        )
+    params = request.compression
+    if not params.evicts:
+        if pool.uniform(length) > pool.num_entries:
+            raise PromptTooLongError(_too_long(name, length, config))
+        return None
+    schedule = CompressionSchedule(params, length)
+    footprint = footprint_of(schedule, pool, max_chunk=config.max_num_batched_tokens)
+    if footprint is None:
+        why = "does not compress between the chunks of a prompt, so all of it has to fit before."
+        if params.policy.between_chunks:
+            why = (
+                f"compresses between chunks, but the {params.budget(length)} tokens that it keeps of each layer and "
+                "head do not fit beside what comes next, a chunk or the rest of the prompt. Lower the budget."
+            )
+        raise PromptTooLongError(f"{_too_long(name, length, config)} Method {params.method!r} {why}")
+    _check_alignment(footprint, config)
+    return footprint
+
+
+def _check_alignment(footprint: Footprint, config: SchedulerConfig) -> None:
+    """Refuses a text that has to be cut where its method cannot be."""
+    schedule, room = footprint.schedule, config.least_prompt_room
+    alignment = schedule.params.policy.chunk_alignment
+    if room < alignment and schedule.longest_stage > room:
+        raise InvalidArgumentError(
+            f"method {schedule.params.method!r} computes prompts in multiples of {alignment} tokens, but beside "
+            f"{config.max_num_seqs} decoding requests a step has room for {room}. Raise max_num_batched_tokens and "
+            f"max_mixed_tokens to {2 * alignment}."
+        )
+
+
+def most_tokens(request: Request, footprint: Footprint | None, config: SchedulerConfig) -> int:
+    """Most tokens a request can generate, up to its `max_tokens`, so that alone it always fits."""
+    length = len(request.prompt_token_ids)
+    most = min(request.max_tokens, config.max_model_len - length)
+    # The last generated token never enters the cache, hence the + 1.
+    if footprint is None:
+        return min(most, config.max_tokens_in_pool - length + 1)
+    return footprint.most_decoded(most - 1) + 1
+
+
+def _too_long(name: str, length: int, config: SchedulerConfig) -> str:
+    return (
+        f"{name} has {length} tokens, but the whole KV cache holds "
+        f"{config.max_tokens_in_pool}. Shorten the prompt, or give the cache more pages (num_pages, "
+        "gpu_memory_utilization)."
+    )

@@ -1,0 +1,131 @@
+"""The reconstruction pass: the model repeats a text over its own cache, and each slot notes the most attention it got.
+
+    cache = reconstruct(params, cache, batch, decoder=..., implementation=...)
+
+For methods that score by it (KVzip). The tokens of a pass attend to the row and, causally, to each other; their K and V
+are not kept. Costs a prefill of the pass's tokens behind the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import Implementation, prefill_attention, record_attention
+from sparsejax.cache import KVCache
+from sparsejax.engine.plan import Compress
+from sparsejax.engine.steps import apply_decoder
+from sparsejax.methods import KVzip
+from sparsejax.models import Decoder
+
+ROUND_TO = 256  # tokens; passes are padded to a multiple, so that few sizes are compiled
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ReconstructBatch:
+    """One pass over one row.
+
+    Attributes:
+      tokens, positions, rope_lengths: i32[T], as in a prefill.
+      row: i32[], table row of the text.
+      count: i32[], live tokens.
+    """
+
+    tokens: jax.Array | np.ndarray
+    positions: jax.Array | np.ndarray
+    rope_lengths: jax.Array | np.ndarray
+    row: jax.Array | np.ndarray
+    count: jax.Array | np.ndarray
+
+
+def reconstruct(
+    params, cache: KVCache, batch: ReconstructBatch, *, decoder: Decoder, implementation: Implementation | None
+) -> KVCache:
+    """Runs a pass; raises each slot's score to the largest probability that a query of the pass gives it."""
+    rows = jnp.asarray(batch.row)[None]
+    starts = jnp.stack([jnp.zeros((), jnp.int32), jnp.asarray(batch.count)])
+    history = cache.table.length
+
+    def attend(layer, q, k, v, k_pre_rope, cache):
+        del k_pre_rope
+        address, scale = cache.layout.address(layer), q.shape[-1] ** -0.5
+        out, lse = prefill_attention(
+            q,
+            k,
+            v,
+            cache.pool.k,
+            cache.pool.v,
+            cache.table.pages,
+            history,
+            rows,
+            starts,
+            address=address,
+            scale=scale,
+            return_lse=True,
+            implementation=implementation,
+        )
+        score = record_attention(
+            cache.pool.score,
+            q,
+            lse,
+            cache.pool.k,
+            cache.table.pages,
+            history,
+            rows,
+            starts,
+            jnp.zeros(1, jnp.int32),
+            jnp.ones(1, jnp.int32),
+            address=address,
+            num_kv_heads=cache.layout.num_kv_heads,
+            scale=scale,
+            own=False,
+            reduce="max",
+            implementation=implementation,
+        )
+        return out, replace(cache, pool=replace(cache.pool, score=score))
+
+    _, cache = apply_decoder(
+        decoder,
+        params,
+        jnp.asarray(batch.tokens),
+        jnp.asarray(batch.positions),
+        cache,
+        attend,
+        rope_lengths=jnp.asarray(batch.rope_lengths),
+        method="hidden_states",
+    )
+    return cache
+
+
+def reconstruct_batches(
+    entry: Compress, *, first_instruction: tuple[int, ...], next_instruction: tuple[int, ...]
+) -> Iterator[ReconstructBatch]:
+    """The passes over the text that an entry compresses (numpy).
+
+    Args:
+      first_instruction, next_instruction: token ids of what asks for the first part and for the others.
+    """
+    request, length = entry.request, entry.text_length
+    method = request.compression.policy
+    assert isinstance(method, KVzip)
+    passes = method.reconstruction_passes(
+        request.tokens[:length], first_instruction=first_instruction, next_instruction=next_instruction
+    )
+    size = -(-max(len(each.tokens) for each in passes) // ROUND_TO) * ROUND_TO
+    for each in passes:
+        count = len(each.tokens)
+        tokens, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        tokens[:count] = each.tokens
+        positions[:count] = length + np.arange(count)
+        yield ReconstructBatch(
+            tokens=tokens,
+            positions=positions,
+            rope_lengths=np.maximum(positions + 1, len(request.prompt_token_ids)),
+            row=np.asarray(request.row or 0, np.int32),
+            count=np.asarray(count, np.int32),
+        )

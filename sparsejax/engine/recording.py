@@ -1,0 +1,217 @@
+"""What the steps note down for eviction while they attend: beside each slot in the pool's `score`, or per row.
+
+Three things can be recorded for a chunk of a prompt, all of them sums, so that chunks add up to one shot:
+
+* "attention": for every slot, the probability that the recorded queries gave it (or its square);
+* "blocks": for every new token, what its neighbours gave it in non-causal attention within blocks (compactor);
+* "moments": first and second moments of the queries before RoPE (expected_attention).
+
+Decode steps record "attention" for the rows that ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.cache import CacheLayout
+from sparsejax.engine.plan import Chunk
+from sparsejax.engine.request import Request
+from sparsejax.models import ModelConfig, RopeConfig
+from sparsejax.models.rope import apply_rope, attention_factor, rope_cos_sin
+
+# What a chunk can record; the other things methods ask for are not recorded by steps that have one.
+CHUNK_RECORDS = frozenset({"attention", "blocks", "moments"})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RecordState:
+    """What the device keeps for eviction beside the cache. R rows, row 0 the null row; N moment slots, slot 0 unused.
+
+    Attributes:
+      power: i32[R], in decode, to which power a row's attention is added to its slots' scores; 0: it is not.
+      hole: i32[Lt, R, Ht], the dead slot that the row's next token takes, or -1 to append it.
+      moments: f32[L, N, Hq, D + 1, D]: sum of q q^T, and sum of q in the last row; None unless methods need them.
+      counts: f32[N], queries in them; None likewise.
+    """
+
+    power: jax.Array
+    hole: jax.Array
+    moments: jax.Array | None = None
+    counts: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ChunkRecord:
+    """What to record of each segment of a chunk, S lanes.
+
+    Attributes:
+      first: i32[S], the first packed token whose attention is recorded; beyond the segment's end: none is.
+      power: i32[S], 1 or 2; 0 records nothing.
+      blocks: bool[S], record attention within blocks.
+      moment_slot: i32[S], where the moments of the segment's queries go; 0: nowhere.
+      moment_first: i32[S], the first packed token that enters them.
+      fresh: bool[S], the segment begins its text: what its moment slot held belongs to another request.
+      decode_power: i32[S], what `RecordState.power` becomes for the row.
+    """
+
+    first: jax.Array | np.ndarray
+    power: jax.Array | np.ndarray
+    blocks: jax.Array | np.ndarray
+    moment_slot: jax.Array | np.ndarray
+    moment_first: jax.Array | np.ndarray
+    fresh: jax.Array | np.ndarray
+    decode_power: jax.Array | np.ndarray
+
+
+def idle_record(
+    layout: CacheLayout, config: ModelConfig, records: frozenset[str], max_prefill_seqs: int
+) -> RecordState | None:
+    """Nothing recorded, and None if the cache cannot evict.
+
+    Args:
+      records: what methods may have recorded.
+      max_prefill_seqs: requests whose prompts can be under way at once; each may need a moment slot.
+    """
+    if not layout.with_score:
+        return None
+    shape = (layout.table_layers, layout.num_rows, layout.table_heads)
+    power, hole = jnp.zeros(layout.num_rows, jnp.int32), jnp.full(shape, -1, jnp.int32)
+    if "moments" not in records:
+        return RecordState(power=power, hole=hole)
+    slots, heads, dim = max_prefill_seqs + 1, config.num_heads, config.head_dim
+    return RecordState(
+        power=power,
+        hole=hole,
+        moments=jnp.zeros((config.num_layers, slots, heads, dim + 1, dim), jnp.float32),
+        counts=jnp.zeros(slots, jnp.float32),
+    )
+
+
+def start_record(state: RecordState, record: ChunkRecord, rows: jax.Array, starts: jax.Array) -> RecordState:
+    """Takes a chunk's segments into the state. rows: i32[S]; starts: i32[S + 1]."""
+    power = state.power.at[rows].set(jnp.asarray(record.decode_power)).at[0].set(0)
+    hole = state.hole.at[:, rows].set(-1)
+    if state.moments is None or state.counts is None:
+        return RecordState(power=power, hole=hole)
+    slot = jnp.asarray(record.moment_slot)
+    nowhere = state.counts.shape[0]
+    fresh = jnp.where(jnp.asarray(record.fresh) & (slot > 0), slot, nowhere)
+    counted = jnp.maximum(starts[1:] - jnp.maximum(jnp.asarray(record.moment_first), starts[:-1]), 0)
+    counts = state.counts.at[fresh].set(0.0, mode="drop")
+    counts = counts.at[jnp.where(slot > 0, slot, nowhere)].add(counted.astype(jnp.float32), mode="drop")
+    moments = state.moments.at[:, fresh].set(0.0, mode="drop")
+    return RecordState(power=power, hole=hole, moments=moments, counts=counts)
+
+
+def add_moments(
+    moments: jax.Array, layer: int, q: jax.Array, record: ChunkRecord, starts: jax.Array, segment: jax.Array
+) -> jax.Array:
+    """Adds one layer's queries to the moments of their segments.
+
+    Args:
+      moments: f32[L, N, Hq, D + 1, D].
+      q: [T, Hq, D] before RoPE.
+      segment: i32[T], S for padding.
+    """
+    slot = jnp.asarray(record.moment_slot)
+    first = jnp.asarray(record.moment_first)
+    index = jnp.arange(q.shape[0], dtype=jnp.int32)
+
+    def add(s, moments):
+        def one(moments):
+            mask = (segment == s) & (index >= first[s])
+            masked = jnp.where(mask[:, None, None], q, 0)
+            ones = jnp.broadcast_to(mask[:, None, None], (*q.shape[:2], 1)).astype(q.dtype)
+            both = jnp.concatenate([masked, ones], axis=-1)  # the extra component sums the queries themselves
+            outer = jnp.einsum("thi,thj->hij", both, masked, preferred_element_type=jnp.float32)
+            return moments.at[layer, slot[s]].add(outer)
+
+        return jax.lax.cond((slot[s] > 0) & (starts[s + 1] > starts[s]), one, lambda m: m, moments)
+
+    return jax.lax.fori_loop(0, slot.shape[0], add, moments)
+
+
+def unrotate(config: RopeConfig, x: jax.Array, positions: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """x before RoPE, from x after it. x: [T, H, D] in its own dtype, computed in float32; positions: i32[T]."""
+    cos, sin = rope_cos_sin(config, x.shape[-1], positions, lengths)
+    scale = attention_factor(config) ** 2  # cos^2 + sin^2 of a scaled rotation
+    return apply_rope(x.astype(jnp.float32), cos / scale, -sin / scale)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a request's method wants recorded.
+
+    Attributes:
+      power: of the prompt's attention; 0: not recorded.
+      blocks, moments: record them.
+      decode_power: of the attention of generated tokens; 0: not recorded.
+    """
+
+    power: int = 0
+    blocks: bool = False
+    moments: bool = False
+    decode_power: int = 0
+
+    @property
+    def any_of_chunk(self) -> bool:
+        """Whether chunks record anything."""
+        return self.power > 0 or self.blocks or self.moments
+
+
+def recording_of(request: Request) -> Recording:
+    """What to record of a request."""
+    compression = request.compression
+    if not compression.evicts:
+        return Recording()
+    method = compression.policy
+    attention = "attention" in method.records
+    return Recording(
+        power=method.power if attention else 0,
+        blocks="blocks" in method.records,
+        moments="moments" in method.records,
+        decode_power=method.power if attention and "decode" in method.records and not compression.once else 0,
+    )
+
+
+def watches(request: Request) -> bool:
+    """Whether the request's decode steps record attention, or find dead slots in its row."""
+    return recording_of(request).decode_power > 0 or request.compression.per_step
+
+
+def chunk_record(chunks: Sequence[Chunk], starts: np.ndarray, moment_slots: Mapping[str, int]) -> ChunkRecord:
+    """What the chunks' requests want recorded. starts: i32[S + 1]."""
+    segments = starts.shape[0] - 1
+    first, moment_first = starts[1:].copy(), starts[1:].copy()
+    power, moment_slot, decode_power = (np.zeros(segments, np.int32) for _ in range(3))
+    blocks, fresh = np.zeros(segments, bool), np.zeros(segments, bool)
+    for i, chunk in enumerate(chunks):
+        wanted = recording_of(chunk.request)
+        decode_power[i] = wanted.decode_power
+        fresh[i] = chunk.start == 0
+        if chunk.compressed_at is None:
+            continue
+        params = chunk.request.compression
+        power[i], blocks[i] = wanted.power, wanted.blocks
+        first[i] = starts[i] + max(params.record_from(chunk.compressed_at) - chunk.start, 0)
+        if wanted.moments:
+            moment_slot[i] = moment_slots[chunk.request.request_id]
+            moment_first[i] = starts[i] + max(
+                params.policy.record_from(chunk.compressed_at, params.window) - chunk.start, 0
+            )
+    return ChunkRecord(
+        first=first,
+        power=power,
+        blocks=blocks,
+        moment_slot=moment_slot,
+        moment_first=moment_first,
+        fresh=fresh,
+        decode_power=decode_power,
+    )
