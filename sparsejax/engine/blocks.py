@@ -270,7 +270,8 @@ class BlockTable:
             row = each.row
             if row in self._measured:
                 row.usage = usage
-                self._refresh(row)
+                # For many tokens at once the newer figures may bound it less tightly; the older bound holds, too.
+                self._refresh(row, most=row.bound)
                 if not row.running:
                     del self._measured[row]
                     settled.append(row)
@@ -289,10 +290,11 @@ class BlockTable:
             length - usage.length, tables=self._entries_per_block, page_size=self.page_size
         )
 
-    def _refresh(self, row: Row) -> None:
-        """Makes a ragged row's own block weigh what its usage and its length say."""
+    def _refresh(self, row: Row, *, most: int | None = None) -> None:
+        """Makes a ragged row's own block weigh what its usage and its length say, at most `most` with the trunk."""
         assert row.usage is not None
-        row.bound = weight = self._bound(row.usage, row.length)
+        bound = self._bound(row.usage, row.length)
+        row.bound = weight = bound if most is None else min(bound, most)
         trunk = row.trunk
         if trunk is not None and trunk.references == 1:
             # Nobody shares it any more.

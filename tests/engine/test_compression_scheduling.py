@@ -354,6 +354,19 @@ def test_per_step_eviction_names_every_row_from_its_first_eviction_on(strategy):
     run.run()
 
 
+def test_residents_give_way_to_the_copies_of_an_eviction():
+    run = engine(lag=0, num_free_entries=12, page_size=4, max_num_batched_tokens=64, max_resident_rows=1)
+    dense = request("dense", 26, 3)
+    run.add(dense)
+    run.run_to_end_of(dense)
+    assert run.scheduler.free_entries == 5
+    copying = Params(budget_tokens=8, once=False, per_step=True, evict_strategy="sparse_copy", rule=Rule(pooled=False))
+    run.add(request("a", 16, 3, compression=copying))
+    run.step()  # four pages, and two for the copies: one more than is free
+    assert run.scheduler.prefix_cache_stats.evictions == 1
+    run.run()
+
+
 def test_answers_of_a_bounded_cache_may_be_longer_than_the_pool():
     bounded = Params(budget_tokens=8, once=False, per_step=True, rule=Rule(pooled=False))
     run = engine(num_free_entries=6, page_size=4, max_model_len=128)
