@@ -10,16 +10,19 @@ from typing import Any
 
 from sparsejax.errors import InvalidArgumentError
 
-KINDS = ("kernels", "latency", "throughput")
+KINDS = ("kernels", "latency", "throughput", "fragmentation")
 NEUTRAL = 0.01  # relative change that is not called better or worse
 
 # Figures of merit by name (of a distribution: the part before the dot); all others are shown without a verdict.
 LOWER_IS_BETTER = (
-    "wall", "device", "step_seconds", "prefill_seconds", "host_seconds", "device_seconds", "wall_seconds", "idle_share",
-    "trace_idle_share", "ttft", "tpot", "itl", "e2e", "preemptions", "compilations", "programs_compiled", "peak_bytes",
+    "wall", "device", "step_seconds", "prefill_seconds", "prompt_seconds", "host_seconds", "device_seconds",
+    "wall_seconds", "compress_seconds", "compress_share", "added_share", "compression_seconds", "evict_seconds",
+    "idle_share", "trace_idle_share", "ttft", "tpot", "itl", "e2e", "ttft_p99", "tpot_p99", "itl_p99", "p99",
+    "preemptions", "compilations", "programs_compiled", "peak_bytes", "copied_bytes",
 )  # fmt: skip
 HIGHER_IS_BETTER = (
-    "rate", "fraction", "prefill_rate", "prefill_fraction", "step_fraction", "output_rate", "total_rate",
+    "rate", "fraction", "speedup", "prefill_rate", "prefill_fraction", "step_fraction", "output_rate", "total_rate",
+    "requests_rate",
 )  # fmt: skip
 
 
@@ -83,7 +86,7 @@ def compare(a: str | Path, b: str | Path) -> list[Comparison]:
 
 
 def read(path: str | Path) -> Result:
-    """A JSON file of `bench kernels`, `bench latency` or `bench throughput`."""
+    """A JSON file of `bench kernels`, `latency`, `throughput` or `fragmentation`."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -95,10 +98,17 @@ def read(path: str | Path) -> Result:
     if kind == "kernels" and rows is not None:
         return Result(kind, {row["name"]: _metrics(row) for row in rows})
     if kind == "latency" and rows is not None:
-        return Result(kind, {f"{row['batch']} x {row['context']}": _metrics(row) for row in rows})
+        return Result(kind, {_batch(row): _metrics(row) for row in rows})
+    if kind == "fragmentation" and rows is not None:
+        return Result(kind, {f"{row['strategy']} {row['budget'] or ''}".strip(): _metrics(row) for row in rows})
     if kind == "throughput":
         return Result(kind, {data["trace"]: _metrics(data)})
     raise InvalidArgumentError(f"{path} is not a result of bench {', bench '.join(KINDS)} (their --json).")
+
+
+def _batch(row: Mapping[str, Any]) -> str:
+    """What a row of bench latency is about."""
+    return " ".join([f"{row['batch']} x {row['context']}", *([row["method"]] if "method" in row else [])])
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.bench.ceilings import Ceilings
 from sparsejax.bench.profile import Profile, profile
 from sparsejax.bench.timing import summary
+from sparsejax.cache import row_usage
 from sparsejax.engine.buckets import prompt_room
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.llm import LLM
 from sparsejax.engine.memory import tree_bytes
-from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.submission import Answer
 from sparsejax.models import ModelConfig
 
 WARMUP_STEPS = 6  # decode steps before the clock starts
@@ -88,16 +91,23 @@ def prefill_flops(config: ModelConfig, params, context: int) -> int:
     return 2 * weights * context + attention
 
 
+def kv_bytes_per_token(llm: LLM) -> int:
+    """Bytes of K and V of one token in all layers and heads."""
+    config = llm.model_config
+    item = np.dtype(llm.engine.runner.layout.dtype).itemsize
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item
+
+
 def tokens_needed(context: int, steps: int, *, batch: int, chunk: int) -> int:
     """The max_model_len that `measure` needs: every prompt, and what it decodes until all have been measured.
 
     Args:
       chunk: the engine's max_mixed_tokens.
     """
-    return context + _decoded(steps, batch=batch, context=context, chunk=chunk)
+    return context + tokens_decoded(steps, batch=batch, context=context, chunk=chunk)
 
 
-def _decoded(steps: int, *, batch: int, context: int, chunk: int) -> int:
+def tokens_decoded(steps: int, *, batch: int, context: int, chunk: int) -> int:
     """Tokens each prompt may generate: the first prompts decode while the last are still being prefilled."""
     chunks = -(-batch * context // prompt_room(chunk, batch))
     return steps + PROFILED_STEPS + 2 * WARMUP_STEPS + batch + chunks
@@ -128,14 +138,12 @@ def measure(
     total = batch * context
     # Compiles what the timed prefill needs: a full chunk, a last one of the same size, the release of rows.
     rehearsal = min(total, chunk + total % chunk)
-    _run(llm, [prompt[:rehearsal] for prompt in prompts[: -(-rehearsal // context)]], num_tokens=1, steps=0)
-    prefill_seconds = _run(llm, prompts, num_tokens=1, steps=0).first_tokens
-    num_tokens = _decoded(steps, batch=batch, context=context, chunk=llm.engine.scheduler.config.max_mixed_tokens)
-    decode = _run(llm, prompts, num_tokens=num_tokens, steps=steps, profiled=profiled, trace_folder=trace_folder)
+    run_batch(llm, [prompt[:rehearsal] for prompt in prompts[: -(-rehearsal // context)]], num_tokens=1, steps=0)
+    prefill_seconds = run_batch(llm, prompts, num_tokens=1, steps=0).first_tokens
+    num_tokens = tokens_decoded(steps, batch=batch, context=context, chunk=llm.engine.scheduler.config.max_mixed_tokens)
+    decode = run_batch(llm, prompts, num_tokens=num_tokens, steps=steps, profiled=profiled, trace_folder=trace_folder)
     step = summary(decode.steps)
-    item = np.dtype(runner.layout.dtype).itemsize
-    kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * item
-    bytes_read = weight_bytes_read(config, runner.params) + decode.tokens * kv_per_token
+    bytes_read = weight_bytes_read(config, runner.params) + decode.tokens * kv_bytes_per_token(llm)
     stats = jax.devices()[0].memory_stats() or {}
     busy = decode.profile.busy_seconds if decode.profile and decode.profile.kernels else None
     return Latency(
@@ -161,44 +169,66 @@ def measure(
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Seconds to the last prompt's first token, seconds of each decode step, host share of each, mean tokens held."""
+class BatchRun:
+    """A batch that was run once.
+
+    Attributes:
+      first_tokens: seconds to the last prompt's first token; the compression of the prompts is part of it.
+      steps: seconds of each decode step.
+      host: of these, the host's share.
+      tokens: of all texts together, evicted ones included, in the mean of the timed steps.
+      live: tokens that all layers and KV heads hold of all requests, in the mean of the timed steps, as counted in the
+        slot tables; None if nothing was compressed.
+      compressions: seconds of the compression of each request's prompt, where it was compressed.
+      profile: of decode steps; None if not profiled.
+    """
 
     first_tokens: float
     steps: list[float]
     host: list[float]
     tokens: int
+    live: float | None
+    compressions: list[float]
     profile: Profile | None
 
 
-def _run(
+def run_batch(
     llm: LLM,
     prompts: list[list[int]],
     *,
     num_tokens: int,
     steps: int,
+    compression: CompressionParams | None = None,
     profiled: bool = False,
     trace_folder: Path | None = None,
-) -> _Run:
+) -> BatchRun:
     """Runs the prompts together, times `steps` decode steps once all of them decode, and cancels what is left."""
     engine = llm.engine
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    counts = steps > 0 and compression is not None and compression.evicts
     start = time.perf_counter()
     submissions = [
-        engine.add(f"latency-{i}", TokenizedPrompt(None, prompt), params) for i, prompt in enumerate(prompts)
+        engine.add(f"latency-{i}", TokenizedPrompt(None, prompt), params, compression)
+        for i, prompt in enumerate(prompts)
     ]
+    answers = [answer for submission in submissions for answer in submission.answers]
     while any(not submission.num_generated_tokens for submission in submissions):
         engine.step()
     first_tokens = time.perf_counter() - start
-    for _ in range(WARMUP_STEPS if steps else 0):
+    compressions = [answer.compression.seconds for answer in answers if answer.compression.count]
+    for _ in range(WARMUP_STEPS // 2 if steps else 0):
+        engine.step()
+    before = _live_tokens(llm, answers) if counts else 0
+    for _ in range(WARMUP_STEPS - WARMUP_STEPS // 2 if steps else 0):
         engine.step()
     seconds, host = [], []
     for _ in range(steps):
-        before, waited = time.perf_counter(), engine.wait_seconds
+        began, waited = time.perf_counter(), engine.wait_seconds
         engine.step()
-        seconds.append(time.perf_counter() - before)
+        seconds.append(time.perf_counter() - began)
         host.append(seconds[-1] - (engine.wait_seconds - waited))
-    held = sum(answer.request.num_computed for submission in submissions for answer in submission.answers)
+    held = sum(answer.request.num_computed for answer in answers)
+    live = (before + _live_tokens(llm, answers)) / 2 if counts else None
 
     def step() -> Any:
         engine.step()
@@ -210,7 +240,21 @@ def _run(
     while engine.has_unfinished:
         engine.step()
     engine.step()  # releases the rows, so that no later run pays for it
-    return _Run(first_tokens, seconds, host, held - len(prompts) * steps // 2, seen)
+    return BatchRun(first_tokens, seconds, host, held - len(prompts) * steps // 2, live, compressions, seen)
+
+
+def _live_tokens(llm: LLM, answers: list[Answer]) -> int:
+    """Tokens that the tables of the answers' rows hold, evicted ones left out."""
+    cache = llm.engine.runner.cache
+    index = jnp.asarray([answer.request.row or 0 for answer in answers], jnp.int32)
+    length = cache.table.length[:, index]
+    if not any(answer.request.compression.per_step for answer in answers):
+        return int(length.sum())
+    # Only eviction at every step leaves slots that hold nothing.
+    max_slots = cache.layout.page_size * cache.layout.pages_for(int(length.max()))
+    usage = row_usage(cache, index, max_slots=max_slots)
+    assert usage.active is not None, "it was asked for"
+    return int(usage.active.sum())
 
 
 def format_table(rows: list[Latency]) -> str:

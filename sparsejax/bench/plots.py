@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from sparsejax.bench.compressed_latency import CompressedLatency
+from sparsejax.bench.fragmentation import DENSE, Fragmentation
 from sparsejax.bench.latency import Latency
 from sparsejax.bench.throughput import Throughput
 from sparsejax.errors import InvalidArgumentError
@@ -66,6 +68,56 @@ def plot_latency(rows: Sequence[Latency], path: str | Path) -> None:
     labels = [f"{row.batch} x {row.context}" for row in rows]
     _bars(axes[0, 0], labels, [row.step_fraction for row in rows], "decode step, fraction of the limit")
     _bars(axes[0, 1], labels, [row.prefill_fraction for row in rows], "prefill, fraction of the matmul rate")
+    figure.savefig(path)
+
+
+def plot_compressed_latency(rows: Sequence[CompressedLatency], path: str | Path) -> None:
+    """The fraction of their own limit that decode steps reach, and what compressing costs beside the prefill."""
+    figure, axes = _figure(1, 2, 11, 1.5 + 0.4 * len(rows))
+    labels = [f"{row.method} {row.batch} x {row.context}" for row in rows]
+    _bars(axes[0, 0], labels, [row.step_fraction for row in rows], "decode step, fraction of its own limit")
+    _bars(axes[0, 1], labels, [row.compress_share for row in rows], "compression, fraction of the prefill")
+    figure.savefig(path)
+
+
+def plot_fragmentation(rows: Sequence[Fragmentation], path: str | Path) -> None:
+    """Fragmentation over time, a panel a budget; under it, bars of each strategy in groups of budgets."""
+    budgets = sorted({row.budget for row in rows if row.budget is not None})
+    strategies = list(dict.fromkeys(row.strategy for row in rows if row.strategy != DENSE))
+    dense = next((row for row in rows if row.strategy == DENSE), None)
+    bars = (
+        ("p99 fragmentation, %", lambda row: 100 * row.p99),
+        ("output tok/s", lambda row: row.output_rate),
+        ("p99 TTFT, s", lambda row: row.ttft_p99 or 0.0),
+        ("p99 TPOT, ms", lambda row: 1e3 * (row.tpot_p99 or 0.0)),
+        ("p99 ITL, ms", lambda row: 1e3 * (row.itl_p99 or 0.0)),
+        ("preemptions", lambda row: row.preemptions),
+        ("evicting, s", lambda row: row.evict_seconds),
+        ("copied, GiB", lambda row: row.copied_bytes / 2**30),
+    )
+    columns = max(4, len(budgets))
+    figure, axes = _figure(3, columns, 4 * columns, 10)
+    for axis, budget in zip(axes[0], budgets, strict=False):
+        for row in rows:
+            if row.budget in (budget, None):
+                axis.plot(row.seconds, row.fragmentation, label=row.strategy, linewidth=1)
+        axis.set_title(f"budget {budget}: internal fragmentation")
+        axis.set_xlabel("seconds")
+        axis.set_ylim(0, 1)
+        axis.legend()
+    for axis, (title, value) in zip(axes[1:, :4].flat, bars, strict=True):
+        for i, strategy in enumerate(strategies):
+            found = {row.budget: value(row) for row in rows if row.strategy == strategy}
+            places = [j + (i - (len(strategies) - 1) / 2) * 0.8 / len(strategies) for j in range(len(budgets))]
+            heights = [found.get(budget, 0.0) for budget in budgets]
+            axis.bar(places, heights, 0.8 / len(strategies), label=strategy)
+        if dense is not None:
+            axis.axhline(value(dense), linestyle="--", color="grey")
+        axis.set_xticks(range(len(budgets)), [str(budget) for budget in budgets])
+        axis.set_title(f"{title} (dashed: dense)")
+    axes[1, 0].legend()
+    for axis in (*axes[0, len(budgets) :], *axes[1:, 4:].flat):
+        axis.set_visible(False)
     figure.savefig(path)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from sparsejax.bench.traces import Trace
 from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.engine.limits import check_limits, most_tokens
 from sparsejax.engine.llm import LLM
-from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.engine.request import Request
+from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.engine.submission import Submission
 from sparsejax.errors import InvalidArgumentError
 
@@ -95,6 +97,11 @@ class Throughput:
       compilations: of the engine's steps while serving, by name.
       programs_compiled: of any program while serving, those above included.
       peak_bytes: most device memory in use so far, as the allocator reports; 0 where it does not.
+      method, compression: of all requests, by name and in full; "full" is dense.
+      compressions: of all rows that were brought down to their budgets at once; single tokens evicted while decoding do
+        not count.
+      compression_seconds: that the host waited for them, all together.
+      kv_bytes_before, kv_bytes_after: whole pages that all requests held before and after the last of those.
       records: by arrival.
       timeline: by step.
       itls: every time between successive tokens, for plots.
@@ -122,17 +129,32 @@ class Throughput:
     compilations: dict[str, int]
     programs_compiled: int
     peak_bytes: int
+    method: str
+    compression: str
+    compressions: int
+    compression_seconds: float
+    kv_bytes_before: int
+    kv_bytes_after: int
     records: list[Record]
     timeline: Timeline
     itls: list[float]
 
 
-def serve(llm: LLM, trace: Trace, *, use_tqdm: bool = True) -> Throughput:
+def serve(
+    llm: LLM,
+    trace: Trace,
+    compression: CompressionParams | None = None,
+    *,
+    observe: Callable[[Sequence[Submission]], None] | None = None,
+    use_tqdm: bool = True,
+) -> Throughput:
     """Runs the trace.
 
     Args:
-      llm: its max_model_len must reach `trace.longest`. Warm it up before (`warmup="greedy"` suffices), or compilations
-        will be part of what is measured.
+      llm: built for the method; its max_model_len must reach `trace.longest`. Warm it up before, or compilations will
+        be part of what is measured: `warmup="greedy"` suffices, with the compression as `default_compression`.
+      compression: of all requests; None: dense.
+      observe: called after every step with the unfinished requests.
 
     Raises:
       InvalidArgumentError: a request that the engine can never serve in full.
@@ -146,17 +168,20 @@ def serve(llm: LLM, trace: Trace, *, use_tqdm: bool = True) -> Throughput:
         for request in trace.requests
     ]
     limits = engine.scheduler.config
-    longest = min(limits.max_model_len, limits.max_tokens_in_pool + 1)
+    compression = compression or CompressionParams()
     for i, (request, (prompt, params)) in enumerate(zip(trace.requests, work, strict=True)):
-        engine.check(prompt, params, name=f"request {i} of trace {trace.name!r}")
-        if request.input_tokens + request.output_tokens > longest:
+        name = f"request {i} of trace {trace.name!r}"
+        engine.check(prompt, params, compression, name=name)
+        probe = Request("", prompt.token_ids, params, compression)
+        most = most_tokens(probe, check_limits(probe, limits, name=name), limits)
+        if most < request.output_tokens:
             raise InvalidArgumentError(
-                f"request {i} of trace {trace.name!r} has {request.input_tokens} tokens and asks for "
-                f"{request.output_tokens} more; max_model_len and the cache allow {longest} together."
+                f"{name} has {request.input_tokens} tokens and asks for {request.output_tokens} more; max_model_len "
+                f"and the cache allow {request.input_tokens + most} together."
             )
     before, waited, preempted = runner.compilations, engine.wait_seconds, engine.scheduler.num_preemptions
     with _count_compilations() as programs:
-        served = _Server(llm, trace, work).run(use_tqdm)
+        served = _Server(llm, trace, work, compression, observe).run(use_tqdm)
     seconds = served.seconds
     records = [
         _record(request.arrival, submission, times)
@@ -167,6 +192,7 @@ def serve(llm: LLM, trace: Trace, *, use_tqdm: bool = True) -> Throughput:
     beside = np.concatenate([_in_prefill(times[1:], windows) for times in served.times])
     output_tokens = sum(record.output_tokens for record in records)
     stats = jax.devices()[0].memory_stats() or {}
+    compressed = [answer.compression for each in served.submissions for answer in each.answers]
     return Throughput(
         trace=trace.name,
         requests=len(records),
@@ -190,6 +216,12 @@ def serve(llm: LLM, trace: Trace, *, use_tqdm: bool = True) -> Throughput:
         compilations=dict(runner.compilations - before),
         programs_compiled=programs[0],
         peak_bytes=stats.get("peak_bytes_in_use", 0),
+        method=compression.method,
+        compression=str(compression),
+        compressions=sum(each.count for each in compressed),
+        compression_seconds=sum(each.seconds for each in compressed),
+        kv_bytes_before=sum(each.bytes_before for each in compressed),
+        kv_bytes_after=sum(each.bytes_after for each in compressed),
         records=records,
         timeline=served.timeline,
         itls=itls.tolist(),
@@ -205,10 +237,19 @@ class _Server:
       submissions, times: of each request of the trace, and the seconds at which its tokens were there.
     """
 
-    def __init__(self, llm: LLM, trace: Trace, work: list[tuple[TokenizedPrompt, SamplingParams]]) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        trace: Trace,
+        work: list[tuple[TokenizedPrompt, SamplingParams]],
+        compression: CompressionParams,
+        observe: Callable[[Sequence[Submission]], None] | None,
+    ) -> None:
         self.engine = llm.engine
         self.requests = trace.requests
         self.work = work
+        self.compression = compression
+        self.observe = observe
         self.submissions: list[Submission] = []
         self.times: list[list[float]] = []
         self.timeline = Timeline([], [], [], [])
@@ -229,6 +270,8 @@ class _Server:
                     self.engine.step()
                     self.seconds = time.perf_counter() - start
                     ended = self._look(self.seconds)
+                    if self.observe is not None:
+                        self.observe([self.submissions[i] for i in self._active])
                     if ended:
                         tokens = sum(map(len, self.times))
                         bar.set_postfix_str(f"{tokens / self.seconds:.0f} tok/s", refresh=False)
@@ -248,7 +291,7 @@ class _Server:
                 return
             self._active.append(i)
             self.times.append([])
-            self.submissions.append(self.engine.add(f"trace-{i}", *self.work[i]))
+            self.submissions.append(self.engine.add(f"trace-{i}", *self.work[i], self.compression))
 
     def _sleep(self, start: float) -> None:
         before = time.perf_counter()
@@ -332,9 +375,22 @@ def format_report(result: Throughput) -> str:
         f"steps {result.steps}, at most {result.max_running} requests at once, host {result.host_seconds:.2f} s",
         f"pages {result.max_pages} of {result.pool_pages} at most, preemptions {result.preemptions}, "
         f"peak memory {result.peak_bytes / 2**30:.1f} GiB",
+        *_compression_lines(result),
         f"compiled while serving: steps {compiled}; programs in all {result.programs_compiled}",
     ]
     return "\n".join(lines)
+
+
+def _compression_lines(result: Throughput) -> list[str]:
+    if result.method == "full":
+        return []
+    line = f"{result.method}: {result.compressions} compressions"
+    if result.compressions:
+        line += (
+            f" in {result.compression_seconds:.2f} s; the last of each request left "
+            f"{result.kv_bytes_after / 2**30:.2f} of {result.kv_bytes_before / 2**30:.2f} GiB"
+        )
+    return [line]
 
 
 def as_dict(result: Throughput, *, model: str) -> dict[str, Any]:

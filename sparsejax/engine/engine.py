@@ -49,6 +49,7 @@ class Engine:
 
     Attributes:
       wait_seconds: what all steps together have spent waiting for the device.
+      eviction_seconds: of these, for evictions and compressions behind the model's runs.
       eviction_observer: called with the entries and the report of every call of the evict program, a step late.
     """
 
@@ -69,6 +70,7 @@ class Engine:
         self._added = 0
         self._decode = None if tokenizer is None else decode_function(tokenizer, skip_special_tokens=False)
         self.wait_seconds = 0.0
+        self.eviction_seconds = 0.0
         self.eviction_observer: Callable[[Sequence[Evict], EvictReport], None] | None = None
         self._in_flight: InFlight | None = None
         self._answers: dict[str, tuple[Submission, Answer]] = {}  # by request id of each answer, unfinished
@@ -188,6 +190,7 @@ class Engine:
         start = time.perf_counter()
         results = flight.read()
         self.wait_seconds += time.perf_counter() - start
+        self.eviction_seconds += results.seconds
         expected = self.scheduler.settle(flight.balance, results.measured.usage)
         free = int(results.measured.free_entries)
         if not results.ok or free != expected:

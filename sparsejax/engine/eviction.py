@@ -119,7 +119,7 @@ class EvictBatch:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["copied_bytes", "active", "pages", "ok"],
+    data_fields=["copied_bytes", "active", "pages", "active_before", "pages_before", "ok"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ class EvictReport:
       copied_bytes: f32[], bytes of keys, values, scores and positions that were copied.
       active: i32[K], live tokens of each row afterwards, summed over layers and heads.
       pages: i32[K], pages of each row afterwards, likewise.
+      active_before, pages_before: i32[K] each, the same before it: what the decode step attended to.
       ok: bool[K], False where the row may still be over budget: it had more than n tokens too many and the spec is not
         bulk (n went), it holds more than max_slots, a victim lies in a page that other rows hold too and the strategy
         marks in place (`repack` with all kept makes a row its own), or the free entries did not suffice for the copies.
@@ -139,6 +140,8 @@ class EvictReport:
     copied_bytes: jax.Array
     active: jax.Array
     pages: jax.Array
+    active_before: jax.Array
+    pages_before: jax.Array
     ok: jax.Array
 
 
@@ -166,6 +169,7 @@ def evict_step(
     fits = jnp.all(length <= num_slots, axis=(0, 2))
     used = jnp.arange(num_slots, dtype=jnp.int32) < length[..., None]
     before = count_pages(slots.live, used, page_size)
+    pages_before = row_usage(cache, rows).held
     active = jnp.sum(before.live, axis=-1)
     budget = batch.budget[:, None]
     excess = jnp.where(fits[:, None] & (active > budget), active - (budget - spec.num_per_evict + 1), 0)
@@ -214,6 +218,8 @@ def evict_step(
         copied_bytes=moved.astype(jnp.float32) * _bytes_per_slot(cache),
         active=jnp.sum(counts, axis=(0, 2, 3), dtype=jnp.int32),
         pages=row_usage(cache, rows).held,
+        active_before=jnp.sum(active, axis=(0, 2), dtype=jnp.int32),
+        pages_before=pages_before,
         ok=served,
     )
     return cache, hole, report

@@ -97,13 +97,17 @@ def compress_calls(
 
 
 def idle_compress_calls(
-    params: CompressionParams, shapes: EvictionShapes
+    params: CompressionParams, shapes: EvictionShapes, *, texts: tuple[int, int] | None = None
 ) -> Iterator[tuple[CompressSpec, CompressBatch]]:
-    """Calls of every shape that requests with these parameters can need, on the null row."""
+    """Calls of every shape that requests with these parameters can need, on the null row.
+
+    Args:
+      texts: tokens of the shortest and the longest text that is compressed; None: any.
+    """
     if params.per_step:
         return
     for lanes in dict.fromkeys((1, shapes.compress_rows)):
-        for held in shapes.slots:
+        for held in _bounds(shapes, texts):
             if held > params.budget(held):
                 spec = shapes.compress_spec(params, lanes=lanes, budget=params.budget(held), held=held)
                 yield spec, compress_batch((), lanes, {})
@@ -144,14 +148,16 @@ def evict_calls(
     return calls
 
 
-def idle_evict_calls(params: CompressionParams, shapes: EvictionShapes) -> Iterator[tuple[EvictSpec, EvictBatch]]:
-    """Calls of every shape that requests with these parameters can need, on the null row."""
+def idle_evict_calls(
+    params: CompressionParams, shapes: EvictionShapes, *, texts: tuple[int, int] | None = None
+) -> Iterator[tuple[EvictSpec, EvictBatch]]:
+    """The same for per-step evictions."""
     if not params.per_step:
         return
     specs = [
         shapes.evict_spec(params, bulk=bulk, held=_most_slots(params, bulk, text, params.budget(text)))
         for bulk in (False, True)
-        for text in shapes.slots
+        for text in _bounds(shapes, texts)
     ]
     for spec in dict.fromkeys(specs):
         for lanes in shapes.evict_rows:
@@ -170,6 +176,14 @@ def evict_batch(entries: Sequence[Evict], size: int) -> EvictBatch:
         recorded=_lanes((_recorded(entry) for entry in entries), size),
         seed=_lanes((entry.request.seed for entry in entries), size, np.uint32),
     )
+
+
+def _bounds(shapes: EvictionShapes, texts: tuple[int, int] | None) -> tuple[int, ...]:
+    """The bounds on slots that texts between these lengths need."""
+    if texts is None:
+        return shapes.slots
+    low, high = (buckets.bucket(min(length, shapes.slots[-1]), shapes.slots) for length in texts)
+    return tuple(each for each in shapes.slots if low <= each <= high)
 
 
 def _recorded(entry: Compress) -> int:

@@ -61,6 +61,7 @@ class Results:
       steps: the model's, in order.
       compressed: rows that were brought down to their budgets.
       evictions: what per-step evictions report, call by call.
+      seconds: the host's wait from the end of the model's run to the end of what was evicted and compressed.
       ok: nothing ran short on the device.
       measured: what was free and held after the whole plan.
     """
@@ -68,6 +69,7 @@ class Results:
     steps: list[ModelStep]
     compressed: list[Compressed]
     evictions: list[tuple[Sequence[Evict], Any]]
+    seconds: float
     ok: bool
     measured: Measured
 
@@ -119,6 +121,7 @@ class InFlight:
                 for lane, entry in enumerate(entries)
             ],
             evictions=[(entries, output.report) for entries, output in evictions],
+            seconds=seconds,
             ok=all(bool(output.ok) for output in outputs) and all(forked),
             measured=Measured(free_entries=last.free_entries, usage=last.usage),
         )

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.cache import CacheLayout
+from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.plan import Chunk
 from sparsejax.engine.request import Request
 from sparsejax.models import ModelConfig, RopeConfig
@@ -168,7 +169,11 @@ class Recording:
 
 def recording_of(request: Request) -> Recording:
     """What to record of a request."""
-    compression = request.compression
+    return recording_for(request.compression)
+
+
+def recording_for(compression: CompressionParams) -> Recording:
+    """What to record of requests that ask for this."""
     if not compression.evicts:
         return Recording()
     method = compression.policy
@@ -183,7 +188,12 @@ def recording_of(request: Request) -> Recording:
 
 def watches(request: Request) -> bool:
     """Whether the request's decode steps record attention, or find dead slots in its row."""
-    return recording_of(request).decode_power > 0 or request.compression.per_step
+    return watched(request.compression)
+
+
+def watched(compression: CompressionParams) -> bool:
+    """The same, of requests that ask for this."""
+    return recording_for(compression).decode_power > 0 or compression.per_step
 
 
 def chunk_record(chunks: Sequence[Chunk], starts: np.ndarray, moment_slots: Mapping[str, int]) -> ChunkRecord:

@@ -32,7 +32,15 @@ from sparsejax.engine.eviction_batches import (
 from sparsejax.engine.packing import pack
 from sparsejax.engine.plan import Chunk, Compress, Evict, Fork
 from sparsejax.engine.reconstruction import reconstruct, reconstruct_batches
-from sparsejax.engine.recording import CHUNK_RECORDS, RecordState, idle_record, recording_of, watches
+from sparsejax.engine.recording import (
+    CHUNK_RECORDS,
+    RecordState,
+    idle_record,
+    recording_for,
+    recording_of,
+    watched,
+    watches,
+)
 from sparsejax.engine.request import Request
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, init_state
 from sparsejax.engine.steps import StepOptions, decode_step, mixed_step, options_for, prefill_step
@@ -213,7 +221,7 @@ class Runner:
         rows = [request.row or 0 for request in requests]
         rows += [0] * (buckets.bucket(len(rows), self.decode_buckets) - len(rows))
         if tuple(rows) != self._decode_rows[0]:  # most steps decode the same rows: no transfer then
-            self._decode_rows = (tuple(rows), jnp.asarray(np.asarray(rows, np.int32)))
+            self._decode_rows = (tuple(rows), jax.device_put(np.asarray(rows, np.int32)))
         work = (self._decode_rows[1],)
         if self.can_evict:
             work = (*work, self._forced(requests, forced, len(rows)))
@@ -309,6 +317,8 @@ class Runner:
         greedy_only: bool = False,
         forks: bool = False,
         compression: CompressionParams | None = None,
+        uniform: bool = False,
+        texts: tuple[int, int] | None = None,
         progress: Callable[[Sequence], Iterable] = lambda steps: steps,
     ) -> None:
         """Compiles and runs every step variant on the null row, which leaves no trace.
@@ -317,13 +327,17 @@ class Runner:
           greedy_only: only the variants of requests that take the likeliest token and ask for nothing else.
           forks: rows will be forked.
           compression: what requests will ask for, if it is known; the programs of others are compiled when needed.
+          uniform: all of them will, so that mixtures with others are left out.
+          texts: tokens of the shortest and the longest text that will be compressed; None: any.
           progress: wraps the list of variants, for a progress bar.
         """
         variants = [
             (step, work, options)
             for step, work in self._shapes()
             for options in self._variants(
-                with_chunk=step is not self._steps.decode, with_decode=step is not self._steps.prefill
+                with_chunk=step is not self._steps.decode,
+                with_decode=step is not self._steps.prefill,
+                asked=(compression or CompressionParams()) if uniform else None,
             )
             if options.plain or not greedy_only
         ]
@@ -333,7 +347,7 @@ class Runner:
         if forks:
             self.fork([Fork(0, 0, 0)])
         if compression is not None and compression.evicts:
-            self._warm_up_eviction(compression)
+            self._warm_up_eviction(compression, texts)
         jax.block_until_ready(self.cache.free.count)
 
     def _shapes(self) -> list[tuple[Callable, Any]]:
@@ -350,14 +364,14 @@ class Runner:
             *((steps.mixed, (self._pack([], size=size), *decodes(lanes))) for size, lanes in self.mixed_shapes),
         ]
 
-    def _warm_up_eviction(self, compression: CompressionParams) -> None:
+    def _warm_up_eviction(self, compression: CompressionParams, texts: tuple[int, int] | None) -> None:
         """Compiles the programs that evict as a request with these parameters asks, for all sizes."""
         record = self.state.record
         assert record is not None, "the engine is built for the method"
-        for spec, batch in idle_evict_calls(compression, self._eviction_shapes):
+        for spec, batch in idle_evict_calls(compression, self._eviction_shapes, texts=texts):
             self.cache, record, _ = self._steps.evict(self.cache, record, batch, spec)
             self.state = replace(self.state, record=record)
-        for spec, batch in idle_compress_calls(compression, self._eviction_shapes):
+        for spec, batch in idle_compress_calls(compression, self._eviction_shapes, texts=texts):
             self.cache, _ = self._steps.compress(self.params, self.cache, record, batch, spec)
         self.measure()
 
@@ -408,12 +422,18 @@ class Runner:
             watch=self.can_evict and any(watches(request) for request in requests),
         )
 
-    def _variants(self, *, with_chunk: bool, with_decode: bool) -> list[StepOptions]:
+    def _variants(
+        self, *, with_chunk: bool, with_decode: bool, asked: CompressionParams | None = None
+    ) -> list[StepOptions]:
+        """Options of steps. asked: what all requests ask for; None: some may, and some not."""
         details: list[dict[str, Any]] = [{"plain": True}, {"plain": False}, {"plain": False, "logprobs": True}]
         if with_chunk:
             details.append({"plain": False, "logprobs": True, "prompt_logprobs": True})
         records = [frozenset(), self.records] if with_chunk and self.records else [frozenset()]
         watch = [False, True] if with_decode and self.may_watch else [False]
+        if asked is not None:
+            records = records[-1:] if recording_for(asked).any_of_chunk else records[:1]
+            watch = watch[-1:] if watched(asked) else watch[:1]
         return [
             StepOptions(implementation=self.implementation, **detail, records=r, watch=w)
             for detail in details

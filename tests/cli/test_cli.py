@@ -29,6 +29,8 @@ HELPS = [
     (["eval", "ruler"], "--lengths"),
     (["bench"], "latency"),
     (["bench", "latency"], "--shapes"),
+    (["bench", "latency"], "--budget-tokens"),
+    (["bench", "fragmentation"], "--strategies"),
     (["bench", "checkpoint"], "--folder"),
     (["demo"], "--length"),
     (["doctor"], "Exit code 1"),

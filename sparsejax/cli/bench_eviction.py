@@ -1,0 +1,168 @@
+"""The benchmarks of eviction: batches of compressed prompts, and fragmentation by memory strategy."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sparsejax.cli.bench_options import (
+    add_model,
+    add_outputs,
+    check_outputs,
+    engine_options,
+    load,
+    reaching,
+    write_json,
+)
+from sparsejax.cli.compression_options import compression_from
+from sparsejax.cli.evaluate import numbers
+from sparsejax.errors import InvalidArgumentError
+
+
+def add_fragmentation(suites: Any) -> None:
+    """The parser of `sparsejax bench fragmentation`."""
+    fragmentation = suites.add_parser(
+        "fragmentation",
+        help="empty slots in the pages of requests that evict at every step, by memory strategy",
+        description="Serves conversations of mixed lengths, dense and evicting under four memory strategies: "
+        "internal fragmentation, throughput, latencies, preemptions, and bytes copied.",
+        epilog="example: sparsejax bench fragmentation --budgets 256,512,1024 --json f.json --plot f.png",
+    )
+    fragmentation.add_argument(
+        "--method",
+        default="h2o",
+        metavar="NAME",
+        help="what evicts at every step: h2o or random (default: %(default)s)",
+    )
+    fragmentation.add_argument(
+        "--budgets", default="256,512,1024", metavar="N,...", help="tokens to keep (default: %(default)s)"
+    )
+    fragmentation.add_argument(
+        "--strategies",
+        default="reuse,free_block,sparse_copy,no_op",
+        metavar="NAME,...",
+        help="what becomes of evicted tokens' memory (default: %(default)s)",
+    )
+    fragmentation.add_argument(
+        "--requests", type=int, default=1000, metavar="N", help="conversations (default: %(default)s)"
+    )
+    fragmentation.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of lengths and tokens (default: %(default)s)"
+    )
+    fragmentation.add_argument(
+        "--steady-rows", type=int, default=16, metavar="N", help="requests of the one-in-one-out run; 0: none"
+    )
+    fragmentation.add_argument(
+        "--steady-steps", type=int, default=128, metavar="N", help="tokens each of them decodes (default: %(default)s)"
+    )
+    fragmentation.add_argument(
+        "--no-rehearsal", action="store_true", help="serve each once, and compile meanwhile: times are then too long"
+    )
+    fragmentation.add_argument(
+        "--quick", action="store_true", help="to try it: a sixteenth of all lengths, 12 requests"
+    )
+    add_outputs(fragmentation)
+    add_model(fragmentation)
+    fragmentation.set_defaults(run=run_fragmentation)
+
+
+def run_latency(args: argparse.Namespace, wanted: list[tuple[int, int]]) -> int:
+    """`sparsejax bench latency` with a method, or with several that are asked for the same."""
+    asked = [compression_from(args, method=name) for name in args.method.split(",")]
+    if args.profile is not None:
+        raise InvalidArgumentError("--profile profiles dense steps: leave it or --method out.")
+    from sparsejax.engine.memory import reserve_device_memory
+
+    reserve_device_memory(args.gpu_memory_utilization)
+    import jax
+
+    from sparsejax import LLM
+    from sparsejax.bench import ceilings, compressed_latency, plots
+    from sparsejax.engine.build import default_batched_tokens
+
+    ceiling = ceilings.measure()
+    print(ceiling, flush=True)
+    name, config, params = load(args)
+    chunk = args.max_mixed_tokens or args.max_num_batched_tokens or default_batched_tokens(jax.default_backend())
+    rows = []
+    for batch, context in wanted:
+        dense_context = None if args.compare_dense is None else args.compare_dense or context
+        needed = compressed_latency.model_length(
+            context, args.steps, batch=batch, chunk=chunk, dense_context=dense_context
+        )
+        for compression in asked:
+            llm = LLM.from_params(
+                config if args.model else reaching(config, needed),
+                params,
+                max_num_seqs=args.max_num_seqs or batch,
+                max_model_len=args.max_model_len or needed,
+                methods=(compression.method,),
+                **engine_options(args, config, params),
+            )
+            row = compressed_latency.measure(
+                llm,
+                ceiling,
+                compression,
+                batch=batch,
+                context=context,
+                steps=args.steps,
+                dense_context=dense_context,
+                repeats=args.prefills,
+            )
+            rows.append(row)
+            print(compressed_latency.format_table([row]), flush=True)
+            llm.engine.close()
+            # What was measured so far is kept, whatever becomes of the rest.
+            write_json(args.json, compressed_latency.as_dict(rows, ceiling, model=name))
+    print(f"\n{name}\n{compressed_latency.format_table(rows)}")
+    if args.plot is not None:
+        plots.plot_compressed_latency(rows, args.plot)
+    return 0
+
+
+def run_fragmentation(args: argparse.Namespace) -> int:
+    check_outputs(args)
+    budgets = numbers("--budgets", args.budgets)
+    from sparsejax.engine.memory import reserve_device_memory
+
+    reserve_device_memory(args.gpu_memory_utilization)
+    from sparsejax import LLM
+    from sparsejax.bench import fragmentation, plots
+
+    workload, requests, seqs = fragmentation.Workload(), args.requests, min(256, args.requests)
+    rows, steps = args.steady_rows, args.steady_steps
+    if args.quick:
+        workload = fragmentation.Workload(mean_input=14, mean_output=13, longest_input=64, longest=128)
+        requests, seqs, rows, steps = 12, 4, min(rows, 2), min(steps, 12)
+        budgets = [max(budget // 16, 4) for budget in budgets]
+    strategies = args.strategies.split(",")
+    for budget in budgets:
+        for strategy in strategies:
+            fragmentation.params_for(args.method, strategy, budget)  # refuses what is wrong with them
+    trace = workload.trace(requests, args.seed)
+    name, config, params = load(args)
+    needed = max(trace.longest, max(budgets) + steps)
+    llm = LLM.from_params(
+        config if args.model else reaching(config, needed),
+        params,
+        max_num_seqs=args.max_num_seqs or seqs,
+        max_model_len=args.max_model_len or needed,
+        methods=(args.method,),
+        **engine_options(args, config, params, page_size=16),
+    )
+    results = fragmentation.measure(
+        llm,
+        trace,
+        budgets=budgets,
+        strategies=strategies,
+        method=args.method,
+        steady_rows=rows,
+        steady_steps=steps,
+        rehearse=not args.no_rehearsal,
+        report=lambda line: print(line, flush=True),
+    )
+    page_size = llm.engine.runner.layout.page_size
+    write_json(args.json, fragmentation.as_dict(*results, model=name, page_size=page_size))
+    if args.plot is not None:
+        plots.plot_fragmentation(results[0], args.plot)
+    return 0

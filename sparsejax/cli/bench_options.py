@@ -1,0 +1,131 @@
+"""Options that several benchmarks share, and what is made of them: model, engine, outputs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsejax.cli.evaluate import numbers
+from sparsejax.config import GRANULARITIES
+from sparsejax.errors import InvalidArgumentError
+
+
+def add_random_weights(parser: Any) -> None:
+    parser.add_argument(
+        "--random-weights",
+        default="llama-3.1-8b",
+        metavar="CONFIG",
+        help="a known model or a config.json, with weights drawn at random (default: %(default)s)",
+    )
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them (needs matplotlib)")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model and the engine's options; read them back with `load` and `engine_options`."""
+    group = parser.add_argument_group("model and engine")
+    add_random_weights(group)
+    group.add_argument("--model", metavar="NAME", help="a checkpoint instead: folder or Hugging Face id")
+    group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of a request (default: what is needed)")
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help="most requests at once (default: up to 256)")
+    group.add_argument(
+        "--max-num-batched-tokens", "--chunk", type=int, metavar="N", help="most prompt tokens in one step"
+    )
+    group.add_argument(
+        "--max-mixed-tokens", type=int, metavar="N", help="likewise, if requests decode in it (default: no less)"
+    )
+    group.add_argument("--granularity", choices=GRANULARITIES, help="of slot tables (default: the engine's)")
+    group.add_argument("--page-size", type=int, metavar="N", help="tokens in a page of the KV cache (default: 32)")
+    group.add_argument("--num-pages", type=int, metavar="N", help="physical pages in the pool (default: what fits)")
+    group.add_argument("--pool-gib", type=float, metavar="F", help="the same as GiB of K and V: a smaller card's share")
+    group.add_argument("--implementation", choices=("triton", "xla"), help="kernels (default: triton on a GPU)")
+    group.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.9, metavar="F", help="to reserve (default: %(default)s)"
+    )
+
+
+def engine_options(args: argparse.Namespace, config: Any, params: Any, *, page_size: int = 32) -> dict[str, Any]:
+    """Keyword options of an LLM, those left out that were not given.
+
+    Args:
+      config, params: of the model.
+      page_size: unless the user gave one.
+    """
+    num_pages = args.num_pages
+    if args.pool_gib is not None:
+        if num_pages is not None or not args.pool_gib > 0:
+            raise InvalidArgumentError("--pool-gib must be a positive number, and not be given beside --num-pages.")
+        page_bytes = 2 * (args.page_size or page_size) * config.head_dim * params["embed"].dtype.itemsize
+        num_pages = int(args.pool_gib * 2**30) // page_bytes
+    chosen = {
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "max_mixed_tokens": args.max_mixed_tokens,
+        "table_granularity": args.granularity,
+        "page_size": args.page_size or page_size,
+        "num_pages": num_pages,
+        "implementation": args.implementation,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        # Timed prompts are run more than once; a cached prefix would leave nothing to time.
+        "enable_prefix_caching": False,
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def load(args: argparse.Namespace) -> tuple[str, Any, Any]:
+    """(name, model configuration, parameters on the device) of --model or --random-weights."""
+    import jax
+    import jax.numpy as jnp
+
+    from sparsejax.bench import presets
+    from sparsejax.checkpoint import load_model
+    from sparsejax.models import init_params
+
+    on_gpu = jax.default_backend() == "gpu"
+    if args.model is not None:
+        return args.model, *load_model(args.model, dtype=None if on_gpu else "float32")
+    config = presets.model_config(args.random_weights)
+    return args.random_weights, config, init_params(config, jax.random.key(0), jnp.bfloat16 if on_gpu else jnp.float32)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuses before the measurement what could not be written after it."""
+    for name in ("json", "plot"):
+        path = getattr(args, name)
+        if path is not None and not path.parent.is_dir():
+            raise InvalidArgumentError(f"--{name} {path} cannot be written: there is no folder {path.parent}.")
+    if args.plot is not None:
+        from sparsejax.bench import plots
+
+        plots.require_matplotlib()
+
+
+def write_json(path: Path | None, report: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """ "1x1024,8x32768" -> [(1, 1024), (8, 32768)]."""
+    pairs = [numbers("--shapes", part.replace("x", ",")) for part in text.split(",")]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise InvalidArgumentError(f"--shapes must look like 1x1024,8x32768 (batch x context), got {text!r}.")
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def reaching(config: Any, length: int) -> Any:
+    """The model's configuration, its positions stretched if random weights are to be run beyond them."""
+    return dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, length))
+
+
+def compiling(variants: Any) -> Any:
+    """Shows a warm-up's progress."""
+    from tqdm import tqdm
+
+    return tqdm(variants, desc="compiling", unit="step")

@@ -1,0 +1,92 @@
+"""What is kept of the KV cache, as options of the command line: one for each argument of `CompressionParams`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from typing import TYPE_CHECKING, Any
+
+from sparsejax.errors import InvalidArgumentError
+
+if TYPE_CHECKING:  # brings JAX, which the command line's parser does not need
+    from sparsejax.engine.compression_params import CompressionParams
+
+ARGUMENTS = (
+    "budget_tokens",
+    "keep_fraction",
+    "sink_tokens",
+    "recent_tokens",
+    "window_tokens",
+    "compress_once",
+    "context_tokens",
+    "interval_tokens",
+    "strategy",
+    "num_per_evict",
+    "budget_rule",
+    "budget_floor",
+)
+
+
+def add_compression_options(parser: argparse.ArgumentParser) -> None:
+    """--method and what goes with it; read them back with `compression_from`."""
+    group = parser.add_argument_group("KV cache")
+
+    def whole(name: str, text: str) -> None:
+        group.add_argument(name, type=int, metavar="N", help=text)
+
+    group.add_argument(
+        "--method", default="full", metavar="NAME", help="what is kept of the KV cache (default: full, all of it)"
+    )
+    whole("--budget-tokens", "tokens to keep per layer and KV head, on average")
+    group.add_argument("--keep-fraction", type=float, metavar="F", help="or the fraction of the text to keep")
+    whole("--sink-tokens", "first tokens that are always kept (default: the method's)")
+    whole("--recent-tokens", "last tokens that are always kept (default: the method's)")
+    whole("--window-tokens", "last queries that the method looks at (default: the method's)")
+    whole("--context-tokens", "compress after so many prompt tokens, before the rest is seen")
+    whole("--interval-tokens", "compress again whenever so many tokens have been generated")
+    group.add_argument(
+        "--compress-once",
+        action=argparse.BooleanOptionalAction,
+        help="compress the prompt only, or go on while decoding (default: the method's)",
+    )
+    group.add_argument(
+        "--strategy",
+        metavar="NAME",
+        help="memory of what is evicted at every step: reuse (default), free_block, sparse_copy or no_op",
+    )
+    whole("--num-per-evict", "tokens evicted at once by a method that evicts at every step (default: 1)")
+    group.add_argument("--budget-rule", metavar="NAME", help="how layers and heads share the budget")
+    group.add_argument("--budget-floor", type=float, metavar="F", help="share of the mean budget every head gets")
+    group.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the method or the budget rule's own, e.g. pooling=avg (repeatable)",
+    )
+
+
+def compression_from(args: argparse.Namespace, **overrides: Any) -> CompressionParams:
+    """CompressionParams from the options of `add_compression_options`.
+
+    Args:
+      overrides: arguments of `CompressionParams` that replace the command line's.
+
+    Raises:
+      InvalidArgumentError: a value that is not allowed, or an --option without a name.
+    """
+    from sparsejax.engine.compression_params import CompressionParams
+
+    given = {name: getattr(args, name) for name in ("method", *ARGUMENTS)} | overrides
+    return CompressionParams(**given, options=dict(map(_own_option, args.option)))
+
+
+def _own_option(text: str) -> tuple[str, Any]:
+    """ "kernel=7" -> ("kernel", 7); what is no Python value stays text."""
+    name, found, value = text.partition("=")
+    if not found or not name.isidentifier():
+        raise InvalidArgumentError(f"--option must look like NAME=VALUE, got {text!r}.")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, {"true": True, "false": False}.get(value.lower(), value)
