@@ -137,14 +137,19 @@ def dispatch(runner: Runner, plan: Plan, entries_before: dict[str, int]) -> InFl
     steps = _run_model(runner, plan)
     if not steps:
         return None
+    # A copy waits for all that was dispatched before it: these are not to wait for evictions.
+    _start_copies([step.output for step in steps])
     evictions = runner.evict(plan.evict)
     compressions = runner.compress(plan.compress)
     forked += runner.fork(plan.snapshots)
     measured = runner.measure() if plan.snapshots else None
-    flight = InFlight(steps, evictions, compressions, entries_before, forked, measured, plan.balance)
-    outputs = [*(step.output for step in steps), *(output for _, output in (*evictions, *compressions))]
-    jax.tree.map(lambda x: x.copy_to_host_async(), (outputs, forked, measured))
-    return flight
+    _start_copies(([output for _, output in (*evictions, *compressions)], forked, measured))
+    return InFlight(steps, evictions, compressions, entries_before, forked, measured, plan.balance)
+
+
+def _start_copies(values: Any) -> None:
+    """Starts copying device values to the host."""
+    jax.tree.map(lambda x: x.copy_to_host_async(), values)
 
 
 def _run_model(runner: Runner, plan: Plan) -> list[ModelStep]:
