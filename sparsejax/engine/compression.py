@@ -33,6 +33,7 @@ class CompressSpec:
       method: with its options.
       rule: shares the budget out over layers and heads.
       max_slots: no head of the rows holds more tokens.
+      in_text_order: nothing was ever evicted from the rows.
       max_keep: all layers and heads of all rows together keep no more tokens.
       implementation: "triton", "xla" or None, handed to the kernels.
     """
@@ -41,6 +42,7 @@ class CompressSpec:
     rule: BudgetRule
     max_slots: int
     max_keep: int
+    in_text_order: bool = False
     implementation: Implementation | None = None
 
 
@@ -95,7 +97,15 @@ def compress_rows(
 ) -> tuple[KVCache, CompressOutput]:
     """Evicts what the method likes least from each row, down to the row's budget. The cache is meant to be donated."""
     rows = jnp.asarray(batch.rows)
-    slots = view_slots(params, cache, record, batch, decoder=decoder, max_slots=spec.max_slots)
+    slots = view_slots(
+        params,
+        cache,
+        record,
+        batch,
+        decoder=decoder,
+        max_slots=spec.max_slots,
+        in_text_order=spec.in_text_order,
+    )
     keep = spec.rule.keep(spec.method.scores(slots), slots, jnp.asarray(batch.budget))
     cache, ok = compact(cache, rows, keep, max_keep=spec.max_keep, implementation=spec.implementation)
     return cache, CompressOutput(
@@ -153,9 +163,16 @@ def measure(cache: KVCache, hole: jax.Array | None) -> Measured:
 
 
 def view_slots(
-    params, cache: KVCache, record: RecordState, batch: CompressBatch, *, decoder: Decoder, max_slots: int
+    params,
+    cache: KVCache,
+    record: RecordState,
+    batch: CompressBatch,
+    *,
+    decoder: Decoder,
+    max_slots: int,
+    in_text_order: bool,
 ) -> Slots:
-    """What methods see of the rows."""
+    """What methods see of the rows. max_slots, in_text_order: as in CompressSpec."""
     config = decoder.config
     prompt_length = jnp.asarray(batch.prompt_length)
 
@@ -189,6 +206,7 @@ def view_slots(
         recorded=jnp.asarray(batch.recorded),
         seed=jnp.asarray(batch.seed),
         num_query_heads=config.num_heads,
+        in_text_order=in_text_order,
         moments=moments,
         budget=jnp.asarray(batch.budget),
         rope=rope,

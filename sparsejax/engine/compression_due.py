@@ -25,7 +25,7 @@ def due_now(requests: Iterable[Request]) -> list[Compress]:
         request.num_held = schedule.kept(held, length)
         if evicts:
             request.is_evicting = True
-            due.append(Evict(request, length, budget, bulk=held > budget + 1))
+            due.append(Evict(request, length, budget, held, bulk=held > budget + 1))
         else:
-            due.append(Compress(request, length, budget))
+            due.append(Compress(request, length, budget, held))
     return due

@@ -191,7 +191,8 @@ class Engine:
         results = flight.read()
         self.wait_seconds += time.perf_counter() - start
         self.eviction_seconds += results.seconds
-        expected = self.scheduler.settle(flight.balance, results.measured.usage)
+        counts: Any = results.measured.usage  # on the host by now
+        expected = self.scheduler.settle(flight.balance, counts)
         free = int(results.measured.free_entries)
         if not results.ok or free != expected:
             raise SchedulingError(

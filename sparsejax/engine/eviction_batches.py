@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,14 @@ class EvictionShapes:
         """Bounds on the slots of a table."""
         return buckets.slot_buckets(self.layout.max_entries_per_row * self.layout.page_size)
 
-    def compress_spec(self, params: CompressionParams, *, lanes: int, budget: int, held: int) -> CompressSpec:
-        """Of rows that hold no more than `held` tokens in a table, and keep no more than `budget` in the mean."""
+    def compress_spec(
+        self, params: CompressionParams, *, lanes: int, budget: int, held: int, first: bool
+    ) -> CompressSpec:
+        """Of rows that hold no more than `held` tokens in a table, and keep no more than `budget` in the mean.
+
+        Args:
+          first: nothing was ever evicted from the rows.
+        """
         layout = self.layout
         # A rule that keeps whole pages may round every table up.
         kept = buckets.bucket(min(budget, self.slots[-1]), self.slots) + layout.page_size
@@ -53,6 +60,7 @@ class EvictionShapes:
             rule=params.rule,
             max_slots=buckets.bucket(min(held, self.slots[-1]), self.slots),
             max_keep=lanes * kept * layout.table_layers * layout.table_heads,
+            in_text_order=first,
             implementation=self.implementation,
         )
 
@@ -91,6 +99,7 @@ def compress_calls(
                 lanes=lanes,
                 budget=max(entry.budget for entry in some),
                 held=max(entry.text_length for entry in some),
+                first=all(entry.is_first for entry in some),
             )
             calls.append((some, spec, compress_batch(some, lanes, moment_slots)))
     return calls
@@ -107,10 +116,17 @@ def idle_compress_calls(
     if params.per_step:
         return
     for lanes in dict.fromkeys((1, shapes.compress_rows)):
-        for held in _bounds(shapes, texts):
-            if held > params.budget(held):
-                spec = shapes.compress_spec(params, lanes=lanes, budget=params.budget(held), held=held)
-                yield spec, compress_batch((), lanes, {})
+        specs = [
+            shapes.compress_spec(params, lanes=lanes, budget=budget, held=held, first=first)
+            for below, held in _bounds(shapes, texts)
+            # Bounds double, so a budget that grows with the text passes at most one between these two.
+            for budget in (params.budget(below + 1), params.budget(held))
+            # A text is compressed a second time only while its answer grows.
+            for first in ((True,) if params.once else (True, False))
+            if held > budget
+        ]
+        for spec in dict.fromkeys(specs):
+            yield spec, compress_batch((), lanes, {})
 
 
 def compress_batch(entries: Sequence[Compress], size: int, moment_slots: Mapping[str, int]) -> CompressBatch:
@@ -157,7 +173,7 @@ def idle_evict_calls(
     specs = [
         shapes.evict_spec(params, bulk=bulk, held=_most_slots(params, bulk, text, params.budget(text)))
         for bulk in (False, True)
-        for text in _bounds(shapes, texts)
+        for _, text in _bounds(shapes, texts)
     ]
     for spec in dict.fromkeys(specs):
         for lanes in shapes.evict_rows:
@@ -178,12 +194,15 @@ def evict_batch(entries: Sequence[Evict], size: int) -> EvictBatch:
     )
 
 
-def _bounds(shapes: EvictionShapes, texts: tuple[int, int] | None) -> tuple[int, ...]:
-    """The bounds on slots that texts between these lengths need."""
-    if texts is None:
-        return shapes.slots
-    low, high = (buckets.bucket(min(length, shapes.slots[-1]), shapes.slots) for length in texts)
-    return tuple(each for each in shapes.slots if low <= each <= high)
+def _bounds(shapes: EvictionShapes, texts: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
+    """(the bound below, the bound) on the slots of texts between these lengths."""
+    bounds = shapes.slots
+    low, high = bounds[0], bounds[-1]
+    if texts is not None:
+        low, high = (buckets.bucket(min(length, bounds[-1]), bounds) for length in texts)
+    for below, bound in itertools.pairwise((0, *bounds)):
+        if low <= bound <= high:
+            yield below, bound
 
 
 def _recorded(entry: Compress) -> int:

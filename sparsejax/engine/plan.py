@@ -56,11 +56,18 @@ class Compress:
       request: the request; it keeps its row.
       text_length: tokens of its text that have been given to the row by now, evicted ones included.
       budget: tokens to keep, mean over the layers and heads. The row holds more.
+      held: tokens that the row holds, mean over the layers and heads.
     """
 
     request: Request
     text_length: int
     budget: int
+    held: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing was ever evicted from the row: its slots lie in the order of the text then."""
+        return self.held == self.text_length
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ import numpy as np
 
 from pallas_kernels import Implementation, prefill_attention, record_attention
 from sparsejax.cache import KVCache
+from sparsejax.engine import buckets
 from sparsejax.engine.plan import Compress
 from sparsejax.engine.steps import apply_decoder
 from sparsejax.methods import KVzip
 from sparsejax.models import Decoder
-
-ROUND_TO = 256  # tokens; passes are padded to a multiple, so that few sizes are compiled
 
 
 @jax.tree_util.register_dataclass
@@ -102,30 +101,53 @@ def reconstruct(
     return cache
 
 
-def reconstruct_batches(
-    entry: Compress, *, first_instruction: tuple[int, ...], next_instruction: tuple[int, ...]
-) -> Iterator[ReconstructBatch]:
-    """The passes over the text that an entry compresses (numpy).
+@dataclass(frozen=True)
+class Reconstruction:
+    """How texts are repeated.
 
-    Args:
+    Attributes:
       first_instruction, next_instruction: token ids of what asks for the first part and for the others.
+      longest: most tokens of a text.
     """
-    request, length = entry.request, entry.text_length
-    method = request.compression.policy
-    assert isinstance(method, KVzip)
-    passes = method.reconstruction_passes(
-        request.tokens[:length], first_instruction=first_instruction, next_instruction=next_instruction
-    )
-    size = -(-max(len(each.tokens) for each in passes) // ROUND_TO) * ROUND_TO
-    for each in passes:
-        count = len(each.tokens)
-        tokens, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        tokens[:count] = each.tokens
-        positions[:count] = length + np.arange(count)
-        yield ReconstructBatch(
-            tokens=tokens,
-            positions=positions,
-            rope_lengths=np.maximum(positions + 1, len(request.prompt_token_ids)),
-            row=np.asarray(request.row or 0, np.int32),
-            count=np.asarray(count, np.int32),
+
+    first_instruction: tuple[int, ...]
+    next_instruction: tuple[int, ...]
+    longest: int
+
+    def batches(self, entry: Compress) -> Iterator[ReconstructBatch]:
+        """The passes over the text that an entry compresses (numpy)."""
+        request, length = entry.request, entry.text_length
+        method = request.compression.policy
+        assert isinstance(method, KVzip)
+        passes = method.reconstruction_passes(
+            request.tokens[:length],
+            first_instruction=self.first_instruction,
+            next_instruction=self.next_instruction,
         )
+        size = buckets.bucket(max(len(each.tokens) for each in passes), self._sizes(method))
+        for each in passes:
+            count = len(each.tokens)
+            tokens, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
+            tokens[:count] = each.tokens
+            positions[:count] = length + np.arange(count)
+            yield ReconstructBatch(
+                tokens=tokens,
+                positions=positions,
+                rope_lengths=np.maximum(positions + 1, len(request.prompt_token_ids)),
+                row=np.asarray(request.row or 0, np.int32),
+                count=np.asarray(count, np.int32),
+            )
+
+    def idle_batches(self, method: KVzip) -> Iterator[ReconstructBatch]:
+        """Passes of every size that the method's texts can need, without tokens, over the null row."""
+        none = np.asarray(0, np.int32)
+        for size in self._sizes(method):
+            idle = np.zeros(size, np.int32)
+            yield ReconstructBatch(tokens=idle, positions=idle, rope_lengths=idle + 1, row=none, count=none)
+
+    def _sizes(self, method: KVzip) -> tuple[int, ...]:
+        """Token counts that passes are padded to: few, for each costs a compilation of the whole model."""
+        instruction = max(len(self.first_instruction), len(self.next_instruction) + method.lead_in_tokens)
+        most = instruction + min(method.chunk_tokens, self.longest)
+        unit = buckets.SMALLEST_PREFILL
+        return buckets.prefill_buckets(-(-most // unit) * unit)

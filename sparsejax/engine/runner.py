@@ -31,7 +31,7 @@ from sparsejax.engine.eviction_batches import (
 )
 from sparsejax.engine.packing import pack
 from sparsejax.engine.plan import Chunk, Compress, Evict, Fork
-from sparsejax.engine.reconstruction import reconstruct, reconstruct_batches
+from sparsejax.engine.reconstruction import Reconstruction, reconstruct
 from sparsejax.engine.recording import (
     CHUNK_RECORDS,
     RecordState,
@@ -44,6 +44,7 @@ from sparsejax.engine.recording import (
 from sparsejax.engine.request import Request
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, init_state
 from sparsejax.engine.steps import StepOptions, decode_step, mixed_step, options_for, prefill_step
+from sparsejax.methods import KVzip
 from sparsejax.models import Decoder
 
 # Rematerialisation counts a donated pool twice, and so spends compile time on saving memory that is not short.
@@ -169,7 +170,6 @@ class Runner:
         self.can_evict = layout.with_score
         self.records = records & CHUNK_RECORDS
         self.may_watch = "decode" in records or may_evict_per_step
-        self.instructions = instructions
         self._eviction_shapes = EvictionShapes(
             layout=layout,
             num_query_heads=decoder.config.num_heads,
@@ -177,6 +177,7 @@ class Runner:
             evict_rows=self.decode_buckets,
             implementation=implementation,
         )
+        self._reconstruction = Reconstruction(*instructions, longest=self._eviction_shapes.slots[-1])
         self.cache: KVCache
         self.state: DecodeState
         self.reset()
@@ -262,9 +263,7 @@ class Runner:
         """Dispatches the compression of rows; lane i of an output belongs to entry i of its members."""
         for entry in entries:
             if "reconstruction" in entry.request.compression.policy.records:
-                for work in reconstruct_batches(
-                    entry, first_instruction=self.instructions[0], next_instruction=self.instructions[1]
-                ):
+                for work in self._reconstruction.batches(entry):
                     self.cache = self._steps.reconstruct(self.params, self.cache, work, self.implementation)
         outputs = []
         for members, spec, batch in compress_calls(
@@ -373,6 +372,9 @@ class Runner:
             self.state = replace(self.state, record=record)
         for spec, batch in idle_compress_calls(compression, self._eviction_shapes, texts=texts):
             self.cache, _ = self._steps.compress(self.params, self.cache, record, batch, spec)
+        if isinstance(compression.policy, KVzip):
+            for work in self._reconstruction.idle_batches(compression.policy):
+                self.cache = self._steps.reconstruct(self.params, self.cache, work, self.implementation)
         self.measure()
 
     def _pack(self, chunks: Sequence[Chunk], *, size: int | None = None) -> PrefillBatch:

@@ -84,27 +84,20 @@ class Compactor(Method):
         attention = _standardise(layer.score, layer.live, axes=(1, 2))
         sketch = jnp.asarray(sketch_matrix(layer.k.shape[-1], self.sketch_size))
         x = jnp.einsum("khsd,dm->khsm", layer.k_before_rope(), sketch, precision=_EXACT)
-        return attention + self.blend * self._leverage(x, layer.position, layer.live)
+        return attention + self.blend * self._leverage(x, layer)
 
-    def _leverage(self, x: jax.Array, position: jax.Array, live: jax.Array) -> jax.Array:
+    def _leverage(self, x: jax.Array, layer: LayerSlots) -> jax.Array:
         """f32[K, H, S]: the standardised leverage scores of sketched keys f32[K, H, S, m]."""
-
-        def in_order(x: jax.Array, position: jax.Array, live: jax.Array) -> jax.Array:
-            del position
-            return _chunk_leverage(x, live, self.chunk_size, self.regularization)
-
-        def by_sorting(x: jax.Array, position: jax.Array, live: jax.Array) -> jax.Array:
-            order = jnp.argsort(jnp.where(live, position, jnp.iinfo(jnp.int32).max), axis=-1, stable=True)
-            leverage = _chunk_leverage(
-                jnp.take_along_axis(x, order[..., None], axis=2),
-                jnp.take_along_axis(live, order, axis=2),
-                self.chunk_size,
-                self.regularization,
-            )
-            return jnp.take_along_axis(leverage, jnp.argsort(order, axis=-1), axis=2)
-
-        ascending = live[..., :-1] & (position[..., 1:] > position[..., :-1])
-        return jax.lax.cond(jnp.all(ascending | ~live[..., 1:]), in_order, by_sorting, x, position, live)
+        if layer.in_text_order:
+            return _chunk_leverage(x, layer.live, self.chunk_size, self.regularization)
+        order = jnp.argsort(jnp.where(layer.live, layer.position, jnp.iinfo(jnp.int32).max), axis=-1, stable=True)
+        leverage = _chunk_leverage(
+            jnp.take_along_axis(x, order[..., None], axis=2),
+            jnp.take_along_axis(layer.live, order, axis=2),
+            self.chunk_size,
+            self.regularization,
+        )
+        return jnp.take_along_axis(leverage, jnp.argsort(order, axis=-1), axis=2)
 
 
 def sketch_matrix(dim: int, size: int) -> np.ndarray:

@@ -84,4 +84,6 @@ class KVCompress(Method):
             seen = jnp.minimum(slots.recorded[lane], slots.text_length[lane] - slots.position)
             scores = scores / jnp.maximum(seen, 1)
         size = self.kernel_size or (1 if self.full_range else _POOLED_TOKENS)
-        return pool_along_text(scores, slots.position, slots.live, size=size, pooling="max")
+        return pool_along_text(
+            scores, slots.position, slots.live, size=size, pooling="max", in_text_order=slots.in_text_order
+        )

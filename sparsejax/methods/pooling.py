@@ -12,13 +12,18 @@ POOLINGS: tuple[Pooling, ...] = ("max", "avg", "none")
 
 
 def pool_along_text(
-    scores: jax.Array, position: jax.Array, member: jax.Array, *, size: int, pooling: Pooling
+    scores: jax.Array,
+    position: jax.Array,
+    member: jax.Array,
+    *,
+    size: int,
+    pooling: Pooling,
+    in_text_order: bool = False,
 ) -> jax.Array:
     """f32[..., S]: each member's score replaced by the maximum or mean over it and its neighbours in the text.
 
     Neighbours are the (size - 1) / 2 members before and after in the order of positions; where there are fewer, at the
-    ends, the mean is over those that exist. If the members already lie in the order of their positions, at the front,
-    nothing is sorted.
+    ends, the mean is over those that exist.
 
     Args:
       scores: f32[..., S].
@@ -26,25 +31,19 @@ def pool_along_text(
       member: bool[..., S], which slots take part; others neither count nor get a score (theirs is 0).
       size: odd, of the window.
       pooling: "max", "avg", or "none" (the scores as they are).
+      in_text_order: the members are known to lie at the front, in the order of their positions: nothing is sorted.
     """
     if pooling == "none" or size == 1:
         return jnp.where(member, scores, 0.0)
 
-    def in_order(scores: jax.Array, position: jax.Array, member: jax.Array) -> jax.Array:
-        del position
+    scores = scores.astype(jnp.float32)
+    if in_text_order:
         return _pool(scores, member, size, pooling)
-
-    def by_sorting(scores: jax.Array, position: jax.Array, member: jax.Array) -> jax.Array:
-        key = jnp.where(member, position, jnp.iinfo(jnp.int32).max)
-        order = jnp.argsort(key, axis=-1, stable=True)
-        pooled = _pool(
-            jnp.take_along_axis(scores, order, axis=-1), jnp.take_along_axis(member, order, axis=-1), size, pooling
-        )
-        return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
-
-    ascending = (position[..., 1:] > position[..., :-1]) & member[..., :-1]
-    ordered = jnp.all(ascending | ~member[..., 1:])
-    return jax.lax.cond(ordered, in_order, by_sorting, scores.astype(jnp.float32), position, member)
+    order = jnp.argsort(jnp.where(member, position, jnp.iinfo(jnp.int32).max), axis=-1, stable=True)
+    pooled = _pool(
+        jnp.take_along_axis(scores, order, axis=-1), jnp.take_along_axis(member, order, axis=-1), size, pooling
+    )
+    return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def _pool(scores: jax.Array, member: jax.Array, size: int, pooling: Pooling) -> jax.Array:

@@ -52,6 +52,7 @@ class LayerSlots:
       seed: u32[K], of the request.
       moments: of the layer's queries, or None.
       num_query_heads: Hq.
+      in_text_order: the live slots are known to lie at the front, in the order of their positions.
     """
 
     index: int | jax.Array
@@ -65,6 +66,7 @@ class LayerSlots:
     seed: jax.Array
     moments: QueryMoments | None
     num_query_heads: int
+    in_text_order: bool
     _pages: jax.Array = field(repr=False)
     _k_pages: jax.Array = field(repr=False)
     _v_pages: jax.Array = field(repr=False)
@@ -142,7 +144,7 @@ class LayerSlots:
         "moments",
         "budget",
     ],
-    meta_fields=["num_query_heads", "rope", "output_kernel"],
+    meta_fields=["num_query_heads", "in_text_order", "rope", "output_kernel"],
 )
 @dataclass(frozen=True)
 class Slots:
@@ -160,6 +162,8 @@ class Slots:
       moments: sums over the queries, or None.
       budget: i32[K], tokens to keep per layer and head, on average; for methods that choose in stages, or None.
       num_query_heads: Hq, static.
+      in_text_order: static; the live slots are known to lie at the front, in the order of their positions, as they do
+        until something is evicted.
       rope: angles by position, or None.
       output_kernel: output projection by layer, or None.
     """
@@ -177,6 +181,7 @@ class Slots:
     v_pages: jax.Array
     moments: QueryMoments | None
     num_query_heads: int
+    in_text_order: bool = False
     rope: RopeAngles | None = None
     output_kernel: OutputKernel | None = None
     budget: jax.Array | None = None
@@ -215,6 +220,7 @@ class Slots:
             seed=self.seed,
             moments=jax.tree.map(lambda leaf: leaf[index], self.moments),
             num_query_heads=self.num_query_heads,
+            in_text_order=self.in_text_order,
             _pages=self.pages[index],
             _k_pages=self.k_pages,
             _v_pages=self.v_pages,
@@ -235,6 +241,7 @@ def gather_slots(
     recorded: jax.Array,
     seed: jax.Array,
     num_query_heads: int,
+    in_text_order: bool = False,
     moments: QueryMoments | None = None,
     budget: jax.Array | None = None,
     rope: RopeAngles | None = None,
@@ -254,6 +261,7 @@ def gather_slots(
       recorded: i32[K], queries that added to the scores.
       seed: u32[K], of each request.
       num_query_heads: Hq.
+      in_text_order: nothing was ever evicted from these rows, so their slots lie in the order of the text.
       moments: sums over the queries of these rows, for methods that record them.
       budget: i32[K], tokens to keep per layer and head, on average, for methods that choose in stages.
       rope: rotation angles by position, for methods that undo the rotation.
@@ -291,6 +299,7 @@ def gather_slots(
         moments=moments,
         budget=budget,
         num_query_heads=num_query_heads,
+        in_text_order=in_text_order,
         rope=rope,
         output_kernel=output_kernel,
     )

@@ -53,6 +53,7 @@ class SnapKV(Method):
             slots.score / queries,
             slots.position,
             slots.live & ~observed,
+            in_text_order=slots.in_text_order,
             size=self.kernel_size or DEFAULT_KERNEL_SIZE[self.pooling],
             pooling=self.pooling,
         )

@@ -1,0 +1,69 @@
+"""What is compiled at warm-up covers every call that requests can cause."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+
+from sparsejax import CompressionParams, SamplingParams
+from sparsejax.cache import CacheLayout
+from sparsejax.engine.eviction_batches import (
+    EvictionShapes,
+    compress_calls,
+    evict_calls,
+    idle_compress_calls,
+    idle_evict_calls,
+)
+from sparsejax.engine.plan import Compress, Evict
+from sparsejax.engine.request import Request
+
+LONGEST = 1500
+SHAPES = EvictionShapes(
+    layout=CacheLayout(
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=8,
+        num_pages=64,
+        max_rows=4,
+        max_slots=LONGEST,
+        page_size=4,
+        granularity="per_head",
+        dtype=jnp.float32,
+        with_score=True,
+        with_position=True,
+    ),
+    num_query_heads=4,
+    compress_rows=4,
+    evict_rows=(1, 2, 4),
+    implementation=None,
+)
+BUDGETS = ({"budget_tokens": 300}, {"keep_fraction": 0.3}, {"keep_fraction": 0.9}, {"keep_fraction": 1.0})
+
+
+def request(params: CompressionParams, length: int) -> Request:
+    return Request(f"of {length}", [5] * length, SamplingParams(), params)
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_warm_up_covers_every_compression(budget):
+    params = CompressionParams(method="snapkv", **budget)
+    known = {(spec, batch.rows.shape) for spec, batch in idle_compress_calls(params, SHAPES)}
+    for length in range(40, LONGEST, 7):
+        if length <= params.budget(length):
+            continue
+        entry = Compress(request(params, length), length, params.budget(length))
+        for entries in ([entry], [entry] * 3):
+            for _, spec, batch in compress_calls(entries, SHAPES, moment_slots={}):
+                assert (spec, batch.rows.shape) in known, length
+
+
+@pytest.mark.parametrize("strategy", ["reuse", "no_op"])
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_warm_up_covers_every_eviction(budget, strategy):
+    params = CompressionParams(method="random", strategy=strategy, **budget)
+    known = {(spec, batch.rows.shape) for spec, batch in idle_evict_calls(params, SHAPES)}
+    for length in range(40, LONGEST, 7):
+        for bulk in (False, True):
+            entry = Evict(request(params, 40), length, params.budget(length), bulk=bulk)
+            for _, spec, batch in evict_calls([entry], SHAPES):
+                assert (spec, batch.rows.shape) in known, length
