@@ -1,13 +1,14 @@
 """sparsejax: a JAX inference engine for NVIDIA GPUs in which the KV cache is sparse from the start."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sparsejax.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.errors import SparsejaxError
 
 if TYPE_CHECKING:
     from sparsejax.engine.llm import LLM
+    from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -23,10 +24,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`LLM` on first use: it brings JAX, which `sparsejax --help` does not need."""
-    if name == "LLM":
-        from sparsejax.engine.llm import LLM
+# What brings JAX, which `sparsejax --help` does not need, and the module that is imported on first use.
+_LAZY = {
+    "LLM": "sparsejax.engine.llm",
+    "CompressionParams": "sparsejax.engine.sampling_params",
+    "SamplingParams": "sparsejax.engine.sampling_params",
+}
 
-        return LLM
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,12 +6,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparsejax.engine.sampling_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError, unknown_key_error
 
-if TYPE_CHECKING:  # both bring JAX, which the command line's parser does not need
+if TYPE_CHECKING:  # all bring JAX, which the command line's parser does not need
     from pallas_kernels import Implementation
     from sparsejax.cache import Granularity
+    from sparsejax.engine.sampling_params import CompressionParams
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GRANULARITIES = ("shared", "per_layer", "per_head")
@@ -108,10 +108,13 @@ class EngineConfig:
 
             for name in self.methods:
                 _require_choice("methods", name, methods.available())
-        if self.default_compression is not None and not isinstance(self.default_compression, CompressionParams):
-            raise InvalidArgumentError(
-                f"default_compression must be CompressionParams, got {self.default_compression!r}."
-            )
+        if self.default_compression is not None:
+            from sparsejax.engine.sampling_params import CompressionParams
+
+            if not isinstance(self.default_compression, CompressionParams):
+                raise InvalidArgumentError(
+                    f"default_compression must be CompressionParams, got {self.default_compression!r}."
+                )
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:

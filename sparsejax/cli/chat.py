@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from sparsejax.cli import options
+from sparsejax.cli.compression_options import add_compression_options, compression_from
 from sparsejax.errors import SparsejaxError
 
 HELP = "/clear forgets the conversation, /exit (or end of input) leaves, /help shows this."
@@ -16,18 +17,18 @@ def add_parser(subparsers) -> None:
         "chat",
         help="talk to a model",
         description=f"Chats through the model's own chat template, streaming the answer. {HELP}",
-        epilog='example: echo "Hello" | sparsejax chat',
+        epilog='example: echo "Hello" | sparsejax chat --method keydiff --budget-tokens 512',
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message to start with")
     options.add_sampling_options(parser, max_tokens=512)
-    options.add_compression_options(parser)
+    add_compression_options(parser)
     options.add_model_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    llm = options.make_llm(args)
-    params, compression = options.sampling_params(args), options.compression_params(args)
+    params, compression = options.sampling_params(args), compression_from(args)
+    llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", compression.method])))
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(start)
     interactive = sys.stdin.isatty()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsejax.errors import InvalidArgumentError
@@ -26,10 +27,13 @@ ARGUMENTS = (
     "budget_floor",
 )
 
+# Those that mean the same for all methods, whatever the budget.
+COMMON_ARGUMENTS = ("sink_tokens", "recent_tokens", "window_tokens", "budget_rule", "budget_floor")
+
 
 def add_compression_options(parser: argparse.ArgumentParser) -> None:
     """--method and what goes with it; read them back with `compression_from`."""
-    group = parser.add_argument_group("KV cache")
+    group = parser.add_argument_group("KV cache", "A sparse method keeps a part of it: `sparsejax methods` lists them.")
 
     def whole(name: str, text: str) -> None:
         group.add_argument(name, type=int, metavar="N", help=text)
@@ -39,9 +43,7 @@ def add_compression_options(parser: argparse.ArgumentParser) -> None:
     )
     whole("--budget-tokens", "tokens to keep per layer and KV head, on average")
     group.add_argument("--keep-fraction", type=float, metavar="F", help="or the fraction of the text to keep")
-    whole("--sink-tokens", "first tokens that are always kept (default: the method's)")
-    whole("--recent-tokens", "last tokens that are always kept (default: the method's)")
-    whole("--window-tokens", "last queries that the method looks at (default: the method's)")
+    add_common_arguments(group)
     whole("--context-tokens", "compress after so many prompt tokens, before the rest is seen")
     whole("--interval-tokens", "compress again whenever so many tokens have been generated")
     group.add_argument(
@@ -55,8 +57,6 @@ def add_compression_options(parser: argparse.ArgumentParser) -> None:
         help="memory of what is evicted at every step: reuse (default), free_block, sparse_copy or no_op",
     )
     whole("--num-per-evict", "tokens evicted at once by a method that evicts at every step (default: 1)")
-    group.add_argument("--budget-rule", metavar="NAME", help="how layers and heads share the budget")
-    group.add_argument("--budget-floor", type=float, metavar="F", help="share of the mean budget every head gets")
     group.add_argument(
         "--option",
         action="append",
@@ -64,6 +64,25 @@ def add_compression_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="an option of the method or the budget rule's own, e.g. pooling=avg (repeatable)",
     )
+
+
+def add_common_arguments(group: Any) -> None:
+    """The options of `COMMON_ARGUMENTS`, for a parser or a group of one; read them back with `common_arguments`."""
+    for name, text in (
+        ("--sink-tokens", "first tokens that are always kept"),
+        ("--recent-tokens", "last tokens that are always kept"),
+        ("--window-tokens", "last queries that the method looks at"),
+    ):
+        group.add_argument(name, type=int, metavar="N", help=f"{text} (default: the method's)")
+    group.add_argument(
+        "--budget-rule", metavar="NAME", help="how layers and heads share the budget: uniform, pyramid, adaptive, ..."
+    )
+    group.add_argument("--budget-floor", type=float, metavar="F", help="share of the mean budget every head gets")
+
+
+def common_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the options of `add_common_arguments`."""
+    return {name: getattr(args, name) for name in COMMON_ARGUMENTS if getattr(args, name) is not None}
 
 
 def compression_from(args: argparse.Namespace, **overrides: Any) -> CompressionParams:
@@ -79,6 +98,22 @@ def compression_from(args: argparse.Namespace, **overrides: Any) -> CompressionP
 
     given = {name: getattr(args, name) for name in ("method", *ARGUMENTS)} | overrides
     return CompressionParams(**given, options=dict(map(_own_option, args.option)))
+
+
+def method_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """["snapkv.pooling=avg"] -> {"snapkv": {"pooling": "avg"}}.
+
+    Raises:
+      InvalidArgumentError: a text of another form.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        method, dot, own = text.partition(".")
+        if not dot or not method.isidentifier():
+            raise InvalidArgumentError(f"--option must look like METHOD.NAME=VALUE, got {text!r}.")
+        name, value = _own_option(own)
+        options.setdefault(method, {})[name] = value
+    return options
 
 
 def _own_option(text: str) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""`sparsejax eval`: measure what a model (and later a sparse method) gets right."""
+"""`sparsejax eval`: measure what a model gets right, dense and under sparse methods."""
 
 from __future__ import annotations
 
@@ -7,19 +7,35 @@ import dataclasses
 import json
 from pathlib import Path
 
-from sparsejax.cli import options
-from sparsejax.errors import InvalidArgumentError
+from sparsejax.cli import compression_options, options
+from sparsejax.errors import InvalidArgumentError, SparsejaxError
+
+RULER = """Generates needle retrieval, variable tracking and most-common-word tasks at the given lengths from a seed,
+answers them greedily and prints the share of exact answers per task.
+
+With --methods it compares sparse methods. Each compresses once, to each of --budgets, and the tables keep apart what
+must not be mixed:
+  aware     compressed with the question in sight: after all of the prompt but its last token, so that every token of
+            the answer is computed from what was kept
+  agnostic  compressed before the question is seen
+A table has the dense line first, the bytes that were kept (measured, whole pages), and 95 % bootstrap intervals."""
+
+EXAMPLES = """examples:
+  sparsejax eval ruler --lengths 1024,4096 --samples 50 --json scores.json
+  sparsejax eval ruler --methods snapkv,compactor,random --budgets 0.125,0.25,256 --plot accuracy.png
+  sparsejax eval ruler --methods all --budgets 0.25 --mode agnostic --option snapkv.pooling=avg
+"""
 
 
 def add_parser(subparsers) -> None:
-    parser = subparsers.add_parser("eval", help="score a model on long-context tasks")
+    parser = subparsers.add_parser("eval", help="score a model, dense or sparse, on long-context tasks")
     suites = parser.add_subparsers(dest="suite", metavar="SUITE", required=True)
     ruler = suites.add_parser(
         "ruler",
         help="retrieval tasks at any length, by exact match",
-        description="Generates needle retrieval, variable tracking and most-common-word tasks at the given lengths "
-        "from a seed, answers them greedily and prints the share of exact answers per task.",
-        epilog="example: sparsejax eval ruler --lengths 1024,4096 --samples 50 --json scores.json",
+        description=RULER,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ruler.add_argument("--lengths", default="1024,4096", metavar="N,N", help="prompt tokens (default: %(default)s)")
     ruler.add_argument("--tasks", metavar="A,B", help="some tasks only (default: all)")
@@ -28,13 +44,32 @@ def add_parser(subparsers) -> None:
     )
     ruler.add_argument("--seed", type=int, default=0, metavar="N", help="of the tasks (default: %(default)s)")
     ruler.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
-    options.add_compression_options(ruler)
+    sweep = ruler.add_argument_group("sparse methods")
+    sweep.add_argument(
+        "--methods", metavar="A,B", help="methods to compare, or all; `sparsejax methods` lists them (default: dense)"
+    )
+    sweep.add_argument(
+        "--budgets",
+        default="0.125,0.25,0.5",
+        metavar="B,B",
+        help="with a point: fraction to keep, in (0, 1]; whole: tokens a layer and head (default: %(default)s)",
+    )
+    sweep.add_argument("--mode", choices=("aware", "agnostic", "both"), default="both", help="(default: %(default)s)")
+    compression_options.add_common_arguments(sweep)
+    sweep.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="METHOD.NAME=VALUE",
+        help="an option of one method, or an argument of CompressionParams for it (repeatable)",
+    )
+    sweep.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over what is kept")
     options.add_model_options(ruler)
     ruler.set_defaults(run=run_ruler)
 
 
 def run_ruler(args: argparse.Namespace) -> int:
-    from sparsejax.evaluation import TASKS, evaluate, format_table
+    from sparsejax.evaluation import TASKS
 
     lengths = numbers("--lengths", args.lengths)
     tasks = args.tasks.split(",") if args.tasks else list(TASKS)
@@ -43,21 +78,66 @@ def run_ruler(args: argparse.Namespace) -> int:
         raise InvalidArgumentError(f"--tasks has no task {unknown[0]!r}; there are {', '.join(TASKS)}.")
     if args.samples < 1:
         raise InvalidArgumentError(f"--samples must be at least 1, got {args.samples}.")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise InvalidArgumentError(f"--json {args.json} cannot be written: there is no folder {args.json.parent}.")
-    llm = options.make_llm(args)
-    rows = evaluate(
-        answering(llm, options.compression_params(args)),
-        llm.get_tokenizer(),
-        tasks=tasks,
-        lengths=lengths,
-        samples=args.samples,
-        seed=args.seed,
-    )
-    print(format_table(rows))
+    for option in ("json", "plot"):
+        path = getattr(args, option)
+        if path is not None and not path.parent.is_dir():
+            raise InvalidArgumentError(f"--{option} {path} cannot be written: there is no folder {path.parent}.")
+    samples = {"tasks": tasks, "lengths": lengths, "samples": args.samples, "seed": args.seed}
+    scores = _dense(args, samples) if args.methods is None else _sweep(args, samples)
     if args.json is not None:
-        args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _dense(args: argparse.Namespace, samples: dict) -> list[dict]:
+    """The model as it is: a line a task, a column a length."""
+    from sparsejax import CompressionParams
+    from sparsejax.evaluation import evaluate, format_table
+
+    for name in ("plot", *compression_options.COMMON_ARGUMENTS):
+        if getattr(args, name) is not None:
+            raise InvalidArgumentError(f"--{name.replace('_', '-')} needs --methods.")
+    if args.option:
+        raise InvalidArgumentError("--option needs --methods.")
+    llm = options.make_llm(args)
+    rows = evaluate(answering(llm, CompressionParams()), llm.get_tokenizer(), **samples)
+    print(format_table(rows))
+    return [dataclasses.asdict(row) for row in rows]
+
+
+def _sweep(args: argparse.Namespace, samples: dict) -> list[dict]:
+    """Methods against dense: a table for each length and mode."""
+    from sparsejax import methods
+    from sparsejax.bench.plots import require_matplotlib
+    from sparsejax.evaluation.method_sweep import MODES, compare_methods, format_methods, make_settings
+    from sparsejax.evaluation.plots import plot_methods
+
+    names = list(methods.available()) if args.methods == "all" else args.methods.split(",")
+    for name in names:
+        if name not in methods.available():
+            raise InvalidArgumentError(f"--methods has no method {name!r}; there are {', '.join(methods.available())}.")
+    if args.plot is not None:
+        require_matplotlib()
+        if set(names) <= {"full"}:
+            raise InvalidArgumentError("--plot needs a method beside full: there is nothing to draw.")
+    try:
+        settings = make_settings(
+            names,
+            budgets("--budgets", args.budgets),
+            MODES if args.mode == "both" else (args.mode,),
+            common=compression_options.common_arguments(args),
+            options=compression_options.method_options(args.option),
+        )
+    except SparsejaxError as error:
+        raise type(error)(f"--methods, --budgets and their options do not fit: {error}") from None
+    # One engine serves all methods, and on a CPU every slot that a row could have costs time.
+    room = {"max_model_len": max(samples["lengths"])} if args.max_model_len is None else {}
+    llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", *names])), **room)
+    rows = compare_methods(llm, settings, **samples)
+    print(format_methods(rows))
+    if args.plot is not None:
+        plot_methods(rows, args.plot)
+    return [row.as_dict() for row in rows]
 
 
 def answering(llm, compression):
@@ -83,3 +163,20 @@ def numbers(name: str, text: str) -> list[int]:
     if min(numbers) < 1:
         raise InvalidArgumentError(f"{name} must be positive, got {text!r}.")
     return numbers
+
+
+def budgets(name: str, text: str) -> list[float]:
+    """ "0.25,256" -> [0.25, 256]: fractions in (0, 1] as floats, numbers of tokens as ints."""
+    found: list[float] = []
+    for part in text.split(","):
+        try:
+            value = int(part) if part.strip().isdecimal() else float(part)
+        except ValueError:
+            value = 0
+        if not (value >= 1 if isinstance(value, int) else 0 < value <= 1):
+            raise InvalidArgumentError(
+                f"{name} must be fractions in (0, 1], written with a point, and whole numbers of tokens, with commas "
+                f"between; got {part!r}."
+            )
+        found.append(value)
+    return found

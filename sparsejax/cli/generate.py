@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from sparsejax.cli import options
+from sparsejax.cli.compression_options import add_compression_options, compression_from
+from sparsejax.engine.outputs import RequestMetrics
 from sparsejax.errors import InvalidArgumentError
 
 
@@ -17,24 +19,24 @@ def add_parser(subparsers) -> None:
         "generate",
         help="complete one or more prompts",
         description="Completes prompts as plain text (use `sparsejax chat` for a chat template).",
-        epilog='example: sparsejax generate "The capital of France is" --max-tokens 8 --json',
+        epilog='example: sparsejax generate "The capital of France is" --max-tokens 8 --json; '
+        "with a sparse method: sparsejax generate --file prompts.txt --method snapkv --keep-fraction 0.25",
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to complete; - reads standard input")
     parser.add_argument("--file", type=Path, metavar="FILE", help="a file of prompts, one a line")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt, metrics included")
     parser.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)")
     options.add_sampling_options(parser, max_tokens=128)
-    options.add_compression_options(parser)
+    add_compression_options(parser)
     options.add_model_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
-    llm = options.make_llm(args)
-    outputs = llm.generate(
-        prompts, options.sampling_params(args, n=args.n), options.compression_params(args), use_tqdm=len(prompts) > 1
-    )
+    params, compression = options.sampling_params(args, n=args.n), compression_from(args)
+    llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", compression.method])))
+    outputs = llm.generate(prompts, params, compression, use_tqdm=len(prompts) > 1)
     for output in outputs:
         if args.json:
             print(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
@@ -43,7 +45,17 @@ def run(args: argparse.Namespace) -> int:
             if len(prompts) > 1 or args.n > 1:
                 print(f"--- {output.prompt!r}" + (f" [{completion.index}]" if args.n > 1 else ""))
             print(completion.text)
+        if output.metrics.num_compressions:
+            print(_compression_line(output.metrics), file=sys.stderr)  # standard output is the text alone
     return 0
+
+
+def _compression_line(metrics: RequestMetrics) -> str:
+    before, after = metrics.kv_bytes_before_compression, metrics.kv_bytes_after_compression
+    return (
+        f"KV cache compressed: {before / 2**20:.2f} MiB -> {after / 2**20:.2f} MiB ({100 * after / before:.1f} % kept) "
+        f"in {1e3 * metrics.compression_seconds:.1f} ms"
+    )
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

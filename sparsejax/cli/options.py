@@ -1,12 +1,14 @@
-"""Options that several subcommands share: the model and engine, sampling, compression, fields of a dataclass."""
+"""Options that several subcommands share: the model and engine, sampling, fields of a dataclass."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from sparsejax.config import DTYPES
-from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
+
+if TYPE_CHECKING:  # brings JAX, which the parser does not need
+    from sparsejax import SamplingParams
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +81,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
 
 def sampling_params(args: argparse.Namespace, **overrides: Any) -> SamplingParams:
     """SamplingParams from the options of `add_sampling_options`."""
+    from sparsejax import SamplingParams
+
     names = (
         "max_tokens",
         "temperature",
@@ -91,21 +95,6 @@ def sampling_params(args: argparse.Namespace, **overrides: Any) -> SamplingParam
         "ignore_eos",
     )
     return SamplingParams(**({name: getattr(args, name) for name in names} | overrides))
-
-
-def add_compression_options(parser: argparse.ArgumentParser) -> None:
-    """--method; read it back with `compression_params`."""
-    from sparsejax import methods
-
-    group = parser.add_argument_group("KV cache")
-    group.add_argument(
-        "--method", choices=methods.available(), default="full", help="sparse method (default: full, keep all)"
-    )
-
-
-def compression_params(args: argparse.Namespace) -> CompressionParams:
-    """CompressionParams from the options of `add_compression_options`."""
-    return CompressionParams(method=args.method)
 
 
 def add_defaulted(group: Any, defaults: Any, options: dict[str, tuple[str, tuple[str, ...] | None]]) -> None:

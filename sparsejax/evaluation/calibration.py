@@ -120,7 +120,12 @@ def measure_points(
     dense = tail_nlls(llm, prompts, counts, CompressionParams())
     points = []
     for fraction in keep_fractions:
-        kept = [_keeping(compression, fraction, each.context_tokens) for each in encoded]
+        kept = [
+            dataclasses.replace(
+                compression, budget_tokens=None, keep_fraction=fraction, context_tokens=each.context_tokens
+            )
+            for each in encoded
+        ]
         compressed = tail_nlls(llm, prompts, counts, kept)
         points += [
             CalibrationPoint(fraction, nll, (full + smoothing) / (part + smoothing))
@@ -137,12 +142,4 @@ def calibrate(llm: LLM, compression: CompressionParams, **measurement: Any) -> C
         [point.context_nll for point in points],
         [point.quality for point in points],
         method=compression.method,
-    )
-
-
-def _keeping(compression: CompressionParams, fraction: float, context_tokens: int) -> CompressionParams:
-    """The same compression of the first `context_tokens`, keeping `fraction` of them."""
-    fields = {field.name: getattr(compression, field.name) for field in dataclasses.fields(compression)}
-    return CompressionParams(
-        **{**fields, "budget_tokens": None, "keep_fraction": fraction, "context_tokens": context_tokens}
     )

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 _WORD = re.compile(r"\w+")
 
 
@@ -47,6 +49,25 @@ def mean_scores(rows: Iterable[Row]) -> dict[int, float]:
     for row in rows:
         by_length.setdefault(row.length, []).append(row.score)
     return {length: sum(scores) / len(scores) for length, scores in sorted(by_length.items())}
+
+
+def bootstrap_interval(
+    hits: Sequence[bool], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Confidence interval of the mean by the percentile bootstrap: the same hits always give the same interval.
+
+    If all hits are equal the interval has no width; it then says nothing about how sure the mean is.
+
+    Args:
+        hits: outcomes, at least one.
+        level: share of resampled means inside, in (0, 1).
+        resamples: draws of as many outcomes as there are, with replacement.
+        seed: of the draws.
+    """
+    # How many hits a resample has depends on their number only.
+    counts = np.random.default_rng(seed).binomial(len(hits), np.mean(hits), resamples)
+    low, high = np.quantile(counts / len(hits), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -13,6 +13,7 @@ import pytest
 from checkpoint_stubs import write_config
 from embedded import OPTIONS
 
+from sparsejax import methods
 from sparsejax.assets import tiny_model_path
 from sparsejax.checkpoint import load_model
 from sparsejax.cli import COMMANDS, main
@@ -25,8 +26,9 @@ HELPS = [
     (["convert"], "--to-hf"),
     (["pack-data"], "--no-wrap"),
     (["train-compressor"], "--kv-compressed-size"),
+    (["methods"], "--json"),
     (["eval"], "ruler"),
-    (["eval", "ruler"], "--lengths"),
+    (["eval", "ruler"], "before the question is seen"),
     (["bench"], "latency"),
     (["bench", "latency"], "--shapes"),
     (["bench", "latency"], "--budget-tokens"),
@@ -127,6 +129,48 @@ def test_eval_scores_the_embedded_model(capsys, tmp_path):
     assert all(row["score"] == 1.0 for row in rows)
 
 
+def test_generate_tells_what_compression_freed(capsys):
+    prompt = "The secret word of otter is topaz. " * 20
+    command = ["generate", prompt, "--max-tokens", "2", "--method", "keydiff", *OPTIONS]
+    assert main([*command, "--budget-tokens", "32", "--recent-tokens", "4", "--compress-once"]) == 0
+    found = re.search(r"compressed: (.*) MiB -> (.*) MiB \((.*) % kept\)", capsys.readouterr().err)
+    assert found is not None
+    before, after, kept = map(float, found.groups())
+    assert 0 < after < before / 3
+    assert kept == pytest.approx(100 * after / before, rel=0.05)
+
+
+def test_methods_are_listed_and_explained(capsys):
+    assert main(["methods"]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines() if " - " in line] == list(methods.available())
+    assert "arXiv:2404.14469" in listed
+    assert main(["methods", "snapkv"]) == 0
+    explained = capsys.readouterr().out
+    assert "pooling='max', kernel_size=None" in explained
+    assert "kernel_size: odd, tokens that are pooled over" in explained
+    assert main(["methods", "--json"]) == 0
+    facts = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert facts["h2o"]["options"] == {"scope": "head", "recent_ratio": 0.5, "prefill_window": None}
+    assert all(facts[name]["saves"] and facts[name]["summary"] for name in methods.available())
+
+
+def test_eval_compares_methods_with_dense(capsys, tmp_path):
+    scores, plot = tmp_path / "scores.json", tmp_path / "plot.png"
+    command = ["eval", "ruler", "--lengths", "256", "--tasks", "single", "--samples", "2", *OPTIONS]
+    command += ["--methods", "keydiff", "--budgets", "1.0,32", "--mode", "agnostic", "--recent-tokens", "4"]
+    assert main([*command, "--option", "keydiff.sink_tokens=2", "--json", str(scores), "--plot", str(plot)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("query-agnostic")
+    assert [line.split()[:2] for line in table[2:]] == [["full", "-"], ["keydiff", "100%"], ["keydiff", "32"]]
+    dense, whole, some = json.loads(scores.read_text())
+    assert dense["score"] == whole["score"] == 1.0
+    assert whole["kept"] == 1.0
+    # One page of each head.
+    assert some["kv_bytes"] == dense["kv_bytes"] / 8
+    assert plot.stat().st_size > 1000
+
+
 def test_doctor_finds_every_kernel_in_order(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -172,6 +216,20 @@ def test_demo_answers_and_tells_its_times(capsys):
         (["eval", "ruler", "--lengths", "1k"], "whole numbers"),
         (["eval", "ruler", "--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["eval", "ruler", "--lengths", "16", *OPTIONS], "length is too short"),
+        (["eval", "ruler", "--methods", "snap"], "--methods has no method 'snap'; there are full"),
+        (["eval", "ruler", "--methods", "snapkv", "--budgets", "2.5"], "--budgets must be fractions"),
+        (["eval", "ruler", "--methods", "snapkv", "--budgets", "16"], "'snapkv' at budget 16: window_tokens"),
+        (
+            ["eval", "ruler", "--methods", "snapkv", "--option", "pooling=avg"],
+            "must look like METHOD.NAME=VALUE",
+        ),
+        (["eval", "ruler", "--methods", "full", "--plot", "x.png"], "--plot needs a method beside full"),
+        (["eval", "ruler", "--plot", "x.png"], "--plot needs --methods"),
+        (["generate", "x", "--method", "snapkv"], "needs exactly one of budget_tokens"),
+        (["generate", "x", "--method", "snapvk", "--keep-fraction", "0.5"], "Did you mean 'snapkv'"),
+        (["generate", "x", "--keep-fraction", "0.5"], "'full' keeps everything; it takes no keep_fraction"),
+        (["generate", "x", "--option", "pooling"], "--option must look like NAME=VALUE"),
+        (["methods", "snap"], "method must be one of 'full'"),
         (["demo", "--length", "16", *OPTIONS], "length is too short"),
         (["demo", "--length", "2000", *OPTIONS], "prompt 0 has .* max_model_len=1024"),
         (["bench", "latency", "--shapes", "1024"], "--shapes"),

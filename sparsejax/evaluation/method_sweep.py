@@ -1,0 +1,272 @@
+"""Compares eviction methods on the retrieval tasks: accuracy and bytes kept, by budget, with and without the question.
+
+A method sees one of two things before it compresses, and the two are never mixed:
+
+* "aware": the whole prompt but its last token. That one, the mark where the answer begins, is computed over the
+  compressed cache, so every token of the answer is. (Compressing after the very last token would leave the first
+  token of the answer to dense attention; where answers are one word, nothing would be measured.)
+* "agnostic": the context only. The question comes when the context has been compressed.
+
+Every method compresses once, so that what differs is the choice and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from sparsejax import methods as registry
+from sparsejax.engine.llm import LLM
+from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
+from sparsejax.errors import InvalidArgumentError, SparsejaxError
+from sparsejax.evaluation.ruler import EncodedPrompt, build_samples, encode_sample
+from sparsejax.evaluation.scoring import bootstrap_interval, exact_match
+from sparsejax.evaluation.tasks import ANSWER_TOKENS
+
+Mode = Literal["dense", "aware", "agnostic"]
+MODES: tuple[Mode, ...] = ("aware", "agnostic")
+ALL_TASKS = "all"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of a comparison.
+
+    Attributes:
+      mode: what is seen before compressing; "dense" compresses nothing.
+      budget: tokens per layer and head (int), or fraction of the compressed text (float); None if dense.
+      compression: the parameters but for `context_tokens`, which depend on the prompt.
+    """
+
+    mode: Mode
+    budget: float | None
+    compression: CompressionParams
+
+    def compression_of(self, prompt: EncodedPrompt) -> CompressionParams:
+        """The parameters of one prompt."""
+        if self.mode == "dense":
+            return self.compression
+        seen = prompt.context_tokens if self.mode == "agnostic" else len(prompt.tokens) - 1
+        return dataclasses.replace(self.compression, context_tokens=seen)
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """What one setting did on one task at one length.
+
+    Attributes:
+      method, mode, budget: see `Setting`.
+      task: its name, or "all".
+      length: tokens asked for.
+      hits: whether each sample's answer was exact.
+      kv_bytes: cache after compression, whole pages, mean over the samples; of a prompt that was within its budget, and
+        if dense: the most that it held.
+      dense_kv_bytes: the most that the same prompts hold when dense.
+    """
+
+    method: str
+    mode: Mode
+    budget: float | None
+    task: str
+    length: int
+    hits: tuple[bool, ...]
+    kv_bytes: float
+    dense_kv_bytes: float
+
+    @property
+    def score(self) -> float:
+        """Fraction of exact answers."""
+        return sum(self.hits) / len(self.hits)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap confidence interval of the score."""
+        return bootstrap_interval(self.hits)
+
+    @property
+    def kept(self) -> float:
+        """Share of the dense cache's bytes that is left."""
+        return self.kv_bytes / self.dense_kv_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with what follows from the fields."""
+        low, high = self.interval
+        return {**dataclasses.asdict(self), "score": self.score, "low": low, "high": high, "kept": self.kept}
+
+
+def make_settings(
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    modes: Sequence[Mode] = MODES,
+    *,
+    common: Mapping[str, Any] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Setting]:
+    """The dense line, then each mode, method and budget.
+
+    Args:
+      methods: names; "full" is the dense line, which is there in any case.
+      budgets: a float is a fraction in (0, 1], an int a number of tokens.
+      modes: of `MODES`.
+      common: arguments of `CompressionParams` for all methods.
+      options: arguments for single methods, by method; they win over the common ones.
+
+    Raises:
+      InvalidArgumentError: parameters that do not fit a method; the message names method and budget.
+    """
+    evicting = [name for name in dict.fromkeys(methods) if registry.get(name).family == "evict"]
+    for name in options or {}:
+        if name not in evicting:
+            raise InvalidArgumentError(f"options are given for method {name!r}, which is not among those compared.")
+    if evicting and not budgets:
+        raise InvalidArgumentError("budgets must have at least one number.")
+    for mode in modes:
+        if mode not in MODES:
+            raise InvalidArgumentError(f"modes must be of {', '.join(MODES)}; got {mode!r}.")
+    settings = [Setting("dense", None, CompressionParams())]
+    for mode in modes:
+        for name in evicting:
+            for budget in budgets:
+                given = {"compress_once": True, **(common or {}), **(options or {}).get(name, {})}
+                given["budget_tokens" if isinstance(budget, int) else "keep_fraction"] = budget
+                try:
+                    compression = CompressionParams(method=name, **given)
+                except SparsejaxError as error:
+                    raise type(error)(f"method {name!r} at budget {budget}: {error}") from None
+                settings.append(Setting(mode, budget, compression))
+    return settings
+
+
+def compare_methods(
+    llm: LLM,
+    settings: Sequence[Setting],
+    *,
+    tasks: Sequence[str] | None = None,
+    lengths: Sequence[int] = (1024, 4096),
+    samples: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[MethodRow]:
+    """Answers the same samples under every setting, all in one continuous batch.
+
+    Args:
+      llm: with a tokenizer; made with the settings' methods, or it rebuilds its cache for them.
+      settings: of `make_settings`; the first must be dense, all others are compared with its bytes.
+      tasks, lengths, samples, seed: see `sparsejax.evaluation.evaluate`.
+      progress: show a progress bar.
+
+    Returns:
+      A row for each setting, length and task, in that order.
+
+    Raises:
+      InvalidArgumentError: no tokenizer, a prompt that does not fit the engine, or the first setting is not dense.
+    """
+    if not settings or settings[0].mode != "dense":
+        raise InvalidArgumentError("settings must begin with a dense one, whose bytes the others are compared with.")
+    tokenizer = llm.get_tokenizer()
+    if tokenizer is None:
+        raise InvalidArgumentError("evaluation needs an LLM with a tokenizer; this one was made without.")
+    items = build_samples(tokenizer, tasks=tasks, lengths=lengths, samples=samples, seed=seed)
+    encoded = [encode_sample(tokenizer, item) for item in items]
+    outputs = llm.generate(
+        [prompt.tokens for _ in settings for prompt in encoded],
+        SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS),
+        [setting.compression_of(prompt) for setting in settings for prompt in encoded],
+        use_tqdm=progress,
+    )
+    hits = [
+        exact_match(output.outputs[0].text, item.answers, ordered=item.ordered)
+        for output, item in zip(outputs, [*items] * len(settings), strict=True)
+    ]
+    sizes = [
+        metrics.kv_bytes_after_compression if metrics.num_compressions else metrics.kv_bytes
+        for metrics in (output.metrics for output in outputs)
+    ]
+    rows = []
+    for place, setting in enumerate(settings):
+        for length, task in dict.fromkeys((item.length, item.task) for item in items):
+            chosen = [i for i, item in enumerate(items) if (item.length, item.task) == (length, task)]
+            there = [place * len(items) + i for i in chosen]
+            rows.append(
+                MethodRow(
+                    method=setting.compression.method,
+                    mode=setting.mode,
+                    budget=setting.budget,
+                    task=task,
+                    length=length,
+                    hits=tuple(hits[i] for i in there),
+                    kv_bytes=float(np.mean([sizes[i] for i in there])),
+                    dense_kv_bytes=float(np.mean([sizes[i] for i in chosen])),
+                )
+            )
+    return rows
+
+
+def over_tasks(rows: Sequence[MethodRow]) -> list[MethodRow]:
+    """One row for each method, mode, budget and length, of all tasks' samples together."""
+    groups: dict[tuple, list[MethodRow]] = {}
+    for row in rows:
+        groups.setdefault((row.method, row.mode, row.budget, row.length), []).append(row)
+    return [
+        dataclasses.replace(
+            group[0],
+            task=ALL_TASKS,
+            hits=tuple(hit for row in group for hit in row.hits),
+            kv_bytes=float(np.average([row.kv_bytes for row in group], weights=[len(row.hits) for row in group])),
+            dense_kv_bytes=float(
+                np.average([row.dense_kv_bytes for row in group], weights=[len(row.hits) for row in group])
+            ),
+        )
+        for group in groups.values()
+    ]
+
+
+def format_budget(budget: float | None) -> str:
+    """A fraction in percent, a number of tokens as it is."""
+    return "-" if budget is None else str(budget) if isinstance(budget, int) else f"{100 * budget:g}%"
+
+
+def format_methods(rows: Sequence[MethodRow]) -> str:
+    """Plain-text tables, one for each length and mode, the dense line first in each; scores in percent."""
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    titles = {"aware": "query-aware: compressed with the question", "agnostic": "query-agnostic: compressed before it"}
+    widths = [max(6, len(task)) + 2 for task in tasks]
+    name_width = max([len(row.method) for row in rows] + [6]) + 2
+
+    def line(method: str, budget: str, size: str, kept: str, scores: Sequence[str], mean: str, interval: str) -> str:
+        cells = "".join(f"{score:>{width}}" for score, width in zip(scores, widths, strict=True))
+        return f"{method:<{name_width}}{budget:>8}{size:>9}{kept:>7}{cells}{mean:>7}{interval:>15}"
+
+    tables = []
+    for length in dict.fromkeys(row.length for row in rows):
+        at_length = [row for row in rows if row.length == length]
+        samples = len(at_length[0].hits)
+        for mode in dict.fromkeys(row.mode for row in at_length if row.mode != "dense") or ("dense",):
+            lines = [
+                f"{titles.get(mode, 'dense')}; {length} tokens, {samples} samples a task",
+                line("method", "budget", "KV MiB", "kept", tasks, "mean", "95% interval"),
+            ]
+            for row in over_tasks([row for row in at_length if row.mode in ("dense", mode)]):
+                scores = {
+                    each.task: each.score
+                    for each in at_length
+                    if (each.method, each.mode, each.budget) == (row.method, row.mode, row.budget)
+                }
+                low, high = row.interval
+                lines.append(
+                    line(
+                        row.method,
+                        format_budget(row.budget),
+                        f"{row.kv_bytes / 2**20:.2f}",
+                        f"{100 * row.kept:.0f}%",
+                        [f"{100 * scores[task]:.1f}" for task in tasks],
+                        f"{100 * row.score:.1f}",
+                        f"{100 * low:.1f} - {100 * high:.1f}",
+                    )
+                )
+            tables.append("\n".join(lines))
+    return "\n\n".join(tables)

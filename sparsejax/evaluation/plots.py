@@ -1,0 +1,51 @@
+"""Figures of evaluation results. matplotlib is the optional extra `eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsejax.evaluation.method_sweep import MethodRow, over_tasks
+
+_TITLES = {"aware": "query-aware", "agnostic": "query-agnostic"}
+_MARKERS = "osv^D<>pPX*h"
+# matplotlib's ten colours, then black and grey: as many as markers.
+_COLOURS = (*(f"C{i}" for i in range(10)), "black", "grey")
+
+
+def plot_methods(rows: Sequence[MethodRow], path: str | Path) -> None:
+    """Accuracy over the share of the cache that is kept: one line a method, one panel a mode and length.
+
+    Args:
+      rows: of `compare_methods`, with at least one mode that compresses.
+      path: the file; its ending says the format.
+    """
+    from matplotlib.figure import Figure
+
+    lengths = list(dict.fromkeys(row.length for row in rows))
+    modes = list(dict.fromkeys(row.mode for row in rows if row.mode != "dense"))
+    names = list(dict.fromkeys(row.method for row in rows if row.mode != "dense"))
+    figure = Figure(figsize=(5 * len(modes) + 1.6, 3.6 * len(lengths)), layout="constrained")
+    axes = figure.subplots(len(lengths), len(modes), squeeze=False, sharey=True)
+    points = over_tasks(rows)
+    for i, length in enumerate(lengths):
+        (dense,) = [point for point in points if (point.length, point.mode) == (length, "dense")]
+        for j, mode in enumerate(modes):
+            axis = axes[i, j]
+            axis.axhline(100 * dense.score, color="black", linestyle=":", label="dense")
+            for place, name in enumerate(names):
+                style = {"marker": _MARKERS[place % len(_MARKERS)], "color": _COLOURS[place % len(_COLOURS)]}
+                line = sorted(
+                    (100 * point.kept, 100 * point.score)
+                    for point in points
+                    if (point.length, point.mode, point.method) == (length, mode, name)
+                )
+                axis.plot(*zip(*line, strict=True), label=name, **style)
+            axis.set_title(f"{_TITLES[mode]}, {length} tokens")
+            axis.set_xlabel("KV cache kept, % of dense bytes")
+            axis.set_xlim(left=0)
+            axis.set_ylim(-3, 103)
+            axis.grid(alpha=0.3)
+        axes[i, 0].set_ylabel("exact answers, %")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(path, dpi=80)
