@@ -86,7 +86,7 @@ def common_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compression_from(args: argparse.Namespace, **overrides: Any) -> CompressionParams:
-    """CompressionParams from the options of `add_compression_options`.
+    """CompressionParams from the options of `add_compression_options`, or from those of them that a command has.
 
     Args:
       overrides: arguments of `CompressionParams` that replace the command line's.
@@ -96,7 +96,9 @@ def compression_from(args: argparse.Namespace, **overrides: Any) -> CompressionP
     """
     from sparsejax.engine.compression_params import CompressionParams
 
-    given = {name: getattr(args, name) for name in ("method", *ARGUMENTS)} | overrides
+    given: dict[str, Any] = (
+        {"method": args.method} | {name: getattr(args, name, None) for name in ARGUMENTS} | overrides
+    )
     return CompressionParams(**given, options=dict(map(_own_option, args.option)))
 
 

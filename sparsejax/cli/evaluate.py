@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from sparsejax.cli import compression_options, options
+from sparsejax.cli import calibrate, compression_options, options
 from sparsejax.errors import InvalidArgumentError, SparsejaxError
 
 RULER = """Generates needle retrieval, variable tracking and most-common-word tasks at the given lengths from a seed,
@@ -66,6 +66,7 @@ def add_parser(subparsers) -> None:
     sweep.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over what is kept")
     options.add_model_options(ruler)
     ruler.set_defaults(run=run_ruler)
+    calibrate.add_parser(suites)
 
 
 def run_ruler(args: argparse.Namespace) -> int:

@@ -7,11 +7,16 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsejax.cli import options
-from sparsejax.cli.compression_options import add_compression_options, compression_from
+from sparsejax.cli.compression_options import ARGUMENTS, add_compression_options, compression_from
 from sparsejax.engine.outputs import RequestMetrics
 from sparsejax.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from sparsejax import LLM
+    from sparsejax.methods.calibrated_ratio import CalibratedRatio
 
 
 def add_parser(subparsers) -> None:
@@ -28,14 +33,29 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--n", type=int, default=1, metavar="N", help="answers to each prompt (default: 1)")
     options.add_sampling_options(parser, max_tokens=128)
     add_compression_options(parser)
+    calibrated = parser.add_argument_group("calibrated compression")
+    calibrated.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="written by `sparsejax eval calibrate`: its method keeps as much of each prompt as the target needs",
+    )
+    calibrated.add_argument(
+        "--quality-target", type=float, metavar="Q", help="quality relative to dense, in (0, 1] (default: 0.95)"
+    )
     options.add_model_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
-    params, compression = options.sampling_params(args, n=args.n), compression_from(args)
-    llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", compression.method])))
+    params, ratio = options.sampling_params(args, n=args.n), _calibration(args)
+    compression = compression_from(args)
+    llm = options.make_llm(
+        args, methods=tuple(dict.fromkeys(["full", compression.method if ratio is None else ratio.method]))
+    )
+    if ratio is not None:
+        compression = _calibrated(args, llm, ratio, prompts)
     outputs = llm.generate(prompts, params, compression, use_tqdm=len(prompts) > 1)
     for output in outputs:
         if args.json:
@@ -48,6 +68,34 @@ def run(args: argparse.Namespace) -> int:
         if output.metrics.num_compressions:
             print(_compression_line(output.metrics), file=sys.stderr)  # standard output is the text alone
     return 0
+
+
+def _calibration(args: argparse.Namespace) -> CalibratedRatio | None:
+    """What --calibration holds, which brings the method and its options."""
+    from sparsejax.methods.calibrated_ratio import CalibratedRatio
+
+    if args.calibration is None:
+        if args.quality_target is not None:
+            raise InvalidArgumentError("--quality-target needs --calibration.")
+        return None
+    for name in ARGUMENTS:
+        if getattr(args, name) is not None:
+            raise InvalidArgumentError(f"--{name.replace('_', '-')} has no meaning with --calibration, which sets it.")
+    if args.method != "full" or args.option:
+        raise InvalidArgumentError("--method and --option have no meaning with --calibration, which sets them.")
+    ratio = CalibratedRatio.load(args.calibration)
+    if not ratio.method:
+        raise InvalidArgumentError(f"--calibration {args.calibration} names no method.")
+    return ratio
+
+
+def _calibrated(args: argparse.Namespace, llm: LLM, ratio: CalibratedRatio, prompts: list[str]):
+    """Parameters of each prompt, all of which is compressed."""
+    from sparsejax.evaluation.calibration import params_for
+
+    target = 0.95 if args.quality_target is None else args.quality_target
+    tokens = [llm.get_tokenizer().encode(prompt) for prompt in prompts]
+    return params_for(llm, ratio, tokens, target=target, whole_prompt=True)
 
 
 def _compression_line(metrics: RequestMetrics) -> str:

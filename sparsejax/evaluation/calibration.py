@@ -1,8 +1,9 @@
-"""Measures what a context-calibrated ratio is fitted from: how quality falls with what is kept, context by context."""
+"""Context-calibrated compression: measuring how quality falls with what is kept, and using what was fitted from it."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 from sparsejax.engine.llm import LLM
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.errors import InvalidArgumentError
-from sparsejax.evaluation.ruler import build_samples, encode_sample
+from sparsejax.evaluation.calibration_texts import CalibrationText
 from sparsejax.methods.calibrated_ratio import CalibratedRatio
 from sparsejax.validation import number
 
-KEEP_FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
+logger = logging.getLogger(__name__)
 
-_SMOOTHING = 0.05
+KEEP_FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75)
+SMOOTHING = 0.05
+
+# What the measurement sets, of the fields of CompressionParams.
+_MEASURED = ("method", "budget_tokens", "keep_fraction", "context_tokens", "options")
 
 
 @dataclass(frozen=True)
@@ -34,112 +39,185 @@ class CalibrationPoint:
     quality: float
 
 
-def context_nlls(llm: LLM, contexts: Sequence[Sequence[int]]) -> list[float]:
-    """Mean negative log-likelihood of each context under the model, nats a token; the first token has none.
-
-    Args:
-      contexts: token ids, at least two each.
-
-    Raises:
-      InvalidArgumentError: a context is shorter.
-    """
-    for index, context in enumerate(contexts):
-        if len(context) < 2:
-            raise InvalidArgumentError(f"contexts must have at least 2 tokens each, number {index} has {len(context)}.")
-    return tail_nlls(llm, contexts, [len(context) - 1 for context in contexts])
-
-
-def tail_nlls(
+def token_nlls(
     llm: LLM,
     prompts: Sequence[Sequence[int]],
-    counts: Sequence[int],
-    compression: CompressionParams | Sequence[CompressionParams] | None = None,
-) -> list[float]:
-    """Mean negative log-likelihood of the last `counts[i]` tokens of each prompt, nats a token.
+    compression: CompressionParams | Sequence[CompressionParams],
+    *,
+    progress: bool = False,
+) -> list[list[float]]:
+    """Negative log-likelihood of each token of each prompt but the first, which nothing precedes; nats.
 
     Args:
-      prompts: token ids.
-      counts: at least 1, less than the prompt has tokens.
+      prompts: token ids, at least two each.
       compression: as `LLM.generate` takes it. With `context_tokens` the tokens behind them are predicted from the
         compressed context.
+      progress: show a progress bar.
+
+    Raises:
+      InvalidArgumentError: a prompt is shorter, or a parameter does not fit the engine.
     """
+    for index, prompt in enumerate(prompts):
+        if len(prompt) < 2:
+            raise InvalidArgumentError(f"prompts must have at least 2 tokens each, number {index} has {len(prompt)}.")
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    outputs = llm.generate([list(prompt) for prompt in prompts], params, compression, use_tqdm=False)
+    outputs = llm.generate([list(prompt) for prompt in prompts], params, compression, use_tqdm=progress)
     nlls = []
-    for prompt, count, output in zip(prompts, counts, outputs, strict=True):
+    for prompt, output in zip(prompts, outputs, strict=True):
         assert output.prompt_logprobs is not None
-        pairs = list(zip(prompt, output.prompt_logprobs, strict=True))[-count:]
-        nlls.append(-sum(entry[token].logprob for token, entry in pairs if entry is not None) / count)
+        entries = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        # A sum of probabilities can come out a rounding error above 1.
+        nlls.append([max(-entry[token].logprob, 0.0) for token, entry in entries if entry is not None])
     return nlls
+
+
+def context_nlls(llm: LLM, contexts: Sequence[Sequence[int]]) -> list[float]:
+    """Mean negative log-likelihood of each context under the dense model, nats a token. Arguments of `token_nlls`."""
+    return [_mean(nlls) for nlls in token_nlls(llm, contexts, CompressionParams())]
 
 
 def measure_points(
     llm: LLM,
     compression: CompressionParams,
+    texts: Sequence[CalibrationText],
     *,
     keep_fractions: Sequence[float] = KEEP_FRACTIONS,
-    tasks: Sequence[str] | None = None,
-    lengths: Sequence[int] = (1024, 4096),
-    samples: int = 8,
-    seed: int = 0,
-    smoothing: float = _SMOOTHING,
+    smoothing: float = SMOOTHING,
+    progress: bool = False,
 ) -> list[CalibrationPoint]:
-    """Answers retrieval tasks from contexts that were compressed before the question is seen.
+    """Predicts answers from contexts that were compressed before the question is seen.
 
-    The quality of a point is (dense + smoothing) / (compressed + smoothing), of the right answer's negative
-    log-likelihoods in nats a token: the paper's ratio, which without smoothing has no meaning where the dense model is
-    certain of the answer.
+    The quality of a point is (dense + smoothing) / (compressed + smoothing), of the answer's negative log-likelihoods
+    in nats a token: the paper's ratio, which without smoothing has no meaning where the dense model is certain of the
+    answer.
 
     Args:
-      llm: with a tokenizer.
       compression: the method and its options; its budget and `context_tokens` are replaced.
+      texts: of `task_texts` or `file_texts`.
       keep_fractions: in (0, 1], each measured on every context.
-      tasks, lengths, samples, seed: of the evaluation samples, see `sparsejax.evaluation.evaluate`.
-      smoothing: nats a token, positive.
+      smoothing: nats a token, positive. With a certain dense model a quality of q means smoothing * (1 / q - 1) nats
+        lost a token.
+      progress: show progress bars.
 
     Returns:
-      A point for each keep_fraction and sample, fractions first.
+      A point for each keep_fraction and text, fractions first.
 
     Raises:
-      InvalidArgumentError: a method that drops nothing, no keep_fractions, or an engine without a tokenizer.
+      InvalidArgumentError: a method that drops nothing, no keep_fractions, no texts.
     """
     if not compression.evicts:
         raise InvalidArgumentError(f"method {compression.method!r} keeps everything; there is nothing to calibrate.")
-    if not keep_fractions:
-        raise InvalidArgumentError("keep_fractions must have at least one number, got none.")
+    for name, values in (("keep_fractions", keep_fractions), ("texts", texts)):
+        if not values:
+            raise InvalidArgumentError(f"{name} must have at least one entry, got none.")
     smoothing = number("smoothing", smoothing, 0.0, above=True)
-    tokenizer = llm.get_tokenizer()
-    if tokenizer is None:
-        raise InvalidArgumentError("calibration needs an LLM with a tokenizer; this one was made without.")
-    items = build_samples(tokenizer, tasks=tasks, lengths=lengths, samples=samples, seed=seed)
-    encoded = [encode_sample(tokenizer, item) for item in items]
-    answers = [tokenizer.encode(" ".join(item.answers), add_special_tokens=False) for item in items]
-    prompts = [[*each.tokens, *answer] for each, answer in zip(encoded, answers, strict=True)]
-    counts = [len(answer) for answer in answers]
-    nlls = context_nlls(llm, [each.tokens[: each.context_tokens] for each in encoded])
-    dense = tail_nlls(llm, prompts, counts, CompressionParams())
+    kept = [
+        dataclasses.replace(compression, budget_tokens=None, keep_fraction=fraction, context_tokens=text.context_tokens)
+        for fraction in keep_fractions
+        for text in texts
+    ]
+    # All at once, so that the engine can batch. One dense pass gives the context's likelihood and the answer's.
+    prompts = [text.tokens for text in texts]
+    dense = token_nlls(llm, prompts, CompressionParams(), progress=progress)
+    compressed = token_nlls(llm, prompts * len(keep_fractions), kept, progress=progress)
     points = []
-    for fraction in keep_fractions:
-        kept = [
-            dataclasses.replace(
-                compression, budget_tokens=None, keep_fraction=fraction, context_tokens=each.context_tokens
+    for index, (params, nlls) in enumerate(zip(kept, compressed, strict=True)):
+        text, whole = texts[index % len(texts)], dense[index % len(texts)]
+        full, part = (_mean(each[-text.answer_tokens :]) for each in (whole, nlls))
+        assert params.keep_fraction is not None
+        points.append(
+            CalibrationPoint(
+                keep_fraction=params.keep_fraction,
+                context_nll=_mean(whole[: text.context_tokens - 1]),
+                quality=(full + smoothing) / (part + smoothing),
             )
-            for each in encoded
-        ]
-        compressed = tail_nlls(llm, prompts, counts, kept)
-        points += [
-            CalibrationPoint(fraction, nll, (full + smoothing) / (part + smoothing))
-            for nll, full, part in zip(nlls, dense, compressed, strict=True)
-        ]
+        )
     return points
 
 
-def calibrate(llm: LLM, compression: CompressionParams, **measurement: Any) -> CalibratedRatio:
-    """`measure_points` with the same arguments, and the fit of what it found."""
-    points = measure_points(llm, compression, **measurement)
+def fit(compression: CompressionParams, points: Sequence[CalibrationPoint]) -> CalibratedRatio:
+    """The ratio that what `measure_points` measured with `compression` comes closest to."""
     return CalibratedRatio.fit(
         [point.keep_fraction for point in points],
         [point.context_nll for point in points],
         [point.quality for point in points],
         method=compression.method,
+        options=_arguments(compression),
     )
+
+
+def calibrate(
+    llm: LLM, compression: CompressionParams, texts: Sequence[CalibrationText], **measurement: Any
+) -> CalibratedRatio:
+    """`measure_points` with the same arguments, and the fit of what it found."""
+    return fit(compression, measure_points(llm, compression, texts, **measurement))
+
+
+def params_for(
+    llm: LLM,
+    ratio: CalibratedRatio,
+    contexts: Sequence[Sequence[int]],
+    *,
+    target: float = 0.95,
+    whole_prompt: bool = False,
+) -> list[CompressionParams]:
+    """Parameters that keep as much of each context as the target needs.
+
+        ratio = CalibratedRatio.load("compactor.json")
+        compression = params_for(llm, ratio, [context], target=0.95)
+        llm.generate([context + question], params, compression)
+
+    Args:
+      ratio: made for this model; it brings the method and its options.
+      contexts: token ids, at least two each. Their likelihood is measured by a dense pass over them.
+      target: quality relative to dense, in (0, 1].
+      whole_prompt: compress the whole prompt, question included, instead of the first `len(context)` tokens of it.
+
+    Raises:
+      InvalidArgumentError: a ratio without a method, or a bad argument.
+    """
+    if not ratio.method:
+        raise InvalidArgumentError("ratio must have been fitted for a method; this one names none.")
+    target = number("target", target, 0.0, 1.0, above=True)
+    found = []
+    for context, nll in zip(contexts, context_nlls(llm, contexts), strict=True):
+        if ratio.nll_range is not None and not ratio.nll_range[0] <= nll <= ratio.nll_range[1]:
+            low, high = ratio.nll_range
+            logger.warning(
+                "a context of %.2f nats a token is unlike those of the calibration (%.2f to %.2f)", nll, low, high
+            )
+        seen = None if whole_prompt else len(context)
+        fraction = ratio.keep_fraction(nll, target)
+        arguments: dict[str, Any] = dict(ratio.options)
+        found.append(CompressionParams(method=ratio.method, keep_fraction=fraction, context_tokens=seen, **arguments))
+    return found
+
+
+def format_calibration(ratio: CalibratedRatio, points: Sequence[CalibrationPoint], target: float) -> str:
+    """A table of what was measured and what the fit makes of it, and what it would keep of these contexts."""
+    nlls = list(dict.fromkeys(point.context_nll for point in points))
+    lines = [
+        f"{ratio.method}: {len(nlls)} contexts of {min(nlls):.2f} to {max(nlls):.2f} nats a token",
+        f"{'kept':>6} {'quality':>9} {'lowest':>8} {'predicted':>10}",
+    ]
+    for fraction in dict.fromkeys(point.keep_fraction for point in points):
+        measured = [point.quality for point in points if point.keep_fraction == fraction]
+        predicted = _mean([ratio.quality(fraction, nll) for nll in nlls])
+        lines.append(f"{fraction:>6.1%} {_mean(measured):>9.3f} {min(measured):>8.3f} {predicted:>10.3f}")
+    wanted = [ratio.keep_fraction(nll, target) for nll in nlls]
+    lines.append(
+        f"for a quality of {target:g} it keeps {_mean(wanted):.1%} of these contexts "
+        f"({min(wanted):.1%} to {max(wanted):.1%})"
+    )
+    return "\n".join(lines)
+
+
+def _arguments(compression: CompressionParams) -> dict[str, Any]:
+    """What was given beside the method and the budget."""
+    fields = [field.name for field in dataclasses.fields(compression) if field.name not in _MEASURED]
+    common = {name: getattr(compression, name) for name in fields if getattr(compression, name) is not None}
+    return {**common, **dict(compression.options)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from sparsejax.evaluation.calibration import CalibrationPoint
 from sparsejax.evaluation.method_sweep import MethodRow, over_tasks
+from sparsejax.methods.calibrated_ratio import CalibratedRatio
 
 _TITLES = {"aware": "query-aware", "agnostic": "query-agnostic"}
 _MARKERS = "osv^D<>pPX*h"
@@ -48,4 +52,44 @@ def plot_methods(rows: Sequence[MethodRow], path: str | Path) -> None:
             axis.grid(alpha=0.3)
         axes[i, 0].set_ylabel("exact answers, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(path, dpi=80)
+
+
+def plot_calibration(
+    ratio: CalibratedRatio, points: Sequence[CalibrationPoint], target: float, path: str | Path
+) -> None:
+    """Quality over what is kept: the points that were measured, their means, and the fit over its range of contexts.
+
+    Args:
+      ratio, points: of `calibration.fit` and what it was fitted from.
+      target: drawn as a line, with what the fit keeps for it.
+      path: the file; its ending says the format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axis = figure.subplots()
+    nlls = sorted({point.context_nll for point in points})
+    fractions = sorted({point.keep_fraction for point in points})
+    dots = axis.scatter(
+        [point.keep_fraction for point in points],
+        [point.quality for point in points],
+        c=[point.context_nll for point in points],
+        s=14,
+        alpha=0.6,
+    )
+    figure.colorbar(dots, label="context NLL, nats a token")
+    means = [np.mean([point.quality for point in points if point.keep_fraction == each]) for each in fractions]
+    axis.plot(fractions, means, "ks", label="measured, mean")
+    grid = np.linspace(0, 1, 201)
+    ends = [[ratio.quality(float(each), nll) for each in grid] for nll in (nlls[0], nlls[-1])]
+    axis.plot(grid, np.mean(ends, axis=0), color="tab:red", label="fit")
+    axis.fill_between(grid, *np.sort(ends, axis=0), color="tab:red", alpha=0.2)
+    axis.axhline(target, color="grey", linestyle=":", label=f"target {target:g}")
+    for nll in (nlls[0], nlls[-1]):
+        axis.axvline(ratio.keep_fraction(nll, target), color="grey", linestyle=":")
+    axis.set_title(f"{ratio.method}, {len(nlls)} contexts")
+    axis.set_xlabel("fraction kept")
+    axis.set_ylabel("quality relative to dense")
+    axis.legend()
     figure.savefig(path, dpi=80)

@@ -62,9 +62,23 @@ def test_fit_is_the_minimum():
         errors = [ratio.quality(f, n) - q for f, n, q in zip(fraction, nll, quality, strict=True)]
         return sum((4.0 if error > 0 else 1.0) * error**2 for error in errors)
 
-    best = CalibratedRatio.fit(fraction, nll, quality)
+    best = CalibratedRatio.fit(fraction, nll, quality, slope_scale=math.inf)
     for alpha, beta in [(0.01, 0), (-0.01, 0), (0, 0.01), (0, -0.01)]:
         assert loss(best) < loss(CalibratedRatio(best.alpha + alpha, best.beta + beta))
+
+
+def test_few_noisy_contexts_do_not_bend_the_curve():
+    rng = np.random.default_rng(0)
+    nll = np.repeat([2.30, 2.31, 2.33, 2.34], 3)
+    fraction = np.tile([0.05, 0.15, 0.4], 4)
+    quality = np.clip(CalibratedRatio(0.0, -8.0).quality(0.15, 2.0) + 0.3 * rng.standard_normal(12), 0, 1)
+    free, held = (CalibratedRatio.fit(fraction, nll, quality, slope_scale=scale) for scale in (math.inf, 1.0))
+
+    def span(ratio):
+        return abs(ratio.keep_fraction(2.30, 0.9) - ratio.keep_fraction(2.34, 0.9))
+
+    assert span(held) < 0.5 * span(free)
+    assert abs(held.alpha) * nll.std() < 1.0
 
 
 def test_weighing_overestimates_keeps_more():
@@ -74,13 +88,41 @@ def test_weighing_overestimates_keeps_more():
 
 
 def test_save_and_load(tmp_path):
-    ratio = CalibratedRatio(1.25, -7.5, method="compactor")
+    ratio = CalibratedRatio(
+        1.25, -7.5, "compactor", {"blend": 0.25, "ratios": (0.5, 0.25)}, nll_range=(0.5, 2.0), least_fraction=0.1
+    )
     ratio.save(tmp_path / "ratio.json")
     assert CalibratedRatio.load(tmp_path / "ratio.json") == ratio
     assert json.loads((tmp_path / "ratio.json").read_text())["method"] == "compactor"
 
 
-@pytest.mark.parametrize("text", ["{}", "nonsense", '{"alpha": 1}', '{"alpha": 1, "beta": "x"}', "[1, 2]"])
+def test_nothing_is_said_beyond_what_was_measured():
+    fraction, nll, quality = points(1.5, -9.0)
+    ratio = CalibratedRatio.fit(fraction, nll, quality)
+    assert ratio.nll_range == (NLLS.min(), NLLS.max())
+    assert ratio.keep_fraction(50.0, 0.9) == ratio.keep_fraction(NLLS.max(), 0.9)
+    assert ratio.quality(0.5, 0.0) == ratio.quality(0.5, NLLS.min())
+    # Everything measured was as good as dense: then the least that was measured is, and no more is known.
+    easy = CalibratedRatio.fit(fraction, nll, np.where(fraction < 1, 1.3, 1.0))
+    assert easy.keep_fraction(1.0, 0.95) == FRACTIONS.min()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"none\.json cannot be read"):
+        CalibratedRatio.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "nonsense",
+        '{"alpha": 1}',
+        '{"alpha": 1, "beta": "x"}',
+        "[1, 2]",
+        '{"alpha": 1, "beta": 1, "nll_range": 3}',
+    ],
+)
 def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "ratio.json").write_text(text)
     with pytest.raises(InvalidArgumentError, match=r"ratio\.json"):
