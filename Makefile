@@ -32,7 +32,7 @@ demo: $(VENV)/.runtime  ## answer long prompts with the embedded model
 	$(BIN)/sparsejax demo
 
 test: $(VENV)/.dev  ## run the test suite (CPU)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 test-gpu: $(VENV)/.dev  ## run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -q -m gpu

@@ -46,7 +46,7 @@ def softmax_rows(q, k):
         (SnapKV(pooling="none"), np.mean, 1),
         (PyramidKV(), np.max, 7),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_snapkv_is_pooled_mean_attention_of_the_window(method, reduce, size):
     case, q = recorded_case(0, TEXT - WINDOW)
