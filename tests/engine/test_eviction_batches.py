@@ -51,7 +51,7 @@ def test_warm_up_covers_every_compression(budget):
     for length in range(40, LONGEST, 7):
         if length <= params.budget(length):
             continue
-        entry = Compress(request(params, length), length, params.budget(length))
+        entry = Compress(request(params, length), length, params.budget(length), held=length)
         for entries in ([entry], [entry] * 3):
             for _, spec, batch in compress_calls(entries, SHAPES, moment_slots={}):
                 assert (spec, batch.rows.shape) in known, length
@@ -64,6 +64,6 @@ def test_warm_up_covers_every_eviction(budget, strategy):
     known = {(spec, batch.rows.shape) for spec, batch in idle_evict_calls(params, SHAPES)}
     for length in range(40, LONGEST, 7):
         for bulk in (False, True):
-            entry = Evict(request(params, 40), length, params.budget(length), bulk=bulk)
+            entry = Evict(request(params, 40), length, params.budget(length), held=length, bulk=bulk)
             for _, spec, batch in evict_calls([entry], SHAPES):
                 assert (spec, batch.rows.shape) in known, length
