@@ -1,7 +1,28 @@
-"""Set before JAX starts: the suite compiles hundreds of tiny programs, and optimising them costs more than it saves."""
+"""Keeps the suite's compilations cheap, and what has been compiled within what a process may hold."""
 
+import gc
 import os
 import shutil
+from pathlib import Path
 
+import pytest
+
+# Before JAX starts: the suite compiles thousands of tiny programs, and optimising them costs more than it saves.
 if "XLA_FLAGS" not in os.environ and shutil.which("nvidia-smi") is None:
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+MAPS = Path("/proc/self/maps")
+# Every program that XLA compiles for a CPU takes some memory mappings, of which Linux allows a process 65,530 by
+# default; one too many is a segmentation fault in the compiler.
+MOST_MAPPINGS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_mappings():
+    """Forgets what was compiled, between two files, before there is too much of it."""
+    yield
+    if MAPS.exists() and sum(1 for _ in MAPS.open()) > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
