@@ -6,7 +6,10 @@ All derive from `SparsejaxError`, and also from the built-in exception a Python 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+_Value = TypeVar("_Value")
 
 
 class SparsejaxError(Exception):
@@ -63,3 +66,20 @@ def unknown_key_error(name: str, valid: Iterable[str], where: str) -> UnknownArg
     guess = nearest(name, valid)
     hint = f" Did you mean {guess!r}?" if guess else ""
     return UnknownArgumentError(f"{where} has no argument {name!r}.{hint} Valid arguments: {', '.join(valid)}.")
+
+
+def pick(argument: str, name: object, table: Mapping[str, _Value], valid: Iterable[str]) -> _Value:
+    """`table[name]`.
+
+    Args:
+      argument: what messages call the name, e.g. "method".
+      valid: names that exist, as messages list them.
+
+    Raises:
+      UnknownArgumentError: there is no such name; the message lists those that exist and names the nearest.
+    """
+    if isinstance(name, str) and name in table:
+        return table[name]
+    guess = nearest(name, table) if isinstance(name, str) else None
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    raise UnknownArgumentError(f"{argument} must be one of {', '.join(map(repr, valid))}; got {name!r}.{hint}")

@@ -10,7 +10,7 @@ from pallas_kernels.dispatch import Implementation
 from . import free_list
 from .move import move
 from .state import KVCache, SlotTable
-from .survivors import check_marks, fit_marks, list_survivors, slots_by_rank
+from .survivors import list_survivors, mark_rows, slots_by_rank
 
 
 def compact(
@@ -73,18 +73,10 @@ def compact_and_count(
     """`compact`, and the number of slots copied, i32[]: a slot of an entry, whatever the number of its pages."""
     layout = cache.layout
     page_size = layout.page_size
-    tables = (layout.table_layers, rows.shape[0], layout.table_heads)
-    check_marks(keep, tables, max_keep)
-    bound = keep.shape[3]
-    columns = min(layout.pages_for(bound), layout.max_entries_per_row)
-    slots = columns * page_size
-    keep = fit_marks(keep, slots)
-
-    pages = cache.table.pages[:, rows, :, :columns]  # [Lt, K, Ht, columns]
-    length = cache.table.length[:, rows]  # [Lt, K, Ht]
+    marked = mark_rows(cache, rows, keep, max_keep)
+    pages, length, keep, kept, size = marked.pages, marked.length, marked.keep, marked.kept, marked.size
+    columns, slots = pages.shape[-1], keep.shape[-1]
     slot = jnp.arange(slots, dtype=jnp.int32)
-    keep &= slot < length[..., None]
-    kept = jnp.sum(keep, axis=-1, dtype=jnp.int32)
 
     column = jnp.arange(columns, dtype=jnp.int32)
     staying = column < layout.pages_for(kept)[..., None]
@@ -94,10 +86,9 @@ def compact_and_count(
     copied = staying & (has_hole | becomes_partial) & (cache.free.references[pages] > 1)
 
     # From here on a lane is one table: [lanes, S] and [lanes, columns].
-    size = keep.size if max_keep is None else min(max_keep, keep.size)
     marks, lane_kept = keep.reshape(-1, slots), kept.reshape(-1)
     items = list_survivors(lane_kept, size)
-    ok = jnp.all(length <= bound) & items.complete & (jnp.sum(copied, dtype=jnp.int32) <= cache.free.count)
+    ok = marked.fits & items.complete & (jnp.sum(copied, dtype=jnp.int32) <= cache.free.count)
     copied &= ok
     free, fresh = free_list.pop(cache.free, copied.astype(jnp.int32), width=1)
     new_pages = jnp.where(copied, fresh[..., 0], jnp.where(staying, pages, 0))

@@ -10,7 +10,7 @@ from pallas_kernels.dispatch import Implementation
 from . import free_list
 from .move import move
 from .state import KVCache, SlotTable
-from .survivors import check_marks, fit_marks, list_survivors, slots_by_rank
+from .survivors import list_survivors, mark_rows, slots_by_rank
 
 
 def repack(
@@ -47,25 +47,16 @@ def repack(
     """
     layout = cache.layout
     page_size = layout.page_size
-    tables = (layout.table_layers, rows.shape[0], layout.table_heads)
-    check_marks(keep, tables, max_keep)
-    bound = keep.shape[3]
-    columns = min(layout.pages_for(bound), layout.max_entries_per_row)
-    slots = columns * page_size
-    keep = fit_marks(keep, slots)
-
-    pages = cache.table.pages[:, rows, :, :columns]  # [Lt, K, Ht, columns]
-    length = cache.table.length[:, rows]  # [Lt, K, Ht]
-    keep &= jnp.arange(slots, dtype=jnp.int32) < length[..., None]
-    kept = jnp.sum(keep, axis=-1, dtype=jnp.int32)
-    size = keep.size if max_keep is None else min(max_keep, keep.size)
+    marked = mark_rows(cache, rows, keep, max_keep)
+    pages, length, kept, size = marked.pages, marked.length, marked.kept, marked.size
+    columns = pages.shape[-1]
     items = list_survivors(kept.reshape(-1), size)
     need = layout.pages_for(kept)
-    ok = jnp.all(length <= bound) & items.complete & (jnp.sum(need, dtype=jnp.int32) <= cache.free.count)
+    ok = marked.fits & items.complete & (jnp.sum(need, dtype=jnp.int32) <= cache.free.count)
 
     free, fresh = free_list.pop(cache.free, jnp.where(ok, need, 0), width=columns)  # fresh: [Lt, K, Ht, columns]
     # From here on a lane is one table. The survivor of rank r goes to slot r.
-    marks = keep.reshape(-1, slots)
+    marks = marked.keep.reshape(-1, columns * page_size)
     origin = slots_by_rank(marks, jnp.cumsum(marks, axis=-1, dtype=jnp.int32) - 1, kept.reshape(-1), size)
     source = pages.reshape(-1, columns)[items.lane, origin // page_size] * page_size + origin % page_size
     target = fresh.reshape(-1, columns)[items.lane, items.slot // page_size] * page_size + items.slot % page_size

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from .state import KVCache
+
 
 @dataclass(frozen=True)
 class Survivors:
@@ -55,15 +57,51 @@ def slots_by_rank(chosen: jax.Array, rank: jax.Array, kept: jax.Array, size: int
     return jnp.zeros(size, jnp.int32).at[place].set(slot, mode="drop")
 
 
-def fit_marks(keep: jax.Array, slots: int) -> jax.Array:
-    """Cuts the last axis of bool[Lt, K, Ht, S] to `slots`, or pads it with False."""
-    keep = keep[..., :slots]
-    return jnp.pad(keep, [(0, 0)] * 3 + [(0, slots - keep.shape[-1])])
+@dataclass(frozen=True)
+class MarkedRows:
+    """Rows whose slots are marked to be kept, cut to the columns that they can use. S slots, C columns.
+
+    Attributes:
+      pages: i32[Lt, K, Ht, C], the rows' entries.
+      length: i32[Lt, K, Ht].
+      keep: bool[Lt, K, Ht, S], only below the lengths.
+      kept: i32[Lt, K, Ht], how many.
+      size: static bound on the sum of `kept`: the length of the list of survivors.
+      fits: bool[], no row is longer than the marks given.
+    """
+
+    pages: jax.Array
+    length: jax.Array
+    keep: jax.Array
+    kept: jax.Array
+    size: int
+    fits: jax.Array
 
 
-def check_marks(keep: jax.Array, lanes: tuple[int, int, int], max_keep: int | None) -> None:
-    """Raises ValueError unless keep is [*lanes, S] and max_keep is None or positive."""
-    if keep.ndim != 4 or keep.shape[:3] != lanes:
-        raise ValueError(f"keep must have shape [Lt, K, Ht, S] = {(*lanes, 'S')}, got {keep.shape}")
+def mark_rows(cache: KVCache, rows: jax.Array, keep: jax.Array, max_keep: int | None) -> MarkedRows:
+    """Args as `compact` takes them.
+
+    Raises:
+      ValueError: keep is not [Lt, K, Ht, S], or max_keep is not positive.
+    """
+    layout = cache.layout
+    tables = (layout.table_layers, rows.shape[0], layout.table_heads)
+    if keep.ndim != 4 or keep.shape[:3] != tables:
+        raise ValueError(f"keep must have shape [Lt, K, Ht, S] = {(*tables, 'S')}, got {keep.shape}")
     if max_keep is not None and max_keep < 1:
         raise ValueError(f"max_keep must be positive or None, got {max_keep}")
+    bound = keep.shape[3]
+    columns = min(layout.pages_for(bound), layout.max_entries_per_row)
+    slots = columns * layout.page_size
+    keep = keep[..., :slots]
+    keep = jnp.pad(keep, [(0, 0)] * 3 + [(0, slots - keep.shape[-1])])
+    length = cache.table.length[:, rows]
+    keep &= jnp.arange(slots, dtype=jnp.int32) < length[..., None]
+    return MarkedRows(
+        pages=cache.table.pages[:, rows, :, :columns],
+        length=length,
+        keep=keep,
+        kept=jnp.sum(keep, axis=-1, dtype=jnp.int32),
+        size=keep.size if max_keep is None else min(max_keep, keep.size),
+        fits=jnp.all(length <= bound),
+    )

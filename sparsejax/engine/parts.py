@@ -8,20 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import (
-    Implementation,
-    block_attention_mass,
-    decode_attention,
-    prefill_attention,
-    record_attention,
-)
+from pallas_kernels import Implementation, block_attention_mass, decode_attention
 from sparsejax.cache import KVCache, SlotMapping, add_scores, allocate
-from sparsejax.engine.recording import add_moments, unrotate
+from sparsejax.engine.recording import add_moments, attend_chunk, unrotate
 from sparsejax.engine.state import DecodeState, PrefillBatch
 from sparsejax.models import ModelConfig
 
@@ -128,52 +122,29 @@ def prefill_part(
     )
 
     def attend(layer, q, k, v, carry, mapping):
-        cache = carry.cache
-        address, scale = cache.layout.address(layer), q.shape[-1] ** -0.5
-        attention = partial(
-            prefill_attention,
+        record, moments = batch.record, carry.moments
+        wanted: dict[str, Any] = {}
+        if record is not None and "attention" in records:
+            # A refused allocation has no slots behind the history.
+            wanted = {"first": jnp.asarray(record.first), "power": jnp.where(ok, record.power, 0)}
+        out, cache = attend_chunk(
+            carry.cache,
+            layer,
             q,
             k,
             v,
-            cache.pool.k,
-            cache.pool.v,
-            cache.table.pages,
-            history,
-            rows,
-            starts,
-            address=address,
-            scale=scale,
+            history=history,
+            rows=rows,
+            starts=starts,
             implementation=implementation,
+            **wanted,
         )
-        record, moments = batch.record, carry.moments
         if record is None:
-            return attention(), carry
-        if "attention" in records:
-            out, lse = attention(return_lse=True)
-            score = record_attention(
-                cache.pool.score,
-                q,
-                lse,
-                cache.pool.k,
-                cache.table.pages,
-                history,
-                rows,
-                starts,
-                jnp.asarray(record.first),
-                # A refused allocation has no slots behind the history.
-                jnp.where(ok, record.power, 0),
-                address=address,
-                num_kv_heads=cache.layout.num_kv_heads,
-                scale=scale,
-                implementation=implementation,
-            )
-            cache = replace(cache, pool=replace(cache.pool, score=score))
-        else:
-            out = attention()
+            return out, Carry(cache, moments)
         if "blocks" in records:
             mass = block_attention_mass(q, k, starts, implementation=implementation)
-            wanted = jnp.append(jnp.asarray(record.blocks), False)[segment]
-            cache = add_scores(cache, layer, mapping, jnp.where(wanted[:, None], mass, 0))
+            asked = jnp.append(jnp.asarray(record.blocks), False)[segment]
+            cache = add_scores(cache, layer, mapping, jnp.where(asked[:, None], mass, 0))
         if "moments" in records and moments is not None:
             before_rope = unrotate(config.rope, q, tokens.positions, tokens.rope_lengths)
             moments = add_moments(moments, layer, before_rope, record, starts, segment)

@@ -9,16 +9,17 @@ are not kept. Costs a prefill of the pass's tokens behind the text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Implementation, prefill_attention, record_attention
+from pallas_kernels import Implementation
 from sparsejax.cache import KVCache
 from sparsejax.engine import buckets
 from sparsejax.engine.plan import Compress
+from sparsejax.engine.recording import attend_chunk
 from sparsejax.engine.steps import apply_decoder
 from sparsejax.methods import KVzip
 from sparsejax.models import Decoder
@@ -52,41 +53,21 @@ def reconstruct(
 
     def attend(layer, q, k, v, k_pre_rope, cache):
         del k_pre_rope
-        address, scale = cache.layout.address(layer), q.shape[-1] ** -0.5
-        out, lse = prefill_attention(
+        return attend_chunk(
+            cache,
+            layer,
             q,
             k,
             v,
-            cache.pool.k,
-            cache.pool.v,
-            cache.table.pages,
-            history,
-            rows,
-            starts,
-            address=address,
-            scale=scale,
-            return_lse=True,
-            implementation=implementation,
-        )
-        score = record_attention(
-            cache.pool.score,
-            q,
-            lse,
-            cache.pool.k,
-            cache.table.pages,
-            history,
-            rows,
-            starts,
-            jnp.zeros(1, jnp.int32),
-            jnp.ones(1, jnp.int32),
-            address=address,
-            num_kv_heads=cache.layout.num_kv_heads,
-            scale=scale,
+            history=history,
+            rows=rows,
+            starts=starts,
+            first=jnp.zeros(1, jnp.int32),
+            power=jnp.ones(1, jnp.int32),
             own=False,
             reduce="max",
             implementation=implementation,
         )
-        return out, replace(cache, pool=replace(cache.pool, score=score))
 
     _, cache = apply_decoder(
         decoder,

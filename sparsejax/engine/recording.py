@@ -12,16 +12,18 @@ Decode steps record "attention" for the rows that ask for it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.cache import CacheLayout
+from pallas_kernels import Implementation, prefill_attention, record_attention
+from sparsejax.cache import CacheLayout, KVCache
 from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.plan import Chunk
-from sparsejax.engine.request import Request
 from sparsejax.models import ModelConfig, RopeConfig
 from sparsejax.models.rope import apply_rope, attention_factor, rope_cos_sin
 
@@ -111,6 +113,73 @@ def start_record(state: RecordState, record: ChunkRecord, rows: jax.Array, start
     return RecordState(power=power, hole=hole, moments=moments, counts=counts)
 
 
+def attend_chunk(
+    cache: KVCache,
+    layer: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    history: jax.Array,
+    rows: jax.Array,
+    starts: jax.Array,
+    first: jax.Array | None = None,
+    power: jax.Array | None = None,
+    own: bool = True,
+    reduce: Literal["sum", "max"] = "sum",
+    implementation: Implementation | None,
+) -> tuple[jax.Array, KVCache]:
+    """Attention of one layer over packed segments, recorded in the scores of the slots it goes to if that is asked for.
+
+    Args:
+      q, k, v, history, rows, starts: as `prefill_attention` takes them.
+      first, power, own, reduce: as `record_attention` takes them; without `first` and `power` nothing is recorded.
+
+    Returns:
+      (out [T, Hq, D], cache).
+    """
+    pool, pages, address, scale = cache.pool, cache.table.pages, cache.layout.address(layer), q.shape[-1] ** -0.5
+    attention = partial(
+        prefill_attention,
+        q,
+        k,
+        v,
+        pool.k,
+        pool.v,
+        pages,
+        history,
+        rows,
+        starts,
+        address=address,
+        scale=scale,
+        implementation=implementation,
+    )
+    if first is None or power is None:
+        return attention(), cache
+    if pool.score is None:
+        raise ValueError("recording attention needs a layout with_score=True")
+    out, lse = attention(return_lse=True)
+    score = record_attention(
+        pool.score,
+        q,
+        lse,
+        pool.k,
+        pages,
+        history,
+        rows,
+        starts,
+        first,
+        power,
+        address=address,
+        num_kv_heads=cache.layout.num_kv_heads,
+        scale=scale,
+        own=own,
+        reduce=reduce,
+        implementation=implementation,
+    )
+    return out, replace(cache, pool=replace(pool, score=score))
+
+
 def add_moments(
     moments: jax.Array, layer: int, q: jax.Array, record: ChunkRecord, starts: jax.Array, segment: jax.Array
 ) -> jax.Array:
@@ -167,11 +236,6 @@ class Recording:
         return self.power > 0 or self.blocks or self.moments
 
 
-def recording_of(request: Request) -> Recording:
-    """What to record of a request."""
-    return recording_for(request.compression)
-
-
 def recording_for(compression: CompressionParams) -> Recording:
     """What to record of requests that ask for this."""
     if not compression.evicts:
@@ -186,13 +250,8 @@ def recording_for(compression: CompressionParams) -> Recording:
     )
 
 
-def watches(request: Request) -> bool:
-    """Whether the request's decode steps record attention, or find dead slots in its row."""
-    return watched(request.compression)
-
-
 def watched(compression: CompressionParams) -> bool:
-    """The same, of requests that ask for this."""
+    """Whether decode steps of requests that ask for this record attention, or find dead slots in their rows."""
     return recording_for(compression).decode_power > 0 or compression.per_step
 
 
@@ -203,12 +262,12 @@ def chunk_record(chunks: Sequence[Chunk], starts: np.ndarray, moment_slots: Mapp
     power, moment_slot, decode_power = (np.zeros(segments, np.int32) for _ in range(3))
     blocks, fresh = np.zeros(segments, bool), np.zeros(segments, bool)
     for i, chunk in enumerate(chunks):
-        wanted = recording_of(chunk.request)
+        params = chunk.request.compression
+        wanted = recording_for(params)
         decode_power[i] = wanted.decode_power
         fresh[i] = chunk.start == 0
         if chunk.compressed_at is None:
             continue
-        params = chunk.request.compression
         power[i], blocks[i] = wanted.power, wanted.blocks
         first[i] = starts[i] + max(params.record_from(chunk.compressed_at) - chunk.start, 0)
         if wanted.moments:

@@ -37,9 +37,7 @@ from sparsejax.engine.recording import (
     RecordState,
     idle_record,
     recording_for,
-    recording_of,
     watched,
-    watches,
 )
 from sparsejax.engine.request import Request
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, init_state
@@ -87,48 +85,44 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
     """The steps of a decoder; engines of equal decoders share them, and so what has been compiled."""
     compilations: Counter[str] = Counter()
 
-    def compiled(name: str, step: Callable) -> Callable:
-        def run(params, cache, state, work, options):
+    def counted(name: str, function: Callable, **options: Any) -> Callable:
+        def run(*args):
             compilations[name] += 1  # runs when traced, and is no part of what is compiled
+            return function(*args)
+
+        return jax.jit(run, **options)
+
+    def model_step(name: str, step: Callable) -> Callable:
+        def run(params, cache, state, work, options):
             work = work if isinstance(work, tuple) else (work,)
             return step(params, cache, state, *work, decoder=decoder, options=options)
 
-        return jax.jit(run, static_argnums=4, donate_argnums=(1, 2), compiler_options=COMPILER_OPTIONS)
-
-    def run_release(cache, rows):
-        compilations["release"] += 1
-        return release(cache, rows)
+        return counted(name, run, static_argnums=4, donate_argnums=(1, 2), compiler_options=COMPILER_OPTIONS)
 
     def run_fork(cache, source, target, count, implementation):
-        compilations["fork"] += 1
         return fork(cache, source, target, count, implementation=implementation)
 
     def run_compress(params, cache, record, batch, spec):
-        compilations["compress"] += 1
         return compress_rows(params, cache, record, batch, decoder=decoder, spec=spec)
 
     def run_reconstruct(params, cache, batch, implementation):
-        compilations["reconstruct"] += 1
         return reconstruct(params, cache, batch, decoder=decoder, implementation=implementation)
 
     def run_evict(cache, record, batch, spec):
-        compilations["evict"] += 1
         return evict_rows(cache, record, batch, spec=spec)
 
-    def run_measure(cache, hole):
-        compilations["measure"] += 1
-        return measure(cache, hole)
-
     return CompiledSteps(
-        prefill=compiled("prefill", prefill_step),
-        decode=compiled("decode", decode_step),
-        mixed=compiled("mixed", mixed_step),
-        release=jax.jit(run_release, donate_argnums=0),
-        fork=jax.jit(run_fork, static_argnums=4, donate_argnums=0),
-        compress=jax.jit(run_compress, static_argnums=4, donate_argnums=1),
-        reconstruct=jax.jit(run_reconstruct, static_argnums=3, donate_argnums=1, compiler_options=COMPILER_OPTIONS),
-        evict=jax.jit(run_evict, static_argnums=3, donate_argnums=(0, 1)),
-        measure=jax.jit(run_measure),
+        prefill=model_step("prefill", prefill_step),
+        decode=model_step("decode", decode_step),
+        mixed=model_step("mixed", mixed_step),
+        release=counted("release", release, donate_argnums=0),
+        fork=counted("fork", run_fork, static_argnums=4, donate_argnums=0),
+        compress=counted("compress", run_compress, static_argnums=4, donate_argnums=1),
+        reconstruct=counted(
+            "reconstruct", run_reconstruct, static_argnums=3, donate_argnums=1, compiler_options=COMPILER_OPTIONS
+        ),
+        evict=counted("evict", run_evict, static_argnums=3, donate_argnums=(0, 1)),
+        measure=counted("measure", measure),
         compilations=compilations,
     )
 
@@ -392,7 +386,9 @@ class Runner:
 
     def _take_moment_slots(self, chunks: Sequence[Chunk]) -> None:
         """Gives requests that begin a slot for their queries' moments, until they are compressed."""
-        beginning = [chunk.request for chunk in chunks if chunk.start == 0 and recording_of(chunk.request).moments]
+        beginning = [
+            chunk.request for chunk in chunks if chunk.start == 0 and recording_for(chunk.request.compression).moments
+        ]
         if not beginning:
             return
         # Requests that were preempted or cancelled in between never come to be compressed.
@@ -410,18 +406,18 @@ class Runner:
             return self._unforced[lanes]
         tokens = np.full(lanes, -1, np.int32)
         tokens[: len(requests)] = [forced.get(request, -1) for request in requests]
-        return jnp.asarray(tokens)
+        return jax.device_put(tokens)
 
     def _options(self, chunks: Sequence[Chunk], requests: Sequence[Request]) -> StepOptions:
         """The cheapest step variant for chunks and decodes."""
-        recording = self.can_evict and any(recording_of(chunk.request).any_of_chunk for chunk in chunks)
+        recording = self.can_evict and any(recording_for(chunk.request.compression).any_of_chunk for chunk in chunks)
         return options_for(
             [each.params for each in (*(chunk.request for chunk in chunks), *requests)],
             implementation=self.implementation,
             prompt_logprobs=_prompt_logprobs(chunks),
             # One variant for all that methods may ask for: lanes that do not ask cost next to nothing.
             records=self.records if recording else frozenset(),
-            watch=self.can_evict and any(watches(request) for request in requests),
+            watch=self.can_evict and any(watched(request.compression) for request in requests),
         )
 
     def _variants(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.errors import InvalidArgumentError, UnknownArgumentError, nearest
+from sparsejax.errors import InvalidArgumentError, pick
 from sparsejax.methods.protection import priorities
 from sparsejax.methods.select import top_slots
 from sparsejax.methods.slots import Slots
@@ -107,14 +107,7 @@ def get_rule(name: str) -> type[BudgetRule]:
     Raises:
       UnknownArgumentError: no such rule; the message lists those that exist.
     """
-    try:
-        return _RULES[name]
-    except (KeyError, TypeError):
-        guess = nearest(name, _RULES) if isinstance(name, str) else None
-        hint = f" Did you mean {guess!r}?" if guess else ""
-        raise UnknownArgumentError(
-            f"budget_rule must be one of {', '.join(map(repr, _RULES))}; got {name!r}.{hint}"
-        ) from None
+    return pick("budget_rule", name, _RULES, _RULES)
 
 
 @register_rule

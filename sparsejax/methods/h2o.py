@@ -8,17 +8,15 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from sparsejax.methods.base import Method
 from sparsejax.methods.registry import register
+from sparsejax.methods.scope import ScopedMethod
 from sparsejax.methods.slots import Slots
-from sparsejax.validation import choice, number, whole
-
-SCOPES = ("head", "layer", "all")
+from sparsejax.validation import number, whole
 
 
 @register
 @dataclass(frozen=True)
-class H2O(Method):
+class H2O(ScopedMethod):
     """The sum of all attention probabilities a token received, in the prompt and while decoding.
 
     Recent means by position. With scope "layer" or "all" the heads hold the same tokens in the same slots, because
@@ -39,23 +37,14 @@ class H2O(Method):
     evicts_per_step: ClassVar[bool] = True
     default_compress_once: ClassVar[bool] = False
 
-    scope: str = "head"
     recent_ratio: float = 0.5
     prefill_window: int | None = None
 
     def __post_init__(self) -> None:
-        choice("scope", self.scope, SCOPES)
+        super().__post_init__()
         object.__setattr__(self, "recent_ratio", number("recent_ratio", self.recent_ratio, 0.0, 1.0))
         if self.prefill_window is not None:
             object.__setattr__(self, "prefill_window", whole("prefill_window", self.prefill_window, 1))
-
-    @property
-    def equal_heads(self) -> bool:
-        return self.scope != "head"
-
-    @property
-    def equal_layers(self) -> bool:
-        return self.scope == "all"
 
     def record_from(self, text_length: int, window_tokens: int) -> int:
         del window_tokens

@@ -9,17 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.methods.base import Method
 from sparsejax.methods.registry import register
+from sparsejax.methods.scope import ScopedMethod
 from sparsejax.methods.slots import Slots
-from sparsejax.validation import choice
-
-SCOPES = ("head", "layer", "all")
 
 
 @register
 @dataclass(frozen=True)
-class Random(Method):
+class Random(ScopedMethod):
     """A score in [0, 1) that is a hash of the request's seed, the position, the layer and the head.
 
     The same request keeps the same tokens whatever else runs and however its slots lie; evicting step by step keeps a
@@ -35,19 +32,6 @@ class Random(Method):
     between_chunks: ClassVar[bool] = True
     evicts_per_step: ClassVar[bool] = True
     default_compress_once: ClassVar[bool] = False
-
-    scope: str = "head"
-
-    def __post_init__(self) -> None:
-        choice("scope", self.scope, SCOPES)
-
-    @property
-    def equal_heads(self) -> bool:
-        return self.scope != "head"
-
-    @property
-    def equal_layers(self) -> bool:
-        return self.scope == "all"
 
     def scores(self, slots: Slots) -> jax.Array:
         layer = jnp.arange(1 if self.equal_layers else slots.num_layers, dtype=jnp.uint32)[:, None, None, None]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from sparsejax.errors import InvalidArgumentError, UnknownArgumentError, nearest
+from sparsejax.errors import InvalidArgumentError, pick
 from sparsejax.methods.base import Method
 
 _METHODS: dict[str, type[Method]] = {}
@@ -51,14 +51,7 @@ def get(name: str) -> type[Method]:
     Raises:
       UnknownArgumentError: no such method; the message lists those that exist.
     """
-    try:
-        return _METHODS[name]
-    except (KeyError, TypeError):
-        guess = nearest(name, _METHODS) if isinstance(name, str) else None
-        hint = f" Did you mean {guess!r}?" if guess else ""
-        raise UnknownArgumentError(
-            f"method must be one of {', '.join(map(repr, available()))}; got {name!r}.{hint}"
-        ) from None
+    return pick("method", name, _METHODS, available())
 
 
 @dataclasses.dataclass(frozen=True)
