@@ -43,7 +43,12 @@ def add_parser(subparsers) -> None:
     )
     group.add_argument("--out", type=Path, metavar="DIR", help="folder of the run")
     group.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    group.add_argument("--init", metavar="NAME", help="compressor to start from, folder or id (default: random)")
+    group.add_argument(
+        "--init",
+        metavar="NAME",
+        help="compressor to start from, folder or id; pca: principal components of the data, for linear projections "
+        "(default: random)",
+    )
     group.add_argument(
         "--stop-after", type=int, metavar="N", help="stop after step N, with a checkpoint, to resume later"
     )

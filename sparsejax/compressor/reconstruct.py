@@ -38,6 +38,13 @@ def reconstruct(config: CompressorConfig, params: Any, x: jax.Array) -> jax.Arra
     return jnp.where(kept, x, read)
 
 
+def differences(config: CompressorConfig, x: jax.Array) -> jax.Array:
+    """What is to be compressed of signals: x - r, and 0 where a token is kept as it is. [B, T, kv_dim] likewise."""
+    references = references_of(config, x)
+    beside = x if references is None else x - references.astype(x.dtype)
+    return jnp.where(jnp.asarray(_kept(config, x.shape[1]))[:, None], 0, beside)
+
+
 def references_of(config: CompressorConfig, x: jax.Array) -> jax.Array | None:
     """The mean reference of every token, [B, T, kv_dim]; None for an autoencoder without references.
 

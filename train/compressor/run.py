@@ -33,6 +33,7 @@ from train.compressor.frozen import load_frozen, stack_compressor, unstack_compr
 from train.compressor.log import RunLog, plot_metrics
 from train.compressor.options import RESUMABLE, TrainOptions
 from train.compressor.placement import Placement
+from train.compressor.principal import PRINCIPAL, principal_params, require_linear
 from train.compressor.step import StepMetrics, TrainState, init_state, make_train_step
 
 EXPORT_DTYPE = "bfloat16"
@@ -54,7 +55,8 @@ class Run:
         type decides.
       options: how to train.
       mesh: see `parse_mesh`.
-      init: a compressor to start from, folder or id; None: random.
+      init: a compressor to start from, folder or id; "pca": linear projections in closed form (`principal.py`); None:
+        random.
       resume: go on from the newest checkpoint in `out`.
       stop_after: steps after which to stop for now, with a checkpoint to resume from.
       progress: show progress bars.
@@ -95,7 +97,9 @@ def train(run: Run) -> Path:
     checkpoints = _claim(run)
     try:
         model, frozen = load_frozen(run.model, placement, jnp.dtype(options.dtype), progress=run.progress and first)
-        config, params = _start(run, model)
+        config = compressor_config(model, options, run.compressor)
+        if run.init == PRINCIPAL:
+            require_linear(config)
         if rows.length <= config.sink_tokens:
             raise InvalidArgumentError(
                 f"length must be above sink_tokens ({config.sink_tokens}), or nothing is compressed; got {rows.length}."
@@ -115,12 +119,16 @@ def train(run: Run) -> Path:
         def whole(tree: Any) -> Any:
             return jax.tree.map(lambda leaf: placement.put(leaf, placement.whole), tree)
 
-        state = whole(init_state(whole(stack_compressor(params)), options, steps))
+        passes = TwoPass(model, config, placement, jnp.dtype(options.dtype), options.train_on, options.recompute)
         latest = checkpoints.latest()
+        if latest is None and run.init == PRINCIPAL:
+            params = principal_params(passes, frozen, rows, progress=run.progress and first)
+        else:
+            params = _start(run, model, config)
+        state = whole(init_state(whole(stack_compressor(params)), options, steps))
         if latest is not None:
             state, place = checkpoints.restore(latest, state)
             batches.restore(place)
-        passes = TwoPass(model, config, placement, jnp.dtype(options.dtype), options.train_on, options.recompute)
         loop = _Loop(run, make_train_step(passes, options, steps), frozen, placement, batches, checkpoints, model)
         log = (
             RunLog(
@@ -215,11 +223,10 @@ class _Loop:
         )
 
 
-def _start(run: Run, model: ModelConfig) -> tuple[CompressorConfig, dict[str, Any]]:
-    """Configuration and first parameters of the compressor."""
-    config = compressor_config(model, run.options, run.compressor)
-    if run.init is None:
-        return config, init_params(config, jax.random.key(run.options.seed))
+def _start(run: Run, model: ModelConfig, config: CompressorConfig) -> dict[str, Any]:
+    """First parameters of the compressor, random or loaded."""
+    if run.init in (None, PRINCIPAL):  # a resumed run takes its own in a moment
+        return init_params(config, jax.random.key(run.options.seed))
     loaded, params = load_compressor(run.init, model=model, references=config.references)
     if loaded != config:
         before, after = asdict(loaded), asdict(config)
@@ -229,7 +236,7 @@ def _start(run: Run, model: ModelConfig) -> tuple[CompressorConfig, dict[str, An
         raise InvalidArgumentError(
             f"init {run.init} is another compressor than the options ask for: it has {differing}."
         )
-    return config, params
+    return params
 
 
 def _claim(run: Run) -> Checkpoints:
@@ -256,13 +263,15 @@ def _record(run: Run, config: CompressorConfig, steps: int, rows_per_step: int) 
         "data": str(run.data),
         "steps": steps,
         "rows_per_step": rows_per_step,
+        "init": run.init,
         "compressor": asdict(config),
         **{name: value for name, value in asdict(run.options).items() if name not in RESUMABLE},
     }
     path = run.out / "options.json"
     if run.resume:
         before = read_json(path)
-        differing = [name for name in now if before.get(name) != json.loads(json.dumps(now[name]))]
+        compared = [name for name in now if name != "init"]  # what it began with does not matter any more
+        differing = [name for name in compared if before.get(name) != json.loads(json.dumps(now[name]))]
         if differing:
             was = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in differing)
             raise InvalidArgumentError(f"A resumed run must have the options it was started with; it had {was}.")
