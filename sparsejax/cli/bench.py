@@ -185,12 +185,16 @@ def run_latency(args: argparse.Namespace) -> int:
     for batch, context in wanted:
         # One engine a shape, with tables and batch as large as needed: as somebody serving that shape would set them.
         needed = latency.tokens_needed(context, args.steps, batch=batch, chunk=chunk)
+        options = engine_options(args, config, params)
+        # Pages for that shape and no more: to see what fits, large steps would be compiled that are never run.
+        pages = config.num_layers * config.num_kv_heads * -(-needed // options["page_size"])
+        options.setdefault("num_pages", (batch + 1) * pages)
         llm = LLM.from_params(
             config if args.model else reaching(config, needed),
             params,
             max_num_seqs=args.max_num_seqs or batch,
             max_model_len=args.max_model_len or needed,
-            **engine_options(args, config, params),
+            **options,
         )
         folder = Path(args.profile) / f"{batch}x{context}" if args.profile else None
         row = latency.measure(
