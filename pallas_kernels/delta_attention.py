@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from pallas_kernels import online_softmax
 from pallas_kernels.checks import check_integer, check_shape, query_group
 from pallas_kernels.decode_work import DecodeTile, WorkList
+from pallas_kernels.delta_attention_triton import default_tile, delta_attention_triton
 from pallas_kernels.delta_reference import read_back_reference
 from pallas_kernels.delta_store import DeltaLayout, DeltaStore, check_rotation, check_rows, check_store, check_up
 from pallas_kernels.delta_store_xla import read_back
+from pallas_kernels.delta_work import delta_work_list
 from pallas_kernels.dispatch import Implementation, resolve
 
 
@@ -140,7 +142,13 @@ def delta_attention(
             layout=common, heads=num_kv_heads, scale=scale,
         )  # fmt: skip
     else:
-        raise NotImplementedError
+        if work is None:
+            work = delta_work_list(positions, num_kv_heads=num_kv_heads)
+        out, lse = delta_attention_triton(
+            q.astype(store.k_pages.dtype), store, rows, recent_rows, history, positions, cos, sin, up, up_bias, work,
+            *layers, layout=common, heads=num_kv_heads, scale=scale, tile=tile or default_tile(store.k_pages),
+            interpret=interpret,
+        )  # fmt: skip
     out = out.astype(dtype)
     return (out, lse) if return_lse else out
 

@@ -104,3 +104,31 @@ def rotations(positions, dim: int) -> tuple[jax.Array, jax.Array]:
     frequency = 10000.0 ** (-np.arange(0, dim, 2) / dim)
     angle = np.asarray(positions)[..., None] * frequency
     return jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
+
+
+def abstract_store(*, heads: int, dim: int, size: int, dtype, latent_dtype, requests: int, page: int = 32, layers=27):
+    """(DeltaStore of ShapeDtypeStructs for `requests` of 128k tokens, its DeltaLayout), for lowering."""
+    shape = jax.ShapeDtypeStruct
+    near = shape((requests * 440 * layers * heads, page, dim), dtype)
+    latent_pages = requests * 3700 * layers
+    if latent_dtype == "int4":
+        values = shape((latent_pages, page, size // 4), jnp.uint16)
+        scale = shape((latent_pages, page, size // 32), jnp.bfloat16)
+    else:
+        values, scale = shape((latent_pages, page, size), jnp.dtype(latent_dtype)), None
+    return (
+        DeltaStore(
+            near,
+            near,
+            shape((1, 2 * requests + 1, 1, 440), jnp.int32),
+            LatentPages(values, scale, shape((latent_pages, page, 4), jnp.uint16)),
+            shape((1, requests + 1, 1, 3700), jnp.int32),
+        ),
+        DeltaLayout(
+            near=PageAddress(0, layers * heads, 5 * heads, 1),
+            latent=PageAddress(0, layers, 5, 1),
+            sinks=16,
+            step=10,
+            ring=256,
+        ),
+    )

@@ -1,10 +1,14 @@
 """Attention over tokens that are read back in registers: kernel and XLA program against the reference."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from delta_cases import make_delta, rotations
+from delta_cases import abstract_store, make_delta, rotations
 from kernel_cases import MODES, assert_same_attention, normal
+from lowering import lower_for_h200, triton_calls
 
 from pallas_kernels import DecodeTile, SpanLimits, delta_attention, delta_attention_reference, delta_work_list
 from pallas_kernels.delta_store import view_positions
@@ -68,3 +72,61 @@ def test_the_view_of_a_row_is_its_sinks_what_is_recent_and_what_was_selected():
         [0, -1, 1, -1, -1, -1, -1, -1, -1],
         [-1] * 9,
     ]
+
+
+@pytest.mark.parametrize(
+    ("batch", "q_heads", "heads", "dim", "size", "dtype", "latent_dtype", "bias"),
+    [
+        (8, 32, 8, 128, 512, jnp.bfloat16, "bfloat16", False),
+        (8, 32, 8, 128, 512, jnp.bfloat16, "int4", False),
+        (1, 28, 4, 128, 256, jnp.bfloat16, "int4", True),
+        (2, 6, 2, 80, 96, jnp.float32, "float32", True),
+    ],
+)
+def test_lowers_for_cuda_at_production_shapes(batch, q_heads, heads, dim, size, dtype, latent_dtype, bias):
+    store, layout = abstract_store(
+        heads=heads, dim=dim, size=size, dtype=dtype, latent_dtype=latent_dtype, requests=batch
+    )
+    shape = jax.ShapeDtypeStruct
+    row = shape((batch,), jnp.int32)
+    width = 16 + 256 + 2048
+    rotation = shape((batch, width, dim // 2), jnp.float32)
+    features = 2 * heads * dim
+    text = lower_for_h200(
+        functools.partial(delta_attention, layout=layout, num_kv_heads=heads, scale=1.0, return_lse=True),
+        shape((batch, q_heads, dim), dtype),
+        store,
+        row,
+        row,
+        row,
+        shape((batch, width), jnp.int32),
+        rotation,
+        rotation,
+        shape((size, features), dtype),
+        shape((features,), dtype) if bias else None,
+    )
+    assert triton_calls(text) == 2
+
+
+def test_a_nonlinear_up_is_refused():
+    case, up, _ = make(1, 16, 32, 8, jnp.float32)
+    positions = listed(case)
+    cos, sin = rotations(np.maximum(positions, 0), 16)
+    q = jnp.zeros((len(HISTORIES), 2, 16))
+    with pytest.raises(ValueError, match="up has shape"):
+        delta_attention(
+            q, case.store, case.rows, case.recent_rows, case.history, positions, cos, sin, up[:, :8],
+            layout=case.layout, num_kv_heads=1, scale=1.0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_batch_gives_an_empty_result(mode):
+    case, up, _ = make(1, 16, 32, 8, jnp.float32)
+    none = jnp.zeros(0, jnp.int32)
+    rotation = jnp.zeros((0, 4, 8))
+    out, lse = delta_attention(
+        jnp.zeros((0, 2, 16), jnp.bfloat16), case.store, none, none, none, jnp.zeros((0, 4), jnp.int32), rotation,
+        rotation, up, layout=case.layout, num_kv_heads=1, scale=1.0, return_lse=True, **mode,
+    )  # fmt: skip
+    assert (out.shape, out.dtype, lse.shape) == ((0, 2, 16), jnp.bfloat16, (0, 2))
