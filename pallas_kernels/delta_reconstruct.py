@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import check_integer, check_shape
+from pallas_kernels.delta_reconstruct_triton import ReconstructTile, default_tile, delta_reconstruct_triton
 from pallas_kernels.delta_reference import read_back_reference
 from pallas_kernels.delta_store import DeltaLayout, DeltaStore, check_rotation, check_rows, check_store, check_up
 from pallas_kernels.delta_store_xla import read_back
@@ -45,6 +46,7 @@ def delta_reconstruct(
     up: jax.Array | None = None,
     up_bias: jax.Array | None = None,
     residual: jax.Array | None = None,
+    tile: ReconstructTile | None = None,
     implementation: Implementation | None = None,
     interpret: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -65,6 +67,7 @@ def delta_reconstruct(
       positions: i32[S, T] which tokens; those below 0 or not below the length are left out.
       up: [d, 2*H*D], a linear up-projection, at the precision of the pools; `up_bias` [2*H*D] its bias.
       residual: [S, T, 2*H*D] instead of `up`: what it gave for the latents (`read_latents`).
+      tile: tile sizes of the kernel, for tuning.
       implementation, interpret: see `dispatch.resolve`.
 
     Returns:
@@ -88,13 +91,18 @@ def delta_reconstruct(
     elif residual is not None:
         check_shape("residual", residual, (segments, tokens, 2 * num_kv_heads * dim))
     implementation, interpret = resolve(implementation, interpret)
+    if 0 in (segments, tokens):
+        return (jnp.zeros((0, *store.k_pages.shape[1:]), store.k_pages.dtype),) * 2
     common, *layers = layout.split_layer()
     if implementation == "xla":
         return _reconstruct_xla(
             store, rows, recent_rows, history, lengths, cos, sin, positions, up, up_bias, residual, *layers,
             layout=common, heads=num_kv_heads,
         )  # fmt: skip
-    raise NotImplementedError
+    return delta_reconstruct_triton(
+        store, rows, recent_rows, history, lengths, cos, sin, positions, up, up_bias, residual, *layers,
+        layout=common, heads=num_kv_heads, tile=tile or default_tile(store.k_pages), interpret=interpret,
+    )  # fmt: skip
 
 
 def delta_reconstruct_reference(

@@ -1,5 +1,6 @@
 """The meaning of what a DeltaStore holds, one token after the other: the reference of the kernels that read it back."""
 
+import jax
 import numpy as np
 
 from pallas_kernels.delta_store import DeltaLayout, DeltaStore
@@ -9,13 +10,13 @@ from pallas_kernels.latents import GROUP, PER_CODE
 def read_token_reference(
     store: DeltaStore, row: int, recent_row: int, history: int, position: int, *, layout: DeltaLayout, num_kv_heads: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """(exact or mean reference f64[2*H*D], latent f64[d] or None for a token that has none)."""
+    """(exact or mean reference f64[2*H*D], latent f64[d] or None for a token that has none); arrays of numpy."""
 
     def near(table_row: int, slot: int) -> np.ndarray:
         page_size = store.k_pages.shape[1]
         entry = int(store.near_table[0, table_row, 0, slot // page_size])
         pages = [int(layout.near.page(entry, head)) for head in range(num_kv_heads)]
-        both = [np.asarray(pool, np.float64)[pages, slot % page_size] for pool in (store.k_pages, store.v_pages)]
+        both = [pool[pages, slot % page_size].astype(np.float64) for pool in (store.k_pages, store.v_pages)]
         return np.concatenate([half.reshape(-1) for half in both])
 
     centers = [p for p in range(position + 1) if p < layout.sinks or (p - layout.sinks) % layout.step == 0]
@@ -27,11 +28,11 @@ def read_token_reference(
     latents = store.latents
     page_size = latents.values.shape[1]
     page = int(layout.latent.page(int(store.latent_table[0, row, 0, slot // page_size]), 0))
-    values = np.asarray(latents.values[page, slot % page_size])
+    values = latents.values[page, slot % page_size]
     if latents.scale is None:
         z = values.astype(np.float64)
     else:
-        scale = np.asarray(latents.scale[page, slot % page_size], np.float64)
+        scale = latents.scale[page, slot % page_size].astype(np.float64)
         quarter = len(values)
         z = np.array(
             [
@@ -39,7 +40,7 @@ def read_token_reference(
                 for j in range(PER_CODE * quarter)
             ]
         )
-    ids = np.asarray(latents.reference[page, slot % page_size]).tolist()
+    ids = latents.reference[page, slot % page_size].tolist()
     return np.mean([near(row, i) for i in ids], axis=0), z
 
 
@@ -48,6 +49,7 @@ def read_back_reference(
     layout: DeltaLayout, num_kv_heads: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(K after RoPE f32[B, T, H, D], V) of the tokens at `positions` [B, T]; 0 where a position is below 0."""
+    store, positions = jax.tree.map(np.asarray, (store, positions))
     batch, tokens = positions.shape
     dim = store.k_pages.shape[2]
     out = np.zeros((2, batch, tokens, num_kv_heads, dim))

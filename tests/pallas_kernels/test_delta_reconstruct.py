@@ -1,21 +1,24 @@
 """Reading tokens of a DeltaKV store back into pages: kernel and XLA program against the reference."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from delta_cases import make_delta, rotations
+from delta_cases import abstract_store, make_delta, rotations
 from kernel_cases import MODES, TOLERANCE, normal
+from lowering import lower_for_h200, triton_calls
 
 from pallas_kernels import (
     delta_reconstruct,
     delta_reconstruct_reference,
     prefill_attention,
-    prefill_attention_reference,
     read_latents,
     scratch_address,
     scratch_table,
 )
+from pallas_kernels.delta_reference import read_back_reference
 
 HISTORIES, RECENTS = (0, 2, 3, 19, 40), (5, 0, 1, 12, 7)
 LENGTH = 47
@@ -93,28 +96,24 @@ def test_a_residual_takes_the_place_of_up(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_chunk_attends_to_the_scratch(mode):
-    heads, dim, page = 2, 64, 16
+    heads, dim, page, length = 2, 64, 16, 47
     case = make_delta(histories=(40, 0), recents=(7, 0), heads=heads, dim=dim, size=32, page=page, dtype=jnp.float32)
     up = normal(1, 32, 2 * heads * dim, dtype=jnp.float32) * 0.2
     cos, sin = rotations(np.arange(64)[None], dim)
-    options = {"layout": case.layout, "num_kv_heads": heads, "up": up}
-    new = [normal(5 + i, 6, n, dim, dtype=jnp.float32) for i, n in enumerate((4, heads, heads))]
-    starts = jnp.array([0, 4, 6], jnp.int32)
-
-    def attend(function, scratch, **mode):
-        history = jnp.pad(case.lengths, (1, 0))[None, :, None]
-        table = scratch_table(2, 64 // page)
-        out = function(
-            *new, *scratch, table, history, jnp.array([1, 2], jnp.int32), starts, address=scratch_address(heads),
-            scale=0.1, **mode,
-        )  # fmt: skip
-        return out if mode else out[0]
-
-    scratch = delta_reconstruct(*case[:1], *case[2:], cos, sin, **options, **mode)
-    expected = delta_reconstruct_reference(*case[:1], *case[2:], cos, sin, **options)
-    np.testing.assert_allclose(
-        attend(prefill_attention, scratch, **mode), attend(prefill_attention_reference, expected), rtol=1e-4, atol=1e-4
-    )
+    scratch = delta_reconstruct(*case[:1], *case[2:], cos, sin, layout=case.layout, num_kv_heads=heads, up=up, **mode)
+    q, k, v = (normal(5 + i, 2, heads, dim, dtype=jnp.float32) for i in range(3))
+    out = prefill_attention(
+        q, k, v, *scratch, scratch_table(2, 64 // page), jnp.pad(case.lengths, (1, 0))[None, :, None],
+        jnp.array([1, 2], jnp.int32), jnp.array([0, 1, 2], jnp.int32), address=scratch_address(heads), scale=0.1,
+        **mode,
+    )  # fmt: skip
+    positions = np.where(np.arange(length) < np.asarray(case.lengths)[:, None], np.arange(length), -1)
+    rotation = (np.broadcast_to(x, (2, *x.shape[1:])) for x in (cos, sin))
+    old = read_back_reference(case.store, *case[2:5], positions, *rotation, up, layout=case.layout, num_kv_heads=heads)
+    for s, held in enumerate((length, 0)):
+        keys, values = (np.concatenate([x[s, :held], y[s : s + 1]]) for x, y in zip(old, (k, v), strict=True))
+        weights = jax.nn.softmax(0.1 * np.einsum("hd,nhd->hn", q[s], keys), axis=-1)
+        np.testing.assert_allclose(out[s], np.einsum("hn,nhd->hd", weights, values), rtol=1e-4, atol=1e-4)
 
 
 def test_rotation_at_position_one_million_is_that_of_the_arrays():
@@ -129,6 +128,38 @@ def test_rotation_at_position_one_million_is_that_of_the_arrays():
     c, s = np.asarray(cos[0, :7], np.float64), np.asarray(sin[0, :7], np.float64)
     back = np.concatenate([first * c + second * s, second * c - first * s], axis=-1)
     np.testing.assert_allclose(back, plain[0, :7], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("segments", "heads", "dim", "size", "tokens", "dtype", "latent_dtype", "listed", "projected"),
+    [
+        (1, 8, 128, 512, 131072, jnp.bfloat16, "bfloat16", False, True),
+        (1, 8, 128, 512, 131072, jnp.bfloat16, "int4", False, True),
+        (8, 4, 128, 256, 2320, jnp.bfloat16, "int4", True, False),
+        (2, 2, 80, 96, 1000, jnp.float32, "float32", True, True),
+    ],
+)
+def test_lowers_for_cuda_at_production_shapes(
+    segments, heads, dim, size, tokens, dtype, latent_dtype, listed, projected
+):
+    store, layout = abstract_store(
+        heads=heads, dim=dim, size=size, dtype=dtype, latent_dtype=latent_dtype, requests=segments
+    )
+    shape = jax.ShapeDtypeStruct
+    row = shape((segments,), jnp.int32)
+    rotation = shape((segments if listed else 1, tokens, dim // 2), jnp.float32)
+    features = 2 * heads * dim
+    given = {
+        "positions": shape((segments, tokens), jnp.int32) if listed else None,
+        "up": shape((size, features), dtype) if projected else None,
+        "up_bias": shape((features,), dtype) if projected else None,
+        "residual": None if projected else shape((segments, tokens, features), dtype),
+    }
+    function = functools.partial(delta_reconstruct, layout=layout, num_kv_heads=heads)
+    text = lower_for_h200(
+        lambda given, *at: function(*at, **given), given, store, row, row, row, row, rotation, rotation
+    )
+    assert triton_calls(text) == 1
 
 
 @pytest.mark.parametrize(
