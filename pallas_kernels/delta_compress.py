@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.checks import check_integer, check_shape
 from pallas_kernels.delta_store_xla import mean_of
@@ -58,19 +59,18 @@ def reference_mean(
 def reference_mean_reference(
     k_pages, v_pages, page_table, rows, starts, ids, *, address: PageAddress, num_kv_heads: int
 ) -> jax.Array:
-    """The meaning of `reference_mean`, one token after the other, in float32; 0 for padding."""
+    """The meaning of `reference_mean`, one token after the other, in float32 (arguments concrete); 0 for padding."""
     page_size = k_pages.shape[1]
-    out = []
-    of_token = token_rows(rows, starts, ids.shape[0]).tolist()
-    for t, row in enumerate(of_token):
-        total = jnp.zeros((2, num_kv_heads, k_pages.shape[2]), jnp.float32)
-        if t < int(starts[-1]):
-            for slot in ids[t].tolist():
-                entry = int(page_table[0, row, 0, slot // page_size])
-                pages = jnp.array([address.page(entry, head) for head in range(num_kv_heads)])
-                total += jnp.stack([pool[pages, slot % page_size].astype(jnp.float32) for pool in (k_pages, v_pages)])
-        out.append(total.reshape(-1) / ids.shape[1])
-    return jnp.stack(out)
+    pools = [np.asarray(pool) for pool in (k_pages, v_pages)]
+    of_token = np.asarray(token_rows(rows, starts, ids.shape[0]))
+    ids, table = np.asarray(ids), np.asarray(page_table)
+    out = np.zeros((ids.shape[0], 2, num_kv_heads, k_pages.shape[2]), np.float32)
+    for t in range(int(starts[-1])):
+        for slot in ids[t]:
+            entry = int(table[0, of_token[t], 0, slot // page_size])
+            pages = [int(address.page(entry, head)) for head in range(num_kv_heads)]
+            out[t] += np.stack([pool[pages, slot % page_size].astype(np.float32) for pool in pools]) / ids.shape[1]
+    return jnp.asarray(out.reshape(ids.shape[0], -1))
 
 
 def delta_compress(

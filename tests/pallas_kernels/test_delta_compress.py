@@ -6,6 +6,7 @@ import pytest
 from kernel_cases import MODES, TOLERANCE, make_paged, normal
 
 from pallas_kernels import (
+    SearchTile,
     delta_compress,
     delta_compress_reference,
     reference_mean,
@@ -17,7 +18,7 @@ from pallas_kernels.centers import center_count
 
 SINKS, STEP, NEIGHBORS = 3, 4, 4
 # First position and number of tokens of each segment; the last segment is empty.
-SEGMENTS = ((0, 21), (37, 16), (2, 3), (100, 0))
+SEGMENTS = ((0, 21), (137, 16), (2, 3), (100, 0))
 STARTS = jnp.array([0, 21, 37, 40, 40], jnp.int32)
 TOKENS = 43  # three of padding
 ROWS = jnp.array([2, 3, 1, 4], jnp.int32)
@@ -53,7 +54,8 @@ def test_finds_the_nearest_centers_before_each_token(mode, heads, dim, page, dty
         "address": case.address, "num_kv_heads": heads, "neighbors": NEIGHBORS, "sinks": SINKS, "step": STEP,
         "metric": metric,
     }  # fmt: skip
-    got = reference_search(*arguments, **options, **mode)
+    # Several blocks and parts of centers, several tiles of tokens.
+    got = reference_search(*arguments, **options, tile=SearchTile(16, 16, 16, 4, 1), **mode)
     np.testing.assert_array_equal(got, reference_search_reference(*arguments, **options))
 
 
