@@ -13,6 +13,7 @@ from pallas_kernels.delta_compress import (
     reference_mean,
     reference_mean_reference,
 )
+from pallas_kernels.delta_compress_triton import CompressTile
 from pallas_kernels.delta_reconstruct import (
     delta_reconstruct,
     delta_reconstruct_reference,
@@ -39,6 +40,7 @@ from pallas_kernels.store_kv import store_kv, store_kv_reference
 __all__ = [
     "EMPTY_LSE",
     "BlockTile",
+    "CompressTile",
     "DecodeTile",
     "DeltaLayout",
     "DeltaStore",

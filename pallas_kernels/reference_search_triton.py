@@ -97,7 +97,8 @@ def _search_kernel(*refs, address, heads, neighbors, metric, tile, parts):
                 """Adds the products with one pool, whose numbers begin at `offset` of a signal."""
 
                 def visit_chunk(at, total):
-                    head, chunk = at // chunks, at % chunks
+                    head = at // chunks
+                    chunk = at - head * chunks
                     number = chunk * tile.chunk + jnp.arange(tile.chunk, dtype=jnp.int32)
                     page, numbers = index_grid(address.page(entry, head), number)
                     place, _ = index_grid(slot, number)
