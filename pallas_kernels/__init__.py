@@ -14,6 +14,7 @@ from pallas_kernels.paging import PageAddress
 from pallas_kernels.prefill_attention import PrefillTile, prefill_attention, prefill_attention_reference
 from pallas_kernels.record_attention import record_attention, record_attention_reference
 from pallas_kernels.record_attention_triton import RecordTile
+from pallas_kernels.select_top import select_top, select_top_reference
 from pallas_kernels.store_kv import store_kv, store_kv_reference
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "record_attention",
     "record_attention_reference",
     "resolve",
+    "select_top",
+    "select_top_reference",
     "store_kv",
     "store_kv_reference",
 ]
