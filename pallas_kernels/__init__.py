@@ -15,6 +15,7 @@ from pallas_kernels.prefill_attention import PrefillTile, prefill_attention, pre
 from pallas_kernels.record_attention import record_attention, record_attention_reference
 from pallas_kernels.record_attention_triton import RecordTile
 from pallas_kernels.select_top import select_top, select_top_reference
+from pallas_kernels.slot_probabilities import slot_probabilities, slot_probabilities_reference
 from pallas_kernels.store_kv import store_kv, store_kv_reference
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
     "resolve",
     "select_top",
     "select_top_reference",
+    "slot_probabilities",
+    "slot_probabilities_reference",
     "store_kv",
     "store_kv_reference",
 ]

@@ -1,9 +1,9 @@
 """`select_top` as Pallas-Triton kernels: one program a row, or several kernels over the chunks of long rows.
 
-Both find the k-th largest key as the largest number that at least k keys reach. Short rows stay in a program's registers
-and are searched bit by bit. Long rows are cut into chunks: each pass compares every key of every chunk with 32 pivots,
-which settles five bits, and the next pass starts from the sum of the chunks' counts. The last counts then tell every
-chunk where in the result its slots go.
+Both find the k-th largest key as the largest number that at least k keys reach. Short rows stay in a program's
+registers and are searched bit by bit. Long rows are cut into chunks: each pass compares every key of every chunk with
+32 pivots, which settles five bits, and the next pass starts from the sum of the chunks' counts. The last counts then
+tell every chunk where in the result its slots go.
 """
 
 import functools
