@@ -79,6 +79,7 @@ def build_engine(
         dtype=decoder.dtype,
         with_score=bool(evicting),
         with_position=bool(evicting),
+        with_bounds=any(method.needs_page_bounds for method in allowed.values()),
     )
     records: frozenset[str] = frozenset().union(*(method.records for method in evicting))
     num_pages = config.num_pages

@@ -25,8 +25,8 @@ class CompressionParams:
     """What is kept of a request's KV cache.
 
     Attributes:
-      method: name of a method in `sparsejax.methods`; "full" keeps everything, and takes no other argument. Methods that
-        select keep everything, too; they take sink_tokens, recent_tokens and options.
+      method: name of a method in `sparsejax.methods`; "full" keeps everything, and takes no other argument. Methods
+        that select keep everything, too; they take sink_tokens, recent_tokens and options.
       budget_tokens: tokens to keep per layer and KV head, on average, protected ones included. Also called
         max_cache_tokens. A prompt of at most this many tokens is left as it is.
       keep_fraction: the budget as a fraction of the text that is compressed, in (0, 1]; at least what is protected.

@@ -215,6 +215,7 @@ def decode_part(
         )
         if record is None:
             return attention(), cache
+        assert cache.pool.score is not None, "caches that record keep scores"
         out, score = attention(
             position=cache.pool.position, score=cache.pool.score, power=jnp.where(ok, record.power[rows], 0)
         )
