@@ -29,12 +29,20 @@ from pallas_kernels.invert_spd import invert_spd, invert_spd_reference
 from pallas_kernels.latents import LatentPages, dequantise, init_latents, quantise, store_latents
 from pallas_kernels.move_slots import move_slots, move_slots_reference
 from pallas_kernels.online_softmax import EMPTY_LSE
+from pallas_kernels.page_bounds import (
+    page_upper_bounds,
+    page_upper_bounds_reference,
+    update_page_bounds,
+    update_page_bounds_reference,
+)
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.prefill_attention import PrefillTile, prefill_attention, prefill_attention_reference
 from pallas_kernels.record_attention import record_attention, record_attention_reference
 from pallas_kernels.record_attention_triton import RecordTile
 from pallas_kernels.reference_search import reference_search, reference_search_reference
 from pallas_kernels.reference_search_triton import SearchTile
+from pallas_kernels.select_top import select_top, select_top_reference
+from pallas_kernels.slot_probabilities import slot_probabilities, slot_probabilities_reference
 from pallas_kernels.store_kv import store_kv, store_kv_reference
 
 __all__ = [
@@ -71,6 +79,8 @@ __all__ = [
     "invert_spd_reference",
     "move_slots",
     "move_slots_reference",
+    "page_upper_bounds",
+    "page_upper_bounds_reference",
     "prefill_attention",
     "prefill_attention_reference",
     "quantise",
@@ -84,8 +94,14 @@ __all__ = [
     "resolve",
     "scratch_address",
     "scratch_table",
+    "select_top",
+    "select_top_reference",
+    "slot_probabilities",
+    "slot_probabilities_reference",
     "store_kv",
     "store_kv_reference",
     "store_latents",
+    "update_page_bounds",
+    "update_page_bounds_reference",
     "view_positions",
 ]

@@ -63,7 +63,9 @@ def build_engine(
         )
     max_resident_rows = _max_resident_rows(model_config, config, max_num_seqs)
     decoder = Decoder(model_config, params["embed"].dtype)
-    evicting = [methods_registry.get(name) for name in methods if methods_registry.get(name).family == "evict"]
+    allowed = {name: methods_registry.get(name) for name in methods}
+    evicting = [method for method in allowed.values() if method.family == "evict"]
+    selecting = sorted(name for name, method in allowed.items() if method.family == "select")
     granularity = _granularity(config, evicting)
     layout = CacheLayout(
         num_layers=model_config.num_layers,
@@ -77,6 +79,7 @@ def build_engine(
         dtype=decoder.dtype,
         with_score=bool(evicting),
         with_position=bool(evicting),
+        with_bounds=any(method.needs_page_bounds for method in allowed.values()),
     )
     records: frozenset[str] = frozenset().union(*(method.records for method in evicting))
     num_pages = config.num_pages
@@ -92,12 +95,14 @@ def build_engine(
                 prefill_seqs=config.max_prefill_seqs,
                 implementation=config.implementation,
                 records=records & CHUNK_RECORDS,
+                selecting=selecting,
             )
         state = jax.eval_shape(
             lambda: init_state(
                 layout.num_rows,
                 model_config.vocab_size,
                 idle_record(layout, model_config, records, config.max_prefill_seqs),
+                selects=bool(selecting),
             )
         )
         tables = 4 * layout.entries_per_page_column * layout.num_rows * (layout.max_entries_per_row + 1)
@@ -118,6 +123,7 @@ def build_engine(
             implementation=config.implementation,
             records=records,
             may_evict_per_step=any(method.evicts_per_step for method in evicting),
+            selecting=selecting,
             instructions=_instructions(tokenizer),
         )
     if config.warmup:

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, init_cache
+from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.packing import pack
 from sparsejax.engine.recording import idle_record
+from sparsejax.engine.selection_plan import Selections
 from sparsejax.engine.state import init_state
 from sparsejax.engine.steps import StepOptions, decode_step, mixed_step
 from sparsejax.errors import OutOfMemoryError
@@ -60,6 +62,7 @@ def scratch_bytes(
     prefill_seqs: int,
     implementation: Implementation | None,
     records: frozenset[str] = frozenset(),
+    selecting: Sequence[str] = (),
 ) -> int:
     """Temporary memory of the largest steps, from XLA's own analysis of the compiled programs.
 
@@ -72,14 +75,29 @@ def scratch_bytes(
             layout.num_rows,
             decoder.config.vocab_size,
             idle_record(layout, decoder.config, records, prefill_seqs),
+            selects=bool(selecting),
         )
     )
     evicts = layout.with_score
-    options = StepOptions(plain=False, logprobs=True, records=records, watch=evicts, implementation=implementation)
-    moment_slots = {} if evicts else None
-    batch = shape(pack([], size=prefill_tokens, segments=prefill_seqs, eos_token_ids=(), moment_slots=moment_slots))
+    selections = select = None
+    if selecting:
+        selections = Selections(decoder.config, max_slots=layout.max_slots, page_size=layout.page_size)
+        asked = [CompressionParams(method=name) for name in selecting]
+        select = selections.warm_options(asked, mixed=True, uniform=False)[-1]  # the one that serves them all
+    options = StepOptions(
+        plain=False, logprobs=True, records=records, watch=evicts, select=select, implementation=implementation
+    )
+    packed = pack(
+        [],
+        size=prefill_tokens,
+        segments=prefill_seqs,
+        eos_token_ids=(),
+        moment_slots={} if evicts else None,
+        selections=selections,
+    )
+    batch = shape(packed)
     rows = jax.ShapeDtypeStruct((decode_batch,), jnp.int32)
-    decodes = (rows, rows) if evicts else (rows,)
+    decodes = (rows, rows) if evicts or selecting else (rows,)
     peak = 0
     # A mixed step does all that a prefill step does, and more.
     for step, work in ((mixed_step, (batch, *decodes)), (decode_step, decodes)):
@@ -100,6 +118,7 @@ def pages_that_fit(layout: CacheLayout, *, device: Any, scratch: int, other: int
     """
     page_bytes = 2 * layout.page_size * layout.head_dim * jnp.dtype(layout.dtype).itemsize
     page_bytes += 4 * layout.page_size * (layout.with_score + layout.with_position)
+    page_bytes += 2 * layout.head_dim * jnp.dtype(layout.dtype).itemsize * layout.with_bounds
     if device.platform == "cpu":
         return CPU_POOL_BYTES // page_bytes
     stats = device.memory_stats() or {}

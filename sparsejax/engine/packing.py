@@ -10,6 +10,7 @@ from sparsejax.engine.plan import Chunk
 from sparsejax.engine.recording import chunk_record
 from sparsejax.engine.sampling import to_rows
 from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.engine.selection_plan import Selections
 from sparsejax.engine.state import PrefillBatch
 
 IDLE = SamplingParams(temperature=0.0)  # parameters of segments that hold no request
@@ -22,6 +23,7 @@ def pack(
     segments: int,
     eos_token_ids: tuple[int, ...],
     moment_slots: Mapping[str, int] | None = None,
+    selections: Selections | None = None,
 ) -> PrefillBatch:
     """Packs the chunks' tokens behind one another (numpy).
 
@@ -31,6 +33,7 @@ def pack(
       segments: S, the padded number of segments.
       eos_token_ids: tokens that `min_tokens` holds back.
       moment_slots: where the query moments of requests go, by request id; None: the cache cannot evict.
+      selections: the roles of requests that select; None: all read everything.
     """
     requests = [chunk.request for chunk in chunks]
     tokens, targets, positions, rope_lengths = (np.zeros(size, np.int32) for _ in range(4))
@@ -78,4 +81,5 @@ def pack(
         num_output=num_output,
         sampling=sampling,
         record=None if moment_slots is None else chunk_record(chunks, starts, moment_slots),
+        select=None if selections is None else selections.of_chunks(chunks, segments),
     )

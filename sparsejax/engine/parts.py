@@ -16,15 +16,23 @@ import jax.numpy as jnp
 from pallas_kernels import Implementation, block_attention_mass, decode_attention
 from sparsejax.cache import KVCache, SlotMapping, add_scores, allocate
 from sparsejax.engine.recording import add_moments, attend_chunk, unrotate
+from sparsejax.engine.selection import LaneSelection, Selecting, View
 from sparsejax.engine.state import DecodeState, PrefillBatch
 from sparsejax.models import ModelConfig
 
 
 class Carry(NamedTuple):
-    """What the layers hand on: the cache, and the moments of queries if a step records them."""
+    """What the layers hand on.
+
+    Attributes:
+      cache: with the K and V of the layers so far.
+      moments: of queries, if the step records them.
+      view: what decodes read in layers that follow, once a layer has chosen.
+    """
 
     cache: KVCache
     moments: jax.Array | None
+    view: View | None = None
 
 
 class PartAttend(Protocol):
@@ -140,7 +148,7 @@ def prefill_part(
             **wanted,
         )
         if record is None:
-            return out, Carry(cache, moments)
+            return out, carry._replace(cache=cache)
         if "blocks" in records:
             mass = block_attention_mass(q, k, starts, implementation=implementation)
             asked = jnp.append(jnp.asarray(record.blocks), False)[segment]
@@ -148,7 +156,7 @@ def prefill_part(
         if "moments" in records and moments is not None:
             before_rope = unrotate(config.rope, q, tokens.positions, tokens.rope_lengths)
             moments = add_moments(moments, layer, before_rope, record, starts, segment)
-        return out, Carry(cache, moments)
+        return out, carry._replace(cache=cache, moments=moments)
 
     lanes = Lanes(
         rows=rows,
@@ -167,6 +175,7 @@ def decode_part(
     forced: jax.Array | None = None,
     *,
     watch: bool = False,
+    select: Selecting | None = None,
     implementation: Implementation | None,
 ) -> tuple[KVCache, Part]:
     """The newest token of each row: B tokens, B lanes.
@@ -175,6 +184,7 @@ def decode_part(
       rows: i32[B], 0 for idle lanes.
       forced: i32[B], the token to go on with instead of a sampled one, or -1; None: all are sampled.
       watch: some rows record attention or have dead slots.
+      select: some rows select what they read.
     """
     live = rows > 0
     record = state.record if watch else None
@@ -184,9 +194,12 @@ def decode_part(
         count = (live[:, None] & (hole < 0)).astype(jnp.int32)
     cache, ok = allocate(cache, rows, count, max_count=1)
 
-    def attend(layer, q, k, v, carry, mapping):
-        del k, v, mapping
-        cache = carry.cache
+    selection = None
+    if select is not None and state.select is not None:
+        selection = LaneSelection(select, state.select, cache, rows, implementation=implementation)
+
+    def read_all(layer: int, q: jax.Array, rows: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Attention of these rows to everything they hold."""
         attention = partial(
             decode_attention,
             q,
@@ -201,12 +214,20 @@ def decode_part(
             implementation=implementation,
         )
         if record is None:
-            return attention(), carry
+            return attention(), cache
+        assert cache.pool.score is not None, "caches that record keep scores"
         out, score = attention(
             position=cache.pool.position, score=cache.pool.score, power=jnp.where(ok, record.power[rows], 0)
         )
-        cache = replace(cache, pool=replace(cache.pool, score=score))
-        return out, carry._replace(cache=cache)
+        return out, replace(cache, pool=replace(cache.pool, score=score))
+
+    def attend(layer, q, k, v, carry, mapping):
+        del k, v, mapping
+        if selection is None:
+            out, cache = read_all(layer, q, rows, carry.cache)
+            return out, carry._replace(cache=cache)
+        out, cache, view = selection.attend(layer, q, carry.cache, carry.view, partial(read_all, layer, q))
+        return out, carry._replace(cache=cache, view=view)
 
     position = state.position[rows]
     tokens = Tokens(

@@ -12,6 +12,7 @@ from sparsejax.cache import RowUsage
 from sparsejax.engine.recording import ChunkRecord, RecordState, start_record
 from sparsejax.engine.sampling import RowSampling, SampleOutput, to_rows
 from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.engine.selection import RowSelection, no_selection
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +29,7 @@ class DecodeState:
       output_count: i32[R, V], how often each token was generated (presence and frequency penalty).
         Both count tables are kept only by steps compiled with `plain=False`.
       record: what eviction needs beside the cache; None if the cache cannot evict.
+      select: what each row reads; None if all read everything.
     """
 
     token: jax.Array
@@ -37,6 +39,7 @@ class DecodeState:
     prompt_seen: jax.Array
     output_count: jax.Array
     record: RecordState | None = None
+    select: RowSelection | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +61,7 @@ class PrefillBatch:
       num_output: i32[S], tokens the request had generated before.
       sampling: parameters of each segment's request, arrays of leading size S.
       record: what eviction wants recorded of each segment; None if the cache cannot evict.
+      select: what each segment's request reads once it decodes; None if all read everything.
     """
 
     tokens: jax.Array | np.ndarray
@@ -73,6 +77,7 @@ class PrefillBatch:
     num_output: jax.Array | np.ndarray
     sampling: RowSampling
     record: ChunkRecord | None = None
+    select: RowSelection | None = None
 
     @property
     def segment(self) -> jax.Array:
@@ -101,8 +106,15 @@ class StepOutput:
     usage: RowUsage | None = None
 
 
-def init_state(num_rows: int, vocab_size: int, record: RecordState | None = None) -> DecodeState:
-    """An idle state of `num_rows` rows, the null row included. record: the idle state of eviction, if there is any."""
+def init_state(
+    num_rows: int, vocab_size: int, record: RecordState | None = None, *, selects: bool = False
+) -> DecodeState:
+    """An idle state of `num_rows` rows, the null row included.
+
+    Args:
+      record: the idle state of eviction, if there is any.
+      selects: rows may select what they read.
+    """
 
     def zeros() -> jax.Array:  # separate buffers: a donated pytree must not hold one array twice
         return jnp.zeros(num_rows, jnp.int32)
@@ -116,6 +128,7 @@ def init_state(num_rows: int, vocab_size: int, record: RecordState | None = None
         prompt_seen=jnp.zeros((num_rows, vocab_size), bool),
         output_count=jnp.zeros((num_rows, vocab_size), jnp.int32),
         record=record,
+        select=jax.tree.map(jnp.asarray, no_selection(num_rows)) if selects else None,
     )
 
 
@@ -130,6 +143,10 @@ def start_rows(state: DecodeState, batch: PrefillBatch, *, plain: bool) -> Decod
     state = replace(state, sampling=sampling)
     if state.record is not None and batch.record is not None:
         state = replace(state, record=start_record(state.record, batch.record, rows, jnp.asarray(batch.starts)))
+    if state.select is not None and batch.select is not None:
+        # Unused segments name the null row, and say that it reads everything.
+        select = jax.tree.map(lambda old, new: old.at[rows].set(new), state.select, batch.select)
+        state = replace(state, select=select)
     if plain:
         return state
     keep = ~jnp.asarray(batch.first)

@@ -32,6 +32,7 @@ from sparsejax.cache import (
 from sparsejax.engine.parts import Carry, Part, Tokens, decode_part, join, prefill_part
 from sparsejax.engine.sampling import SampleOutput, greedy, sample, token_logprobs
 from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.engine.selection import Selecting
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, emit, start_rows
 from sparsejax.models import Decoder
 
@@ -49,6 +50,7 @@ class StepOptions:
       prompt_logprobs: return those of the chunk's prompt tokens too (steps with a chunk only, with logprobs).
       records: what a chunk records for eviction (`recording`); none for a decode step.
       watch: some decoding rows record attention, or have dead slots.
+      select: how decoding rows select what they read; None: they read everything.
       implementation: "triton", "xla" or None, handed to the kernels.
     """
 
@@ -57,6 +59,7 @@ class StepOptions:
     prompt_logprobs: bool = False
     records: frozenset[str] = frozenset()
     watch: bool = False
+    select: Selecting | None = None
     implementation: Implementation | None = None
 
 
@@ -67,13 +70,14 @@ def options_for(
     prompt_logprobs: bool = False,
     records: frozenset[str] = frozenset(),
     watch: bool = False,
+    select: Selecting | None = None,
 ) -> StepOptions:
     """The cheapest step variant that serves every request of a batch.
 
     Args:
       prompt_logprobs: a request of the step's chunk wants log-probabilities of its prompt. (One that decodes by now may
         have wanted them.)
-      records, watch: as in StepOptions.
+      records, watch, select: as in StepOptions.
     """
     logprobs = prompt_logprobs or any(p.logprobs is not None for p in params)
     return StepOptions(
@@ -82,6 +86,7 @@ def options_for(
         prompt_logprobs=prompt_logprobs,
         records=records,
         watch=watch,
+        select=select,
         implementation=implementation,
     )
 
@@ -165,7 +170,15 @@ def _prefill_part(cache: KVCache, batch: PrefillBatch, decoder: Decoder, options
 def _decode_part(
     cache: KVCache, state: DecodeState, rows: jax.Array, forced: jax.Array | None, options: StepOptions
 ) -> tuple[KVCache, Part]:
-    return decode_part(cache, state, rows, forced, watch=options.watch, implementation=options.implementation)
+    return decode_part(
+        cache,
+        state,
+        rows,
+        forced,
+        watch=options.watch,
+        select=options.select,
+        implementation=options.implementation,
+    )
 
 
 def _run(
@@ -194,7 +207,7 @@ def _run(
         return part.attend(layer, q, k, v, carry._replace(cache=cache), mapping)
 
     moments = state.record.moments if state.record is not None and "moments" in options.records else None
-    hidden, (cache, moments) = apply_decoder(
+    hidden, carry = apply_decoder(
         decoder,
         params,
         tokens.tokens,
@@ -204,6 +217,7 @@ def _run(
         rope_lengths=tokens.rope_lengths,
         method="hidden_states",
     )
+    cache, moments = carry.cache, carry.moments
     logits = apply_decoder(decoder, params, hidden if ends is None else hidden[ends], method="unembed")
     sampled = _sample(logits, state, lanes.rows, lanes.num_output, options)
     replayed = lanes.newest >= 0
