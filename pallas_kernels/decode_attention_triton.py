@@ -1,4 +1,9 @@
-"""Decode attention as Pallas-Triton kernels: one over the spans of the work list, one that merges those of a head."""
+"""Decode attention as Pallas-Triton kernels: one over the items of the work list, one that merges those of a head.
+
+The first kernel writes the results of heads that are one item; the second has nothing to do for them and leaves at
+once. At small batches a call is latency, a chain of loads that wait for each other, so both find what they need in as
+few hops as possible.
+"""
 
 import functools
 
@@ -42,17 +47,19 @@ def default_tile(k_pages: jax.Array) -> DecodeTile:
 
 
 def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned, recorded, exp2):
-    """One item of the work list: its partial output [items, G, D] and log-sum-exp [items, G].
+    """One item of the work list: its output and log-sum-exp.
 
-    When `recorded`, also the logits (before `scale`) of the items that have a place in the logits [G, places].
+    They go to merged [B, Hq, D] and merged_lse [B, Hq] if the item is its whole head, else to out [items, G, D] and
+    lse [items, G]. When `recorded`, the logits (before `scale`) are kept too, of the items that have a place in the
+    logits [G, places].
     """
-    q_ref, k_ref, v_ref, table_ref, length_ref, rows_ref, layer_ref, *refs = refs
+    q_ref, k_ref, v_ref, table_ref, length_ref, row_ref, layer_ref, *refs = refs
     index_ref, refs = (refs[0], refs[1:]) if indexed else (None, refs)
     position_ref, refs = (refs[0], refs[1:]) if positioned else (None, refs)
     place_ref, refs = (refs[0], refs[1:]) if recorded else (None, refs)
-    head_row_ref, first_ref, last_ref, out_ref, lse_ref, *logits_ref = refs
+    head_row_ref, first_ref, last_ref, first_item_ref, merged_ref, merged_lse_ref, out_ref, lse_ref, *logits_ref = refs
     item = pl.program_id(0)
-    address = address.join_layer(layer_ref)
+    address = address.join_layer(layer_ref, table_ref.shape[0])
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
     first, last = first_ref[address.table_layer, item], last_ref[address.table_layer, item]
 
@@ -60,7 +67,8 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
     def _():
         head_row = head_row_ref[address.table_layer, item]
         b, h = head_row // heads, head_row % heads
-        row = rows_ref[b]
+        row = row_ref[address.table_layer, item]
+        parts = first_item_ref[address.table_layer, head_row + 1] - first_item_ref[address.table_layer, head_row]
         length = length_ref[address.table_layer, row, h if length_ref.shape[2] > 1 else 0]
         member = jnp.arange(max(_MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
         column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
@@ -117,27 +125,28 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
         state = attend(state, (0, full), masked=False)
         state = attend(state, (full, steps), masked=True)
         out, lse = online_softmax.finish(state)
-        plgpu.store(out_ref.at[item, members, columns], out, mask=real)
-        plgpu.store(lse_ref.at[item, member], lse, mask=member < group)
+
+        def write(out_ref, lse_ref, lead, at_member, at_members):
+            plgpu.store(out_ref.at[lead, at_members, columns], out.astype(out_ref.dtype), mask=real)
+            plgpu.store(lse_ref.at[lead, at_member], lse, mask=member < group)
+
+        pl.when(parts == 1)(lambda: write(merged_ref, merged_lse_ref, b, h * group + member, h * group + members))
+        pl.when(parts > 1)(lambda: write(out_ref, lse_ref, item, member, members))
 
 
-def _merge_kernel(
-    out_ref, lse_ref, layer_ref, first_ref, last_ref, first_span_ref, merged_ref, merged_lse_ref, *, heads, group, block
-):
-    """One query head: the mean of its items' outputs weighted by the exponentials of their log-sum-exps."""
+def _merge_kernel(out_ref, lse_ref, layer_ref, first_item_ref, _, __, merged_ref, merged_lse_ref, *, heads, block):
+    """One query head of several items, or of none: the mean of their outputs, weighted by exp of their log-sum-exps."""
     head_row, member = pl.program_id(0), pl.program_id(1)
-    layer = layer_ref[0]
-    first_span = first_span_ref[layer, head_row]
-    spans = first_span_ref[layer, head_row + 1] - first_span
-    rest = first_span_ref[layer, first_span_ref.shape[1] - 1] + head_row
-    parts = spans + (first_ref[layer, rest] < last_ref[layer, rest]).astype(jnp.int32)
-    dim = merged_ref.shape[2]
+    layer = 0 if first_item_ref.shape[0] == 1 else layer_ref[0]
+    first_item = first_item_ref[layer, head_row]
+    parts = first_item_ref[layer, head_row + 1] - first_item
+    group, dim = out_ref.shape[1:]
     column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
 
     def visit(step, state):
         part = step * block + jnp.arange(block, dtype=jnp.int32)
         live = part < parts
-        item = jnp.where(part < spans, first_span + part, rest)
+        item = jnp.where(live, first_item + part, 0)
         lse = plgpu.load(
             lse_ref.at[item, jnp.broadcast_to(member, item.shape)], mask=live, other=online_softmax.EMPTY_LSE
         )
@@ -154,13 +163,15 @@ def _merge_kernel(
             scale=LOG2_E,
         )
 
-    state = online_softmax.start((1,), column.shape[0])
-    state = jax.lax.fori_loop(0, pl.cdiv(parts, block), visit, state)
-    out, lse = online_softmax.finish(state)
-    b, head = head_row // heads, head_row % heads * group + member
-    at = (jnp.broadcast_to(b, column.shape), jnp.broadcast_to(head, column.shape), column)
-    plgpu.store(merged_ref.at[at], out.reshape(-1).astype(merged_ref.dtype), mask=column < dim)
-    merged_lse_ref[b, head] = lse.max()  # its only element
+    @pl.when(parts != 1)
+    def _():
+        state = online_softmax.start((1,), column.shape[0])
+        state = jax.lax.fori_loop(0, pl.cdiv(parts, block), visit, state)
+        out, lse = online_softmax.finish(state)
+        b, head = head_row // heads, head_row % heads * group + member
+        at = (jnp.broadcast_to(b, column.shape), jnp.broadcast_to(head, column.shape), column)
+        plgpu.store(merged_ref.at[at], out.reshape(-1).astype(merged_ref.dtype), mask=column < dim)
+        merged_lse_ref[b, head] = lse.max()  # its only element
 
 
 @functools.partial(jax.jit, static_argnames=("address", "heads", "scale", "tile", "interpret"))
@@ -178,15 +189,21 @@ def decode_attention_triton(
             raise ValueError(f"tile.block must divide {ALIGNMENT} when score is recorded, got {tile.block}")
         places = logit_places(lengths, rows, power, heads=heads)
     optional = [x for x in (indices, position, places) if x is not None]
-    inputs = [q, k_pages, v_pages, page_table, lengths, rows, layer, *optional, work.head_row, work.first, work.last]
+    item_row = rows[work.head_row // heads]
+    inputs = [q, k_pages, v_pages, page_table, lengths, item_row, layer, *optional, *work]
+    merged_shape = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((batch, q_heads), jnp.float32),
+    ]
     out_shape = [
+        *merged_shape,
         jax.ShapeDtypeStruct((items, group, dim), jnp.float32),
         jax.ShapeDtypeStruct((items, group), jnp.float32),
     ]
     if score is not None:
         num_places = most_places(batch * heads, group, page_table.shape[3] * k_pages.shape[1])
         out_shape.append(jax.ShapeDtypeStruct((group, num_places), jnp.float32))
-    out, lse, *logits = pl.pallas_call(
+    merged, merged_lse, out, lse, *logits = pl.pallas_call(
         functools.partial(
             _span_kernel,
             address=address,
@@ -210,18 +227,16 @@ def decode_attention_triton(
     parts = next_power_of_two(-(-items // (batch * heads)))
     block = min(max(parts, _MERGE_BLOCKS[0]), _MERGE_BLOCKS[1])
     merged, merged_lse = pl.pallas_call(
-        functools.partial(_merge_kernel, heads=heads, group=group, block=block),
+        functools.partial(_merge_kernel, heads=heads, block=block),
         grid=(batch * heads, group),
         in_specs=[WHOLE] * 6,
         out_specs=[WHOLE, WHOLE],
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, q_heads), jnp.float32),
-        ],
+        out_shape=merged_shape,
+        input_output_aliases={4: 0, 5: 1},
         compiler_params=plgpu.CompilerParams(num_warps=max(1, block // 16), num_stages=1),
         interpret=interpret,
         name="decode_attention_merge",
-    )(out, lse, layer, work.first, work.last, work.first_span)
+    )(out, lse, layer, work.first_item, merged, merged_lse)
     if score is not None:
         score = add_decode_scores(
             score, logits[0], places, merged_lse, q, k_pages, page_table, rows, position, power, work, layer,
