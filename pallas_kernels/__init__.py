@@ -14,6 +14,7 @@ from pallas_kernels.paging import PageAddress
 from pallas_kernels.prefill_attention import PrefillTile, prefill_attention, prefill_attention_reference
 from pallas_kernels.record_attention import record_attention, record_attention_reference
 from pallas_kernels.record_attention_triton import RecordTile
+from pallas_kernels.rotate_and_store import rotate, rotate_and_store, rotate_and_store_reference
 from pallas_kernels.store_kv import store_kv, store_kv_reference
 
 __all__ = [
@@ -40,6 +41,9 @@ __all__ = [
     "record_attention",
     "record_attention_reference",
     "resolve",
+    "rotate",
+    "rotate_and_store",
+    "rotate_and_store_reference",
     "store_kv",
     "store_kv_reference",
 ]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.rotate_and_store import rotate_and_store
 from pallas_kernels.store_kv import store_kv
 
 from .state import KVCache, KVPool, SlotMapping
@@ -81,6 +82,45 @@ def append(
         interpret=interpret,
     )
     return dataclasses.replace(cache, pool=dataclasses.replace(pool, k=k_pages, v=v_pages))
+
+
+def rotate_and_append(
+    cache: KVCache,
+    layer: int,
+    mapping: SlotMapping,
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """As `append`, from one layer's queries, keys and values before RoPE, which it applies.
+
+    Args:
+      cache, layer, mapping: as in `append`.
+      qkv: [T, Hq + 2 * H, D], query heads, then key heads, then value heads.
+      cos, sin: f32[T, D/2].
+      implementation, interpret: as the kernels take them.
+
+    Returns:
+      (q [T, Hq, D] after RoPE, cache).
+    """
+    pool, layout = cache.pool, cache.layout
+    q, k_pages, v_pages = rotate_and_store(
+        pool.k,
+        pool.v,
+        qkv,
+        cos,
+        sin,
+        mapping.entry,
+        mapping.slot,
+        num_kv_heads=layout.num_kv_heads,
+        address=layout.address(layer),
+        implementation=implementation,
+        interpret=interpret,
+    )
+    return q, dataclasses.replace(cache, pool=dataclasses.replace(pool, k=k_pages, v=v_pages))
 
 
 def stamp(cache: KVCache, mapping: SlotMapping, position: jax.Array) -> KVCache:

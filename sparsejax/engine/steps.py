@@ -24,6 +24,7 @@ from sparsejax.cache import (
     SlotMapping,
     append,
     free_entries,
+    rotate_and_append,
     row_usage,
     slot_mapping,
     slots_at,
@@ -33,7 +34,7 @@ from sparsejax.engine.parts import Carry, Part, Tokens, decode_part, join, prefi
 from sparsejax.engine.sampling import SampleOutput, greedy, sample, token_logprobs
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, emit, start_rows
-from sparsejax.models import Decoder
+from sparsejax.models import AttendFromProjection, Decoder
 
 PROMPT_LOGPROB_BLOCK = 64  # prompt positions whose logits exist at once: [64, V] rather than [T, V]
 
@@ -193,6 +194,10 @@ def _run(
         cache = append(carry.cache, layer, mapping, k, v, implementation=options.implementation)
         return part.attend(layer, q, k, v, carry._replace(cache=cache), mapping)
 
+    def attend_from_projection(layer, qkv, cos, sin, carry):
+        q, cache = rotate_and_append(carry.cache, layer, mapping, qkv, cos, sin, implementation=options.implementation)
+        return part.attend(layer, q, None, None, carry._replace(cache=cache), mapping)
+
     moments = state.record.moments if state.record is not None and "moments" in options.records else None
     hidden, (cache, moments) = apply_decoder(
         decoder,
@@ -200,7 +205,7 @@ def _run(
         tokens.tokens,
         tokens.positions,
         Carry(cache, moments),
-        attend,
+        attend if part.reads_new_kv or decoder.config.qk_norm else AttendFromProjection(attend_from_projection),
         rope_lengths=tokens.rope_lengths,
         method="hidden_states",
     )
