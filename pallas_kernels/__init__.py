@@ -41,6 +41,7 @@ from pallas_kernels.record_attention import record_attention, record_attention_r
 from pallas_kernels.record_attention_triton import RecordTile
 from pallas_kernels.reference_search import reference_search, reference_search_reference
 from pallas_kernels.reference_search_triton import SearchTile
+from pallas_kernels.rotate_and_store import rotate, rotate_and_store, rotate_and_store_reference
 from pallas_kernels.select_top import select_top, select_top_reference
 from pallas_kernels.slot_probabilities import slot_probabilities, slot_probabilities_reference
 from pallas_kernels.store_kv import store_kv, store_kv_reference
@@ -92,6 +93,9 @@ __all__ = [
     "reference_search",
     "reference_search_reference",
     "resolve",
+    "rotate",
+    "rotate_and_store",
+    "rotate_and_store_reference",
     "scratch_address",
     "scratch_table",
     "select_top",

@@ -1,4 +1,9 @@
-"""Decode attention as a Pallas-Triton kernel over the spans of the work list."""
+"""Decode attention as a Pallas-Triton kernel over the items of the work list.
+
+The kernel writes the results of heads that are one item itself; those of longer heads are merged (`merge_items`). At
+small batches a call is latency, a chain of loads that wait for each other, so it finds what it needs in as few hops as
+possible.
+"""
 
 import functools
 
@@ -42,17 +47,19 @@ def default_tile(k_pages: jax.Array) -> DecodeTile:
 
 
 def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned, recorded, exp2):
-    """One item of the work list: its partial output [items, G, D] and log-sum-exp [items, G].
+    """One item of the work list: its output and log-sum-exp.
 
-    When `recorded`, also the logits (before `scale`) of the items that have a place in the logits [G, places].
+    They go to merged [B, Hq, D] and merged_lse [B, Hq] if the item is its whole head, else to out [items, G, D] and
+    lse [items, G]. When `recorded`, the logits (before `scale`) are kept too, of the items that have a place in the
+    logits [G, places].
     """
-    q_ref, k_ref, v_ref, table_ref, length_ref, rows_ref, layer_ref, *refs = refs
+    q_ref, k_ref, v_ref, table_ref, length_ref, row_ref, layer_ref, *refs = refs
     index_ref, refs = (refs[0], refs[1:]) if indexed else (None, refs)
     position_ref, refs = (refs[0], refs[1:]) if positioned else (None, refs)
     place_ref, refs = (refs[0], refs[1:]) if recorded else (None, refs)
-    head_row_ref, first_ref, last_ref, out_ref, lse_ref, *logits_ref = refs
+    head_row_ref, first_ref, last_ref, first_item_ref, merged_ref, merged_lse_ref, out_ref, lse_ref, *logits_ref = refs
     item = pl.program_id(0)
-    address = address.join_layer(layer_ref)
+    address = address.join_layer(layer_ref, table_ref.shape[0])
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
     first, last = first_ref[address.table_layer, item], last_ref[address.table_layer, item]
 
@@ -60,7 +67,8 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
     def _():
         head_row = head_row_ref[address.table_layer, item]
         b, h = head_row // heads, head_row % heads
-        row = rows_ref[b]
+        row = row_ref[address.table_layer, item]
+        parts = first_item_ref[address.table_layer, head_row + 1] - first_item_ref[address.table_layer, head_row]
         length = length_ref[address.table_layer, row, h if length_ref.shape[2] > 1 else 0]
         member = jnp.arange(max(_MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
         column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
@@ -117,8 +125,13 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
         state = attend(state, (0, full), masked=False)
         state = attend(state, (full, steps), masked=True)
         out, lse = online_softmax.finish(state)
-        plgpu.store(out_ref.at[item, members, columns], out, mask=real)
-        plgpu.store(lse_ref.at[item, member], lse, mask=member < group)
+
+        def write(out_ref, lse_ref, lead, at_member, at_members):
+            plgpu.store(out_ref.at[lead, at_members, columns], out.astype(out_ref.dtype), mask=real)
+            plgpu.store(lse_ref.at[lead, at_member], lse, mask=member < group)
+
+        pl.when(parts == 1)(lambda: write(merged_ref, merged_lse_ref, b, h * group + member, h * group + members))
+        pl.when(parts > 1)(lambda: write(out_ref, lse_ref, item, member, members))
 
 
 @functools.partial(jax.jit, static_argnames=("address", "heads", "scale", "tile", "interpret"))
@@ -154,15 +167,21 @@ def attend_spans(
     if places is not None and ALIGNMENT % tile.block:
         raise ValueError(f"tile.block must divide {ALIGNMENT} when logits are kept, got {tile.block}")
     optional = [x for x in (indices, position, places) if x is not None]
-    inputs = [q, k_pages, v_pages, page_table, lengths, rows, layer, *optional, work.head_row, work.first, work.last]
+    item_row = rows[work.head_row // heads]
+    inputs = [q, k_pages, v_pages, page_table, lengths, item_row, layer, *optional, *work]
+    merged_shape = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((batch, q_heads), jnp.float32),
+    ]
     out_shape = [
+        *merged_shape,
         jax.ShapeDtypeStruct((items, group, dim), jnp.float32),
         jax.ShapeDtypeStruct((items, group), jnp.float32),
     ]
     if places is not None:
         num_places = most_places(batch * heads, group, page_table.shape[3] * k_pages.shape[1])
         out_shape.append(jax.ShapeDtypeStruct((group, num_places), jnp.float32))
-    out, lse, *logits = pl.pallas_call(
+    merged, merged_lse, out, lse, *logits = pl.pallas_call(
         functools.partial(
             _span_kernel,
             address=address,
@@ -184,6 +203,7 @@ def attend_spans(
         name="decode_attention_spans",
     )(*inputs)
     merged, merged_lse = merge_items(
-        out, lse, layer, work, heads=heads, dtype=q.dtype, interpret=interpret, name="decode_attention_merge"
-    )
+        out, lse, layer, work, heads=heads, whole=(merged, merged_lse), interpret=interpret,
+        name="decode_attention_merge",
+    )  # fmt: skip
     return merged, merged_lse, logits[0] if logits else None

@@ -62,7 +62,7 @@ def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
     position_ref, refs = (refs[0], refs[1:]) if positioned else (None, refs)
     head_row_ref, first_ref, last_ref, score_ref = refs
     item = pl.program_id(0)
-    address = address.join_layer(layer_ref)
+    address = address.join_layer(layer_ref, table_ref.shape[0])
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
     first, last = first_ref[address.table_layer, item], last_ref[address.table_layer, item]
     head_row = head_row_ref[address.table_layer, item]

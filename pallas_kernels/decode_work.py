@@ -1,4 +1,7 @@
-"""The work list of decode attention: spans of equal length over heads of unequal length, and what is left of each head.
+"""The work list of decode attention: heads of unequal length, cut into items of about equal length.
+
+A head that is about as long as an item stays whole: it is read by one program and needs no merging. Longer heads are
+cut into equal parts, so no program is started for a few slots at a head's end.
 
 It depends on the lengths and rows only, and not on any query or layer index: one list serves all layers, and XLA
 computes it once for a whole step.
@@ -22,51 +25,57 @@ class DecodeTile(NamedTuple):
 
 
 class SpanLimits(NamedTuple):
-    """How long the spans may be, and so how many there are.
+    """How long the items may be, and so how many there are. A "span" is what an item should be long.
 
     Attributes:
-      wave: programs that the GPU runs at once. While spans of the total number of slots over `wave` stay within
-        [min_span, wave_span], there is one wave of them and little to merge.
+      wave: programs that the GPU runs at once. While no item need be longer than `wave_span` for it, there are at most
+        as many items as this, or one for each head.
       min_span: no span is shorter, so that a program's start is worth while.
-      wave_span: longest span of a single wave. Beyond it, programs that happen to run slower would hold up the end.
+      wave_span: longest item of a single wave. Beyond it, programs that happen to run slower would hold up the end.
       max_span: span of many waves, which start and end at different times.
       most_spans: bounds the grid and the partial results; beyond `most_spans * max_span` slots the spans grow again.
-      multiple: spans are a multiple of this, which is one of every block.
+      multiple: items begin at a multiple of this, which is one of every block.
     """
 
     wave: int = 396  # 3 programs on each of an H200's 132 multiprocessors
-    min_span: int = 256
+    min_span: int = 128
     wave_span: int = 3072
     max_span: int = 2048
     most_spans: int = 4096
     multiple: int = 128
+
+    def single_wave(self, heads: int) -> int:
+        """Spans that cover the slots of `heads` in a single wave.
+
+        Items are fewer than these and 3/4 of the heads together, since a head's last quarter of a span makes no item of
+        its own. With so many heads that nothing would be left, a third of a wave: enough to keep the memory busy.
+        """
+        return max(self.wave - 3 * heads // 4, self.wave // 3, 1)
 
 
 DEFAULT_LIMITS = SpanLimits()
 
 
 class WorkList(NamedTuple):
-    """The items of each table layer: all full spans, in the order of the heads, then the rest of every head.
-
-    The GPU starts programs about in this order, so the short rests fill the gaps that the spans leave at the end. What
-    follows the last rest reads nothing, as the rest of a head that its spans cover.
+    """The items of each table layer, in the order of the heads. What follows the last one reads nothing.
 
     Attributes:
       head_row: i32[Lt, items] `b * H + h` of each item.
       first, last: i32[Lt, items] the slots (or places in the index list) that it reads: first .. last-1.
-      first_span: i32[Lt, B*H + 1] where the full spans of each head start. The rest of head_row r is item
-        `first_span[:, -1] + r`.
+      first_item: i32[Lt, B*H + 1] where the items of each head start. Heads that read nothing have none.
     """
 
     head_row: jax.Array
     first: jax.Array
     last: jax.Array
-    first_span: jax.Array
+    first_item: jax.Array
 
 
 def max_items(num_heads: int, max_slots: int, limits: SpanLimits = DEFAULT_LIMITS) -> int:
     """The static bound on the items of `num_heads` (request, KV head) pairs of at most `max_slots` slots each."""
-    spans = min(limits.most_spans, max(limits.wave, -(-num_heads * max_slots // limits.max_span)))
+    spans = limits.single_wave(num_heads)
+    if max_slots > limits.wave_span:
+        spans = max(spans, min(limits.most_spans, -(-num_heads * max_slots // limits.max_span)))
     return num_heads + min(spans, num_heads * (max_slots // limits.min_span))
 
 
@@ -112,22 +121,24 @@ def span_list(length: jax.Array, *, max_slots: int, limits: SpanLimits = DEFAULT
     """The items of heads of `length` i32[Lt, heads], none longer than `max_slots`."""
     heads = length.shape[1]
     total = length.sum(axis=1, keepdims=True)
-    span = jnp.maximum(-(-total // limits.wave), limits.min_span)
-    span = jnp.where(span > limits.wave_span, jnp.maximum(limits.max_span, -(-total // limits.most_spans)), span)
-    span = (-(-span // limits.multiple) * limits.multiple).astype(jnp.int32)  # [Lt, 1]
+    span = jnp.maximum(-(-total // limits.single_wave(heads)), limits.min_span)
+    fits = jnp.minimum(span, length.max(axis=1, keepdims=True)) <= limits.wave_span
+    span = jnp.where(fits, span, jnp.maximum(limits.max_span, -(-total // limits.most_spans)))  # [Lt, 1]
 
-    spans = length // span
-    first_span = jnp.pad(jnp.cumsum(spans, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))  # [Lt, B*H + 1]
+    # The last quarter of a span is shared out among the other items of its head.
+    items = jnp.where(length > 0, jnp.maximum(-(-(length - span // 4) // span), 1), 0)  # [Lt, heads]
+    first_item = jnp.pad(jnp.cumsum(items, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))  # [Lt, heads + 1]
     item = jnp.arange(max_items(heads, max_slots, limits), dtype=jnp.int32)[None]
-    # The head of a span is the number of heads whose spans end at or before it. Comparing with all is one small fused
+    # The head of an item is the number of heads whose items end at or before it. Comparing with all is one small fused
     # reduction; a binary search would be a loop of tiny kernels.
-    head_of_span = (first_span[:, None, 1:] <= item[..., None]).sum(axis=2, dtype=jnp.int32)
-    is_span = item < first_span[:, -1:]
-    head_row = jnp.where(is_span, head_of_span, item - first_span[:, -1:])
+    head_row = (first_item[:, None, 1:] <= item[..., None]).sum(axis=2, dtype=jnp.int32)
     exists = head_row < heads
     head_row = jnp.minimum(head_row, heads - 1)
-    whole = jnp.take_along_axis(spans, head_row, axis=1)
-    place = jnp.where(is_span, item - jnp.take_along_axis(first_span, head_row, axis=1), whole)
-    first = jnp.where(exists, place * span, 0)
-    last = jnp.where(is_span, first + span, jnp.take_along_axis(length, head_row, axis=1))
-    return WorkList(head_row, first, jnp.where(exists, last, 0), first_span)
+
+    def of_head(values):
+        return jnp.take_along_axis(values, head_row, axis=1)
+
+    place, parts, length = item - of_head(first_item), jnp.maximum(of_head(items), 1), of_head(length)
+    units = -(-length // limits.multiple)
+    first, last = (units * i // parts * limits.multiple for i in (place, place + 1))
+    return WorkList(head_row, jnp.where(exists, first, 0), jnp.where(exists, jnp.minimum(last, length), 0), first_item)

@@ -15,23 +15,23 @@ from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two, vector_ma
 _BLOCKS = (4, 64)  # items per step: as many as a head has at most, within these bounds
 
 
-def _merge_kernel(
-    out_ref, lse_ref, layer_ref, first_ref, last_ref, first_span_ref, merged_ref, merged_lse_ref, *, heads, group, block
-):
-    """One query head: the mean of its items' outputs weighted by the exponentials of their log-sum-exps."""
+def _merge_kernel(out_ref, lse_ref, layer_ref, first_item_ref, *refs, heads, block, but_whole):
+    """One query head: the mean of its items' outputs, weighted by the exponentials of their log-sum-exps.
+
+    With `but_whole`, heads of one item are left as they are.
+    """
+    *_, merged_ref, merged_lse_ref = refs
     head_row, member = pl.program_id(0), pl.program_id(1)
-    layer = layer_ref[0]
-    first_span = first_span_ref[layer, head_row]
-    spans = first_span_ref[layer, head_row + 1] - first_span
-    rest = first_span_ref[layer, first_span_ref.shape[1] - 1] + head_row
-    parts = spans + (first_ref[layer, rest] < last_ref[layer, rest]).astype(jnp.int32)
-    dim = merged_ref.shape[2]
+    layer = 0 if first_item_ref.shape[0] == 1 else layer_ref[0]
+    first_item = first_item_ref[layer, head_row]
+    parts = first_item_ref[layer, head_row + 1] - first_item
+    group, dim = out_ref.shape[1:]
     column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
 
     def visit(step, state):
         part = step * block + jnp.arange(block, dtype=jnp.int32)
         live = part < parts
-        item = jnp.where(part < spans, first_span + part, rest)
+        item = jnp.where(live, first_item + part, 0)
         lse = plgpu.load(
             lse_ref.at[item, jnp.broadcast_to(member, item.shape)], mask=live, other=online_softmax.EMPTY_LSE
         )
@@ -48,39 +48,55 @@ def _merge_kernel(
             scale=LOG2_E,
         )
 
-    state = online_softmax.start((1,), column.shape[0])
-    state = jax.lax.fori_loop(0, pl.cdiv(parts, block), visit, state)
-    out, lse = online_softmax.finish(state)
-    b, head = head_row // heads, head_row % heads * group + member
-    at = (jnp.broadcast_to(b, column.shape), jnp.broadcast_to(head, column.shape), column)
-    plgpu.store(merged_ref.at[at], out.reshape(-1).astype(merged_ref.dtype), mask=column < dim)
-    merged_lse_ref[b, head] = lse.max()  # its only element
+    @pl.when(parts != 1 if but_whole else parts >= 0)
+    def _():
+        state = online_softmax.start((1,), column.shape[0])
+        state = jax.lax.fori_loop(0, pl.cdiv(parts, block), visit, state)
+        out, lse = online_softmax.finish(state)
+        b, head = head_row // heads, head_row % heads * group + member
+        at = (jnp.broadcast_to(b, column.shape), jnp.broadcast_to(head, column.shape), column)
+        plgpu.store(merged_ref.at[at], out.reshape(-1).astype(merged_ref.dtype), mask=column < dim)
+        merged_lse_ref[b, head] = lse.max()  # its only element
 
 
 def merge_items(
-    out: jax.Array, lse: jax.Array, layer: jax.Array, work: WorkList, *, heads: int, dtype, interpret: bool, name: str
+    out: jax.Array,
+    lse: jax.Array,
+    layer: jax.Array,
+    work: WorkList,
+    *,
+    heads: int,
+    dtype=None,
+    whole: tuple[jax.Array, jax.Array] | None = None,
+    interpret: bool,
+    name: str,
 ) -> tuple[jax.Array, jax.Array]:
     """(out dtype[B, Hq, D], lse f32[B, Hq]) from those of the items, f32[items, G, D] and f32[items, G].
 
     Args:
       layer: what `PageAddress.split_layer` gave; its table layer picks the work list.
       heads: H; the items are those of B * H (request, KV head) pairs.
+      dtype: of the result; not with `whole`, which has it.
+      whole: (out, lse) of the result, written in place, that hold the heads of one item already; None: those, too, are
+        in `out` and `lse`.
       name: of the kernel.
     """
     items, group, dim = out.shape
-    batch = (work.first_span.shape[1] - 1) // heads
+    batch = (work.first_item.shape[1] - 1) // heads
     parts = next_power_of_two(-(-items // (batch * heads)))
     block = min(max(parts, _BLOCKS[0]), _BLOCKS[1])
+    inputs = (out, lse, layer, work.first_item, *(whole or ()))
     return pl.pallas_call(
-        functools.partial(_merge_kernel, heads=heads, group=group, block=block),
+        functools.partial(_merge_kernel, heads=heads, block=block, but_whole=whole is not None),
         grid=(batch * heads, group),
-        in_specs=[WHOLE] * 6,
+        in_specs=[WHOLE] * len(inputs),
         out_specs=[WHOLE, WHOLE],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads * group, dim), dtype),
+            jax.ShapeDtypeStruct((batch, heads * group, dim), dtype if whole is None else whole[0].dtype),
             jax.ShapeDtypeStruct((batch, heads * group), jnp.float32),
         ],
+        input_output_aliases={} if whole is None else {4: 0, 5: 1},
         compiler_params=plgpu.CompilerParams(num_warps=max(1, block // 16), num_stages=1),
         interpret=interpret,
         name=name,
-    )(out, lse, layer, work.first, work.last, work.first_span)
+    )(*inputs)

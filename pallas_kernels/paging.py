@@ -41,6 +41,11 @@ class PageAddress:
         layer = jnp.array([self.table_layer, self.layer_offset, 0], jnp.int32)
         return replace(self, table_layer=0, layer_offset=0), layer
 
-    def join_layer(self, layer) -> "PageAddress":
-        """The address of the `layer` that `split_layer` gave, an array or a kernel's reference to it."""
-        return replace(self, table_layer=layer[0], layer_offset=layer[1])
+    def join_layer(self, layer, table_layers: int | None = None) -> "PageAddress":
+        """The address of the `layer` that `split_layer` gave, an array or a kernel's reference to it.
+
+        Args:
+          table_layers: length of the table's leading axis. With 1, a kernel need not wait for `layer` to know where in
+            the table it is.
+        """
+        return replace(self, table_layer=0 if table_layers == 1 else layer[0], layer_offset=layer[1])

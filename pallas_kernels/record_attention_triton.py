@@ -49,7 +49,7 @@ _TILES = {
 }
 _FALLBACK_TILE = RecordTile((16, 16), (16, 16), 4, 2)
 _DEAD = -3e38
-_LIMITS = SpanLimits(wave=264)  # 2 programs on each of an H200's multiprocessors
+_LIMITS = SpanLimits(wave=264, min_span=256)  # 2 programs on each of an H200's multiprocessors
 
 
 def default_tile(k_pages: jax.Array) -> RecordTile:

@@ -95,7 +95,7 @@ def _store_xla(k_pages, v_pages, k, v, entry, slot, layer, *, address):
 def _store_kernel(k_ref, v_ref, entry_ref, slot_ref, layer_ref, _k_in, _v_in, k_out, v_out, *, address, heads):
     """One token: all its heads. The pools are only written, through the outputs, which are the donated inputs."""
     token = pl.program_id(0)
-    address = address.join_layer(layer_ref)
+    address = address.join_layer(layer_ref, entry_ref.shape[0])
     dim = k_out.shape[2]
     head = jnp.arange(next_power_of_two(heads), dtype=jnp.int32)
     column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)

@@ -321,7 +321,7 @@ def _move(moves: int, page: int, heads: Heads) -> Program:
 def _decode_case(
     batch: int, context: int, page: int, heads: Heads = LLAMA_8B, ragged: bool = False, scored: bool = False
 ) -> Case:
-    size = f"{context // 1024}k" if context >= 1024 else str(context)
+    size = f"{context // 1024}k" if context % 1024 == 0 else str(context)
     model = "" if heads == LLAMA_8B else f", {heads.query}/{heads.kv} heads"
     name = f"decode {batch} x {size}, page {page}{model}{', ragged' if ragged else ''}{', scored' if scored else ''}"
     layers = max(1, min(8, (4 << 30) // (batch * context * heads.kv * heads.slot_bytes)))
@@ -337,6 +337,8 @@ def cases() -> list[Case]:
         *(_decode_case(*shape, 32, QWEN_7B) for shape in uniform),
         *(_decode_case(*shape, 32, ragged=True) for shape in ragged),
         _decode_case(64, 4096, 32),
+        # As a serving batch has them: short contexts, some tokens past a round number.
+        *(_decode_case(batch, 2111, 32) for batch in (1, 16, 32, 64, 128, 256)),
         *(_decode_case(*shape, 32, scored=True) for shape in ((64, 4096), (8, 32768))),
         Case(
             "record 32 queries at 32k",

@@ -6,9 +6,8 @@ arrival. A token's time is when the host had read it; all tokens of a step share
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from sparsejax.bench.compilations import watch_compilations
 from sparsejax.bench.traces import Trace
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.limits import check_limits, most_tokens
@@ -24,8 +24,6 @@ from sparsejax.engine.request import Request
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.engine.submission import Submission
 from sparsejax.errors import InvalidArgumentError
-
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,7 @@ class Record:
       tpot: mean between tokens after the first; None for a single token.
       e2e: until the last token.
       preemptions: how often it lost its cache and was recomputed.
+      cached_tokens: of the prompt, taken from the prefix cache instead of being computed.
     """
 
     arrival: float
@@ -64,6 +63,7 @@ class Record:
     tpot: float | None
     e2e: float
     preemptions: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,10 @@ class Throughput:
       requests, input_tokens, output_tokens: served.
       wall_seconds: from the start of the trace to the last token.
       output_rate, total_rate: tokens per second of answers, and of prompts and answers.
+      cached_tokens: of all prompts, taken from the prefix cache instead of being computed.
       ttft, tpot, itl, e2e: time to first token, time per output token (a request's mean), between successive tokens
         (of all requests), from arrival to the last token; None where there is nothing to measure.
+      ttft_hit: of the times to first token, those of prompts that were found in the prefix cache, in part or whole.
       itl_prefill, itl_decode: of those times between tokens, the ones that ended while some other request was between
         its arrival and its first token, and the rest: what a prefill costs those that decode.
       host_seconds: of the wall time not spent waiting for the device or for arrivals.
@@ -114,7 +116,9 @@ class Throughput:
     wall_seconds: float
     output_rate: float
     total_rate: float
+    cached_tokens: int
     ttft: Distribution | None
+    ttft_hit: Distribution | None
     tpot: Distribution | None
     itl: Distribution | None
     itl_prefill: Distribution | None
@@ -180,7 +184,7 @@ def serve(
                 f"and the cache allow {request.input_tokens + most} together."
             )
     before, waited, preempted = runner.compilations, engine.wait_seconds, engine.scheduler.num_preemptions
-    with _count_compilations() as programs:
+    with watch_compilations() as compiled:
         served = _Server(llm, trace, work, compression, observe).run(use_tqdm)
     seconds = served.seconds
     records = [
@@ -201,7 +205,9 @@ def serve(
         wall_seconds=seconds,
         output_rate=output_tokens / seconds,
         total_rate=(trace.input_tokens + output_tokens) / seconds,
+        cached_tokens=sum(record.cached_tokens for record in records),
         ttft=Distribution.of([record.ttft for record in records]),
+        ttft_hit=Distribution.of([record.ttft for record in records if record.cached_tokens]),
         tpot=Distribution.of([record.tpot for record in records if record.tpot is not None]),
         itl=Distribution.of(itls),
         itl_prefill=Distribution.of(itls[beside]),
@@ -214,7 +220,7 @@ def serve(
         pool_pages=limits.num_free_entries * runner.layout.pages_per_entry,
         preemptions=engine.scheduler.num_preemptions - preempted,
         compilations=dict(runner.compilations - before),
-        programs_compiled=programs[0],
+        programs_compiled=len(compiled.programs),
         peak_bytes=stats.get("peak_bytes_in_use", 0),
         method=compression.method,
         compression=str(compression),
@@ -327,6 +333,7 @@ def _record(arrival: float, submission: Submission, times: list[float]) -> Recor
         tpot=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
         e2e=times[-1] - arrival,
         preemptions=request.num_preemptions,
+        cached_tokens=request.num_cached_tokens,
     )
 
 
@@ -342,22 +349,6 @@ def _in_prefill(times: Sequence[float], windows: Sequence[tuple[float, float]]) 
     return inside
 
 
-@contextlib.contextmanager
-def _count_compilations() -> Iterator[list[int]]:
-    """Counts the programs that XLA compiles (or takes from its cache on disk) in [0] of what it yields."""
-    count = [0]
-
-    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
-        del duration_secs, kwargs
-        count[0] += event == COMPILE_EVENT
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield count
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def format_report(result: Throughput) -> str:
     """What a person wants to know."""
     compiled = ", ".join(f"{name} {count}" for name, count in result.compilations.items()) or "none"
@@ -367,11 +358,12 @@ def format_report(result: Throughput) -> str:
         f"output {result.output_rate:.0f} tok/s, total {result.total_rate:.0f} tok/s",
         f"{'seconds':11} {'mean':>9} {'median':>9} {'p99':>9}",
     ]
-    for name in ("ttft", "tpot", "itl", "itl_prefill", "itl_decode", "e2e"):
+    for name in ("ttft", "ttft_hit", "tpot", "itl", "itl_prefill", "itl_decode", "e2e"):
         value: Distribution | None = getattr(result, name)
         if value is not None:
             lines.append(f"{name:11} {value.mean:9.4f} {value.median:9.4f} {value.p99:9.4f}")
     lines += [
+        *([f"from the prefix cache {result.cached_tokens} tokens"] if result.cached_tokens else []),
         f"steps {result.steps}, at most {result.max_running} requests at once, host {result.host_seconds:.2f} s",
         f"pages {result.max_pages} of {result.pool_pages} at most, preemptions {result.preemptions}, "
         f"peak memory {result.peak_bytes / 2**30:.1f} GiB",

@@ -11,15 +11,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from sparsejax.errors import InvalidArgumentError, nearest, unknown_key_error
 
-BUILT_IN = ("mix600", "512x1024x256", "24x32k", "itl32k")
+BUILT_IN = ("mix600", "512x1024x256", "24x32k", "itl32k", "prefix64x8k")
 RANDOM = ("random", "lognormal")
+_SHARED_SEED = 1 << 40  # of the tokens that prompts share; no request has it unless it asks for it
 SPREAD = {"random": 0.5, "lognormal": 1.0}  # unless asked for
 
 
@@ -33,6 +34,7 @@ class TraceRequest:
       output_tokens: to generate.
       seed: of the prompt's token ids, which are drawn uniformly from the vocabulary.
       prompt_token_ids: the prompt itself, if it is not to be drawn.
+      shared_tokens: first tokens of the prompt that are the same in all requests which share as many or more.
     """
 
     arrival: float
@@ -40,12 +42,13 @@ class TraceRequest:
     output_tokens: int
     seed: int = 0
     prompt_token_ids: tuple[int, ...] | None = None
+    shared_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.arrival >= 0:
             raise InvalidArgumentError(f"arrival must be at least 0 seconds, got {self.arrival!r}.")
-        for name in ("input_tokens", "output_tokens", "seed"):
-            value, least = getattr(self, name), 0 if name == "seed" else 1
+        for name in ("input_tokens", "output_tokens", "seed", "shared_tokens"):
+            value, least = getattr(self, name), 0 if name in ("seed", "shared_tokens") else 1
             if not isinstance(value, int) or value < least:
                 raise InvalidArgumentError(f"{name} must be a whole number from {least} on, got {value!r}.")
         if self.prompt_token_ids is not None and len(self.prompt_token_ids) != self.input_tokens:
@@ -58,7 +61,9 @@ class TraceRequest:
         """The prompt's token ids; the same every time."""
         if self.prompt_token_ids is not None:
             return list(self.prompt_token_ids)
-        return np.random.default_rng(self.seed).integers(0, vocab_size, self.input_tokens).tolist()
+        shared = np.random.default_rng(_SHARED_SEED).integers(0, vocab_size, self.shared_tokens)[: self.input_tokens]
+        own = np.random.default_rng(self.seed).integers(0, vocab_size, self.input_tokens - len(shared))
+        return [*shared.tolist(), *own.tolist()]
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,16 @@ def itl32k() -> Trace:
     return _from_lengths("itl32k", [1024] * 8 + [32000], [2048] * 8 + [64], arrivals=[0.0] * 8 + [3.0])
 
 
+def prefix64x8k() -> Trace:
+    """64 requests behind a system prompt of 8,192 tokens: half at once, then one every quarter of a second.
+
+    Each has 128 tokens of its own and an answer of 64. What the late ones wait for is the prefill of these 128.
+    """
+    arrivals = [0.0] * 32 + [4 + 0.25 * i for i in range(32)]
+    trace = _from_lengths("prefix64x8k", [8192 + 128] * 64, [64] * 64, arrivals=arrivals)
+    return Trace(trace.name, tuple(replace(request, shared_tokens=8192) for request in trace.requests))
+
+
 def uniform(requests: int, input_tokens: int, output_tokens: int, *, name: str | None = None) -> Trace:
     """Equal requests, all at once."""
     name = name or f"{requests}x{input_tokens}x{output_tokens}"
@@ -184,6 +199,8 @@ def load(name: str) -> Trace:
         return mix600()
     if name == "itl32k":
         return itl32k()
+    if name == "prefix64x8k":
+        return prefix64x8k()
     if name == "24x32k":
         return uniform(24, 32000, 1024, name=name)
     if re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", name):
@@ -236,5 +253,7 @@ def write_jsonl(trace: Trace, path: str | Path) -> None:
         line = {field.name: getattr(request, field.name) for field in fields(request)}
         if request.prompt_token_ids is None:
             del line["prompt_token_ids"]
+        if not request.shared_tokens:
+            del line["shared_tokens"]
         lines.append(json.dumps(line))
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

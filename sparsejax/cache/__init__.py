@@ -23,7 +23,7 @@ The host holds no page ids: it counts (`CacheLayout.entries_for`, `free_entries`
 """
 
 from .allocate import allocate, release
-from .append import add_scores, append, slot_mapping, slots_at, stamp
+from .append import add_scores, append, rotate_and_append, slot_mapping, slots_at, stamp
 from .compact import compact
 from .dead import drop_dead_pages, live_slots
 from .fork import fork
@@ -52,6 +52,7 @@ __all__ = [
     "live_slots",
     "release",
     "repack",
+    "rotate_and_append",
     "row_usage",
     "slot_mapping",
     "slots_at",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.page_bounds import update_page_bounds
+from pallas_kernels.rotate_and_store import rotate_and_store
 from pallas_kernels.store_kv import store_kv
 
 from .state import KVCache, SlotMapping
@@ -84,7 +85,60 @@ def append(
         implementation=implementation,
         interpret=interpret,
     )
-    bounds = pool.bounds
+    return _written(cache, layer, mapping, k_pages, v_pages, implementation=implementation, interpret=interpret)
+
+
+def rotate_and_append(
+    cache: KVCache,
+    layer: int,
+    mapping: SlotMapping,
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """As `append`, from one layer's queries, keys and values before RoPE, which it applies.
+
+    Args:
+      cache, layer, mapping: as in `append`.
+      qkv: [T, Hq + 2 * H, D], query heads, then key heads, then value heads.
+      cos, sin: f32[T, D/2].
+      implementation, interpret: as the kernels take them.
+
+    Returns:
+      (q [T, Hq, D] after RoPE, cache).
+    """
+    pool, layout = cache.pool, cache.layout
+    q, k_pages, v_pages = rotate_and_store(
+        pool.k,
+        pool.v,
+        qkv,
+        cos,
+        sin,
+        mapping.entry,
+        mapping.slot,
+        num_kv_heads=layout.num_kv_heads,
+        address=layout.address(layer),
+        implementation=implementation,
+        interpret=interpret,
+    )
+    return q, _written(cache, layer, mapping, k_pages, v_pages, implementation=implementation, interpret=interpret)
+
+
+def _written(
+    cache: KVCache,
+    layer: int,
+    mapping: SlotMapping,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    *,
+    implementation: Implementation | None,
+    interpret: bool | None,
+) -> KVCache:
+    """The cache with pages that new tokens were written to, the bounds of their keys brought up to date."""
+    bounds, address = cache.pool.bounds, cache.layout.address(layer)
     if bounds is not None:
         entry, slot = mapping.entry[address.table_layer], mapping.slot[address.table_layer]  # [T, Ht]
         is_last = jnp.pad(entry[1:] != entry[:-1], ((0, 1), (0, 0)), constant_values=True)
@@ -98,7 +152,7 @@ def append(
             implementation=implementation,
             interpret=interpret,
         )
-    return dataclasses.replace(cache, pool=dataclasses.replace(pool, k=k_pages, v=v_pages, bounds=bounds))
+    return dataclasses.replace(cache, pool=dataclasses.replace(cache.pool, k=k_pages, v=v_pages, bounds=bounds))
 
 
 def stamp(cache: KVCache, mapping: SlotMapping, position: jax.Array) -> KVCache:

@@ -90,11 +90,15 @@ def add_parser(subparsers) -> None:
         "--trace",
         default="random",
         metavar="NAME",
-        help="mix600, 512x1024x256, 24x32k, itl32k (a long prompt beside eight that decode), any "
+        help="mix600, 512x1024x256, 24x32k, itl32k (a long prompt beside eight that decode), prefix64x8k (a shared "
+        "system prompt), any "
         "REQUESTSxINPUTxOUTPUT, a JSONL file, or several of these with commas between them (one engine serves them in "
         "turn, and the trace's name is added to --json and --plot); random or lognormal (default: %(default)s)",
     )
     throughput.add_argument("--write-trace", type=Path, metavar="FILE", help="write the trace there and stop")
+    throughput.add_argument(
+        "--no-prefix-caching", action="store_true", help="compute the tokens that prompts of a trace share every time"
+    )
     throughput.add_argument("--no-warmup", action="store_true", help="compile while serving rather than before")
     group = throughput.add_argument_group("random and lognormal traces")
     group.add_argument("--requests", type=int, default=100, metavar="N", help="how many (default: %(default)s)")
@@ -117,6 +121,20 @@ def add_parser(subparsers) -> None:
     add_outputs(throughput)
     add_model(throughput)
     throughput.set_defaults(run=run_throughput)
+
+    startup = suites.add_parser(
+        "startup",
+        help="the time an engine takes to be ready, and the pages it gets",
+        description="Builds an engine on weights that are in memory and warms it up: seconds, what is compiled, and "
+        "the share of the card that goes to pages. Run it twice with the same --compilation-cache for a cold start "
+        "and a warm one.",
+        epilog="example: sparsejax bench startup --random-weights llama-3.1-8b --compilation-cache /tmp/xla",
+    )
+    startup.add_argument("--compilation-cache", type=Path, metavar="DIR", help="where compiled programs are kept")
+    startup.add_argument("--greedy-only", action="store_true", help="warm up the steps of plain greedy requests only")
+    startup.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add_model(startup)
+    startup.set_defaults(run=run_startup, plot=None)
 
     bench_eviction.add_fragmentation(suites)
 
@@ -256,13 +274,15 @@ def run_throughput(args: argparse.Namespace) -> int:
 
     name, config, params = load(args)
     longest = max(trace.longest for trace in wanted)
+    shared = any(request.shared_tokens for trace in wanted for request in trace.requests)
+    shares = shared and not args.no_prefix_caching
     llm = LLM.from_params(
         config if args.model else reaching(config, longest),
         params,
         max_num_seqs=args.max_num_seqs or min(256, max(map(len, wanted))),
         max_model_len=args.max_model_len or longest,
         methods=(compression.method,),
-        **engine_options(args, config, params),
+        **engine_options(args, config, params) | {"enable_prefix_caching": shares},
     )
     if not args.no_warmup:
         prompts = [request.input_tokens for trace in wanted for request in trace.requests]
@@ -270,6 +290,7 @@ def run_throughput(args: argparse.Namespace) -> int:
             greedy_only=True,
             compression=compression,
             uniform=True,
+            forks=shares,
             texts=(min(prompts), max(prompts) if compression.once else longest),
             progress=compiling,
         )
@@ -280,6 +301,29 @@ def run_throughput(args: argparse.Namespace) -> int:
             write_json(_named(args.json, trace.name, wanted), throughput.as_dict(result, model=name))
         if args.plot is not None:
             plots.plot_throughput(result, _named(args.plot, trace.name, wanted))
+    return 0
+
+
+def run_startup(args: argparse.Namespace) -> int:
+    check_outputs(args)
+    from sparsejax.engine.memory import reserve_device_memory
+
+    reserve_device_memory(args.gpu_memory_utilization)
+    from sparsejax.bench import startup
+
+    name, config, params = load(args)
+    if args.compilation_cache is not None:  # the weights' own programs are no part of the start
+        startup.use_compilation_cache(args.compilation_cache)
+    asked = {"max_num_seqs": args.max_num_seqs, "max_model_len": args.max_model_len, "enable_prefix_caching": True}
+    result = startup.measure(
+        config,
+        params,
+        greedy_only=args.greedy_only,
+        utilization=args.gpu_memory_utilization,
+        **engine_options(args, config, params) | {name: value for name, value in asked.items() if value is not None},
+    )
+    print(f"{name}: {startup.format_report(result)}")
+    write_json(args.json, startup.as_dict(result, model=name))
     return 0
 
 

@@ -65,6 +65,16 @@ def _store_kv() -> float:
     return _error(kernels.store_kv(*args, address=ADDRESS), kernels.store_kv_reference(*args, address=ADDRESS))
 
 
+def _rotate_and_store() -> float:
+    rng = np.random.default_rng(4)
+    k, v, _, _ = _paged(rng)
+    angle = jnp.asarray(rng.standard_normal((3, DIM // 2)), jnp.float32)
+    entry, slot = (jnp.asarray(x, jnp.int32)[None, :, None] for x in ([2, 0, 5], [1, 0, 15]))
+    args = (k, v, _draw(rng, 3, HEADS * (GROUP + 2), DIM), jnp.cos(angle), jnp.sin(angle), entry, slot)
+    options = {"num_kv_heads": HEADS, "address": ADDRESS}
+    return _error(kernels.rotate_and_store(*args, **options), kernels.rotate_and_store_reference(*args, **options))
+
+
 def _move_slots() -> float:
     rng = np.random.default_rng(3)
     k, v, _, _ = _paged(rng)
@@ -76,5 +86,6 @@ CHECKS: dict[str, Callable[[], float]] = {
     "decode attention": _decode_attention,
     "prefill attention": _prefill_attention,
     "K/V store": _store_kv,
+    "RoPE and store": _rotate_and_store,
     "slot moves": _move_slots,
 }

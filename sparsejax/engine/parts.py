@@ -39,7 +39,7 @@ class PartAttend(Protocol):
     """Attention of one layer over a part. The K and V of all its tokens have been stored, where `mapping` says."""
 
     def __call__(
-        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, carry: Carry, mapping: SlotMapping, /
+        self, layer: int, q: jax.Array, k: Any, v: Any, carry: Carry, mapping: SlotMapping, /
     ) -> tuple[jax.Array, Carry]: ...
 
 
@@ -93,6 +93,8 @@ class Part:
       ends: i32[B], the token whose logits a lane is sampled from; None: there is a lane for every token, in order.
       attend: attention of one layer.
       ok: bool[], false if the tokens did not fit; their K and V then go nowhere, and no lane is live.
+      reads_new_kv: `attend` reads k and v of the tokens themselves, not only what has been stored. Where it does not,
+        they may be None.
     """
 
     tokens: Tokens
@@ -100,6 +102,7 @@ class Part:
     ends: jax.Array | None
     attend: PartAttend
     ok: jax.Array
+    reads_new_kv: bool = True
 
 
 def prefill_part(
@@ -248,7 +251,7 @@ def decode_part(
         counted=jnp.ones_like(live),
         live=live & ok,
     )
-    return cache, Part(tokens=tokens, lanes=lanes, ends=None, attend=attend, ok=ok)
+    return cache, Part(tokens=tokens, lanes=lanes, ends=None, attend=attend, ok=ok, reads_new_kv=False)
 
 
 def join(prefill: Part, decode: Part, first_free: jax.Array) -> Part:

@@ -93,6 +93,7 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
             compilations[name] += 1  # runs when traced, and is no part of what is compiled
             return function(*args)
 
+        run.__name__ = name  # what profiles and compile times are listed by
         return jax.jit(run, **options)
 
     def model_step(name: str, step: Callable) -> Callable:

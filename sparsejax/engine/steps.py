@@ -24,6 +24,7 @@ from sparsejax.cache import (
     SlotMapping,
     append,
     free_entries,
+    rotate_and_append,
     row_usage,
     slot_mapping,
     slots_at,
@@ -34,7 +35,7 @@ from sparsejax.engine.sampling import SampleOutput, greedy, sample, token_logpro
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.selection import Selecting
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, emit, start_rows
-from sparsejax.models import Decoder
+from sparsejax.models import AttendFromProjection, Decoder
 
 PROMPT_LOGPROB_BLOCK = 64  # prompt positions whose logits exist at once: [64, V] rather than [T, V]
 
@@ -206,6 +207,10 @@ def _run(
         cache = append(carry.cache, layer, mapping, k, v, implementation=options.implementation)
         return part.attend(layer, q, k, v, carry._replace(cache=cache), mapping)
 
+    def attend_from_projection(layer, qkv, cos, sin, carry):
+        q, cache = rotate_and_append(carry.cache, layer, mapping, qkv, cos, sin, implementation=options.implementation)
+        return part.attend(layer, q, None, None, carry._replace(cache=cache), mapping)
+
     moments = state.record.moments if state.record is not None and "moments" in options.records else None
     hidden, carry = apply_decoder(
         decoder,
@@ -213,7 +218,7 @@ def _run(
         tokens.tokens,
         tokens.positions,
         Carry(cache, moments),
-        attend,
+        attend if part.reads_new_kv or decoder.config.qk_norm else AttendFromProjection(attend_from_projection),
         rope_lengths=tokens.rope_lengths,
         method="hidden_states",
     )

@@ -14,6 +14,8 @@ Parameters (kernels are [in, out]):
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -48,6 +50,20 @@ class Attend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class AttendFromProjection:
+    """An `attend` that rotates queries and keys itself, which can be had cheaper together with storing them.
+
+    Only for models without QK-norm.
+
+    Attributes:
+      function: (layer, qkv [T, Hq + 2 * H, D] before RoPE: query heads, key heads, value heads; cos, sin f32[T, D/2],
+        cache) -> (out [T, Hq, D], cache).
+    """
+
+    function: Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
 class Decoder(nn.Module):
     """The whole model. `dtype` is the type of parameters and activations; norms, RoPE and logits are float32."""
 
@@ -68,7 +84,7 @@ class Decoder(nn.Module):
         tokens: jax.Array,
         positions: jax.Array,
         cache: Any,
-        attend: Attend,
+        attend: Attend | AttendFromProjection,
         *,
         logit_index: jax.Array | None = None,
         rope_lengths: jax.Array | None = None,
@@ -92,7 +108,7 @@ class Decoder(nn.Module):
         tokens: jax.Array,
         positions: jax.Array,
         cache: Any,
-        attend: Attend,
+        attend: Attend | AttendFromProjection,
         *,
         rope_lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
@@ -124,7 +140,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, attend: Attend
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, attend: Attend | AttendFromProjection
     ) -> tuple[jax.Array, Any]:
         config = self.config
         num_tokens = x.shape[0]
@@ -147,10 +163,14 @@ class DecoderLayer(nn.Module):
         heads = config.num_heads + 2 * config.num_kv_heads
         qkv = linear("qkv", heads * config.head_dim, config.qkv_bias)(norm("attn_norm", x))
         qkv = qkv.reshape(num_tokens, heads, config.head_dim)
-        q, k, v = jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
-        if config.qk_norm:
-            q, k = norm("q_norm", q), norm("k_norm", k)
-        out, cache = attend(self.index, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, k, cache)
+        if isinstance(attend, AttendFromProjection):
+            assert not config.qk_norm, "what normalises q and k must come between their projection and RoPE"
+            out, cache = attend.function(self.index, qkv, cos, sin, cache)
+        else:
+            q, k, v = jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
+            if config.qk_norm:
+                q, k = norm("q_norm", q), norm("k_norm", k)
+            out, cache = attend(self.index, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, k, cache)
         out = out.reshape(num_tokens, config.num_heads * config.head_dim)
         x = x + linear("o", config.hidden_size, config.o_bias)(out)
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import rotate
+
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 _REQUIRED = {
@@ -137,9 +139,7 @@ def rope_cos_sin(
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates x [T, H, D] by the angles of cos, sin [T, D/2]; computed in float32, returned in x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rotate(x, cos, sin)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 from sparsejax import LLM
 from sparsejax.bench import throughput, traces
 from sparsejax.bench.compare import compare
+from sparsejax.bench.compilations import watch_compilations
 from sparsejax.bench.traces import Trace, TraceRequest
 from sparsejax.cli import main
 from sparsejax.errors import InvalidArgumentError
@@ -111,6 +112,15 @@ def test_preemptions_are_counted(llm):
     assert result.output_tokens == greedy.output_tokens
 
 
+def test_shared_prompts_are_computed_once_and_their_hits_timed_apart(llm):
+    shared = [TraceRequest(0.0, 12, 2, seed=i, shared_tokens=8) for i in range(3)]
+    result = throughput.serve(llm, Trace("shared", tuple(shared)), use_tqdm=False)
+    assert result.cached_tokens >= 2 * 8
+    assert [record.cached_tokens >= 8 for record in result.records] == [False, True, True]
+    assert result.ttft_hit is not None
+    assert "prefix cache" in throughput.format_report(result)
+
+
 def test_a_request_that_cannot_be_served_is_refused(llm):
     with pytest.raises(InvalidArgumentError, match=r"request 0 .*allow 40 together"):
         throughput.serve(llm, traces.uniform(1, 30, 11), use_tqdm=False)
@@ -119,12 +129,18 @@ def test_a_request_that_cannot_be_served_is_refused(llm):
 
 
 def test_compiled_programs_are_counted():
-    with throughput._count_compilations() as count:
-        jax.jit(lambda x: x * 3 + 1)(jnp.ones(7))
-        seen = count[0]
-    assert seen >= 1
+    def triple(x):
+        return x * 3 + 1
+
+    with watch_compilations() as compiled:
+        jax.jit(triple)(jnp.ones(7))
+        seen = len(compiled.programs)
+    assert sum("triple" in name for name, _ in compiled.programs) == 1
+    count, seconds = next(value for name, value in compiled.by_name().items() if "triple" in name)
+    assert count == 1
+    assert 0 < seconds <= compiled.seconds
     jax.jit(lambda x: x * 5 + 1)(jnp.ones(7))
-    assert count[0] == seen
+    assert len(compiled.programs) == seen
 
 
 def test_distribution():

@@ -51,6 +51,15 @@ def test_prompts_are_random_repeatable_and_distinct():
     assert set(prompt) <= set(range(64))
 
 
+def test_prefix64x8k_shares_a_prompt_and_nothing_else():
+    trace = traces.load("prefix64x8k")
+    assert len(trace) == 64
+    prompts = [request.prompt(1000) for request in trace.requests[::20]]
+    assert {len(prompt) for prompt in prompts} == {8192 + 128}
+    assert all(prompt[:8192] == prompts[0][:8192] for prompt in prompts)
+    assert len({tuple(prompt[8192:]) for prompt in prompts}) == len(prompts)
+
+
 def test_random_lengths_and_arrivals():
     trace = traces.generate("random", requests=500, input_len=100, output_len=40, rate=10.0, seed=3)
     inputs = np.array([request.input_tokens for request in trace.requests])

@@ -1,4 +1,4 @@
-"""The prefill step as a GPU would get it, lowered on whatever machine the tests run on."""
+"""The steps as a GPU would get them, lowered on whatever machine the tests run on."""
 
 import dataclasses
 import functools
@@ -11,18 +11,19 @@ from sparsejax.bench.presets import model_config
 from sparsejax.cache import CacheLayout, init_cache
 from sparsejax.engine.packing import pack
 from sparsejax.engine.state import init_state
-from sparsejax.engine.steps import StepOptions, prefill_step
+from sparsejax.engine.steps import StepOptions, decode_step, prefill_step
 from sparsejax.models import Decoder
 
 
-def test_prefill_step_lowers_for_hopper_with_its_kernels_and_in_place():
+def lower(step, *work, tokens: int) -> tuple[str, int]:
+    """(the text of a step of Llama-3.1-8B's shapes with two layers, arrays of its cache and state)."""
     config = dataclasses.replace(model_config("llama-3.1-8b"), num_layers=2)
     decoder = Decoder(config, jnp.bfloat16)
     layout = CacheLayout(
         num_layers=2, num_kv_heads=8, head_dim=128, num_pages=2048, max_rows=8, max_slots=4096, page_size=32,
         granularity="shared", dtype=jnp.bfloat16,
     )  # fmt: skip
-    token = jnp.zeros(512, jnp.int32)
+    token = jnp.zeros(tokens, jnp.int32)
     params = jax.eval_shape(
         lambda: decoder.init(
             jax.random.key(0), token, token, None, lambda layer, q, k, v, raw, cache: (q, cache), method="hidden_states"
@@ -30,9 +31,22 @@ def test_prefill_step_lowers_for_hopper_with_its_kernels_and_in_place():
     )["params"]
     cache = jax.eval_shape(lambda: init_cache(layout))
     state = jax.eval_shape(lambda: init_state(layout.num_rows, config.vocab_size))
-    batch = pack([], size=512, segments=16, eos_token_ids=())
-    step = functools.partial(prefill_step, decoder=decoder, options=StepOptions(plain=True))
-    text = lower_for_h200(step, params, cache, state, batch, donate_argnums=(1, 2))
+    step = functools.partial(step, decoder=decoder, options=StepOptions(plain=True))
+    text = lower_for_h200(step, params, cache, state, *work, donate_argnums=(1, 2))
+    return text, len(jax.tree.leaves((cache, state)))
+
+
+def test_prefill_step_lowers_for_hopper_with_its_kernels_and_in_place():
+    text, donated = lower(prefill_step, pack([], size=512, segments=16, eos_token_ids=()), tokens=512)
     # All layers share one lowered kernel for attention and one for the K/V store.
     assert (mosaic_calls(text), triton_calls(text)) == (1, 1)
-    assert donated_arguments(text) == len(jax.tree.leaves((cache, state)))
+    assert donated_arguments(text) == donated
+
+
+def test_decode_step_lowers_with_one_kernel_between_projection_and_attention():
+    text, donated = lower(decode_step, jnp.zeros(4, jnp.int32), tokens=4)
+    # Rotating and storing, and the two of attention.
+    assert (mosaic_calls(text), triton_calls(text)) == (0, 3)
+    assert "rotate_and_store" in text
+    assert '"store_kv"' not in text
+    assert donated_arguments(text) == donated

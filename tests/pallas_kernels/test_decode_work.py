@@ -1,4 +1,4 @@
-"""The work list of decode attention: it covers every slot once, in few and even spans."""
+"""The work list of decode attention: it covers every slot once, in few and even items."""
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +32,13 @@ def test_covers_every_slot_once(seed):
         read[head, first:last] += 1
     np.testing.assert_array_equal(read, np.arange(most) < lengths.reshape(-1, 1))
     assert len(work.head_row) == max_items(15, most, SMALL)
-    num_spans = work.first_span[-1]
-    assert len(set((work.last - work.first)[:num_spans])) <= 1
+    assert len(items) == work.first_item[-1]
     for head in range(15):
-        spans = slice(work.first_span[head], work.first_span[head + 1])
-        assert {head} >= set(work.head_row[spans].tolist())
-        rest = num_spans + head
-        assert work.head_row[rest] == head
-        covered = (work.last - work.first)[spans].sum() + work.last[rest] - work.first[rest]
-        assert covered == lengths.reshape(-1)[head]
+        own = slice(work.first_item[head], work.first_item[head + 1])
+        assert {head} >= set(work.head_row[own].tolist())
+        size = (work.last - work.first)[own]
+        assert (size > 0).all()
+        assert size.size == 0 or np.ptp(-(-size // SMALL.multiple)) <= 1  # about equal parts
 
 
 def test_every_layer_has_a_list_of_its_own():
@@ -56,33 +54,54 @@ def test_every_layer_has_a_list_of_its_own():
         )
 
 
-def test_the_longest_heads_fill_the_bound():
+def test_the_longest_heads_stay_within_the_bound():
     work, items = items_of(np.full((4, 2), 1000), SMALL, max_slots=1000)
     assert len(items) <= work.head_row.shape[0] <= 8 + SMALL.most_spans
 
 
-def test_spans_shrink_when_there_is_little_to_read():
-    assert len(items_of([[16]], SMALL, max_slots=64)[1]) == 4
-    assert items_of([[16]], SMALL, max_slots=64)[1][0][2] == SMALL.min_span
-    assert items_of([[120]], SMALL, max_slots=128)[1][0][2] == SMALL.max_span
+def test_items_shrink_when_there_is_little_to_read():
+    _, items = items_of([[16]], SMALL, max_slots=64)
+    assert [item[1:] for item in items] == [(0, 4), (4, 8), (8, 12), (12, 16)]  # min_span
+    assert items_of([[128]], SMALL, max_slots=128)[1][0] == (0, 0, 16)
 
 
-def test_one_wave_of_long_spans_and_several_of_shorter_ones():
+def test_one_wave_of_long_items_and_several_of_shorter_ones():
     limits = SMALL._replace(wave_span=20)
     assert items_of([[160]], limits, max_slots=400)[1][0] == (0, 0, 20)
-    assert items_of([[161]], limits, max_slots=400)[1][0] == (0, 0, 16)
-    assert items_of([[400]], limits, max_slots=400)[1][0] == (0, 0, 20)  # most_spans of 16 are too few
+    assert items_of([[176]], limits, max_slots=400)[1][0] == (0, 0, 16)
+    assert items_of([[480]], limits, max_slots=480)[1][0] == (0, 0, 20)  # most_spans of 16 are too few
+
+
+def test_a_short_rest_makes_no_item_of_its_own():
+    _, items = items_of([[16 * 12 + 4]], SMALL, max_slots=400)
+    assert len(items) == 12
+    assert items[-1] == (0, 176, 196)
+
+
+def test_many_heads_of_one_item_each_are_not_cut():
+    """A batch whose heads fit into items needs no merging, however many there are and whatever they have decoded."""
+    lengths = np.random.default_rng(0).integers(2000, 2600, (256, 8))
+    work, items = items_of(lengths, SpanLimits(), max_slots=8192)
+    assert [(first, last) for _, first, last in items] == [(0, length) for length in lengths.reshape(-1)]
+    np.testing.assert_array_equal(work.first_item, np.arange(256 * 8 + 1))
+
+
+@pytest.mark.parametrize(("batch", "context"), [(1, 1000), (1, 131_000), (4, 8192), (16, 2100), (24, 2050), (32, 2090)])
+def test_a_wave_of_items_is_no_more_than_the_gpu_runs_at_once(batch, context):
+    _, items = items_of(np.full((batch, 8), context), SpanLimits(), max_slots=131_072)
+    assert len(items) <= max(SpanLimits().wave, batch * 8)
+    assert max(last - first for _, first, last in items) <= SpanLimits().wave_span + 128
 
 
 def test_nothing_held_is_no_work():
     work, items = items_of([[0, 0]], SMALL, max_slots=64)
     assert not items
-    np.testing.assert_array_equal(work.first_span, 0)
+    np.testing.assert_array_equal(work.first_item, 0)
 
 
 def test_listed_indices_are_read_whole_by_heads_that_hold_anything():
-    _, spans = items_of([[0, 3]], SMALL, max_slots=64, num_indices=10)
-    assert [(row, first, last) for row, first, last in spans] == [(1, 0, 4), (1, 4, 8), (1, 8, 10)]
+    _, items = items_of([[0, 3]], SMALL, max_slots=64, num_indices=10)
+    assert items == [(1, 0, 4), (1, 4, 8), (1, 8, 10)]
 
 
 def test_the_default_bound_is_small_for_large_batches_of_long_contexts():
