@@ -65,6 +65,7 @@ def _span_kernel(*refs, layout, heads, group, scale, tile, quantised, biased, ex
         )
 
         def bias_of(columns):
+            assert bias_ref is not None
             return plgpu.load(bias_ref.at[columns[0]], mask=columns[1], other=0.0).astype(jnp.float32)[None, :]
 
         def visit(step, state):
@@ -85,7 +86,7 @@ def _span_kernel(*refs, layout, heads, group, scale, tile, quantised, biased, ex
                 if bias_ref is not None:
                     part = part + jnp.where(tokens.compressed[:, None], bias_of(at), 0.0)
                 keys.append(part + read(store.k, column=half_column + start, column_live=half_column < half))
-            k_first, k_second = rotate_halves(*keys, cos, sin)
+            k_first, k_second = rotate_halves(keys[0], keys[1], cos, sin)
             logits = exact_dot(q_first, k_first.astype(dtype).T) + exact_dot(q_second, k_second.astype(dtype).T)
             base = read(store.v, column=column, column_live=column < dim)
             if bias_ref is not None:

@@ -41,7 +41,9 @@ def store_arrays(store: DeltaStore) -> list[jax.Array]:
 
 def store_refs(refs: Sequence[Any], *, quantised: bool) -> tuple[StoreRefs, Sequence[Any]]:
     """(StoreRefs, the references after them)."""
-    return (StoreRefs(*refs[:7]), refs[7:]) if quantised else (StoreRefs(*refs[:6], None), refs[6:])
+    k, v, near_table, values, reference, latent_table, *rest = refs
+    scale, rest = (rest[0], rest[1:]) if quantised else (None, rest)
+    return StoreRefs(k, v, near_table, values, reference, latent_table, scale), rest
 
 
 class TokenTile(NamedTuple):
