@@ -99,3 +99,25 @@ def plot_calibration(
     axis.set_ylabel("quality relative to dense")
     axis.legend()
     figure.savefig(path, dpi=80)
+
+
+def plot_coverage(coverage: np.ndarray, layers: Sequence[int], path: str | Path) -> None:
+    """A heat map of how much attention of each layer goes to what another chooses, and who follows whom.
+
+    Args:
+      coverage: f64[L, L] of `layer_choice.measure_coverage`.
+      layers: the full-attention layers.
+      path: the file; its ending says the format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 4.8), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(100 * np.where(np.tri(len(coverage), k=-1, dtype=bool), np.nan, coverage), vmin=0, vmax=100)
+    for first, after in zip(layers, (*layers[1:], len(coverage)), strict=True):
+        axis.plot([first - 0.5, after - 0.5], [first, first], color="tab:red", linewidth=2)
+    axis.set_title("full layers " + ", ".join(map(str, layers)))
+    axis.set_xlabel("layer")
+    axis.set_ylabel("layer that chooses")
+    figure.colorbar(image, label="attention kept, %")
+    figure.savefig(path, dpi=80)
