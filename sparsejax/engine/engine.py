@@ -285,6 +285,7 @@ class Engine:
             # While it waits to be replayed it holds nothing, but it did hold its whole replay.
             entries = max(entries, self.scheduler.entries_for(request.prefill_target))
         answer.kv_bytes = max(answer.kv_bytes, entries * self._bytes_per_entry)
+        answer.read_tokens = self.runner.read_tokens(request)
         self.scheduler.finish(request, reason, stop_reason)
         if answer.detokenizer is not None:
             answer.detokenizer.finish()

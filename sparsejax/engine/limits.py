@@ -29,6 +29,8 @@ def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Foo
             f"must fit into max_model_len={config.max_model_len}. Shorten the prompt or raise max_model_len."
         )
     params = request.compression
+    if params.prefilled(length) < length:
+        _check_decoded_prompt(request, name)
     if not params.evicts:
         if pool.uniform(length) > pool.num_entries:
             raise PromptTooLongError(_too_long(name, length, config))
@@ -45,6 +47,16 @@ def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Foo
         raise PromptTooLongError(f"{_too_long(name, length, config)} Method {params.method!r} {why}")
     _check_alignment(footprint, config)
     return footprint
+
+
+def _check_decoded_prompt(request: Request, name: str) -> None:
+    """Refuses what needs all tokens of the prompt in chunks, for a request that decodes some of them."""
+    for argument, off in (("prompt_logprobs", None), ("repetition_penalty", 1.0)):
+        if getattr(request.params, argument) != off:
+            raise InvalidArgumentError(
+                f"{name} is decoded from its context_tokens={request.compression.context_tokens} on, where "
+                f"{argument} is not available: leave one of them out."
+            )
 
 
 def _check_alignment(footprint: Footprint, config: SchedulerConfig) -> None:

@@ -248,7 +248,7 @@ def decode_part(
         # A lane with a newest token says how many there are with it.
         num_output=jnp.where(newest >= 0, num_output + 1, num_output),
         newest=newest,
-        counted=jnp.ones_like(live),
+        counted=num_output >= 0,  # else it decodes its prompt
         live=live & ok,
     )
     return cache, Part(tokens=tokens, lanes=lanes, ends=None, attend=attend, ok=ok, reads_new_kv=False)

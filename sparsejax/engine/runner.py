@@ -231,6 +231,21 @@ class Runner:
             )
         self.selections.roles_of(compression)
 
+    def read_tokens(self, request: Request) -> float | None:
+        """Tokens that a decode step of a request has read, mean over layers and steps.
+
+        None if it took no such step, or if it evicts: the tokens that it keeps are what it reads.
+        """
+        prompt = len(request.prompt_token_ids)
+        lengths = np.arange(
+            request.compression.prefilled(prompt) + 1, prompt + len(request.output_token_ids), dtype=np.int32
+        )
+        if not lengths.size or request.compression.evicts:
+            return None
+        if self.selections is not None and request.compression.selects:
+            lengths = self.selections.read_tokens(request.compression, lengths)
+        return float(lengths.mean())
+
     def prefill(self, chunks: Sequence[Chunk]) -> StepOutput:
         """Dispatches a prefill step; lane i of the output belongs to chunks[i], prompt lanes follow the packing."""
         batch = self._pack(chunks)

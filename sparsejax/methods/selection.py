@@ -47,8 +47,8 @@ class SelectionMethod(Method):
     """
 
     family: ClassVar[Family] = "select"
-    default_sink_tokens: ClassVar[int] = 8
-    recent_tokens: ClassVar[int] = 64
+    default_sink_tokens: ClassVar[int] = 4
+    recent_tokens: ClassVar[int] = 32
 
     top_tokens: int | float = DEFAULT_TOP_TOKENS
 
