@@ -157,7 +157,7 @@ def up_products(
         return sums
 
     # Tiles of sinks, centers and recent tokens have nothing to project.
-    steps = jnp.where(tile.compressed.astype(jnp.int32).max() > 0, steps, 0)
+    steps = tile.compressed.astype(jnp.int32).max() * steps
     zeros = tuple(jnp.zeros((count, column.shape[0]), jnp.float32) for column, _ in columns)
     return list(jax.lax.fori_loop(0, steps, visit, zeros))
 
