@@ -73,8 +73,8 @@ class EvictionShapes:
         if bulk or params.evict_strategy in ("no_op", "free_block"):
             most = bound(text_length)  # dead slots included
         else:
-            # What a table holds over its budget before each eviction comes on top: else a budget of a power of two would
-            # need the next bound, which is twice as large.
+            # What a table holds over its budget before each eviction comes on top: else a budget of a power of two
+            # would need the next bound, which is twice as large.
             page = self.layout.page_size
             most = bound(min(text_length, budget)) + -(-params.evict_count // page) * page
         return EvictSpec(
@@ -195,16 +195,26 @@ def idle_evict_calls(
 
 def evict_batch(entries: Sequence[Evict], size: int) -> EvictBatch:
     """The arrays of a call, padded to `size` lanes."""
-    params = [entry.request.compression for entry in entries]
+    lanes: Any = np.zeros((7, size), np.int64)  # holds seeds, too
+    if entries:  # one pass over the rows: this is done at every step
+        lanes[:, : len(entries)] = np.transpose([_evict_lane(entry) for entry in entries])
+    *numbers, seed = lanes
+    rows, budget, text_length, sinks, recent, recorded = (each.astype(np.int32) for each in numbers)
     return EvictBatch(
-        rows=_lanes((entry.request.row or 0 for entry in entries), size),
-        budget=_lanes((entry.budget for entry in entries), size),
-        text_length=_lanes((entry.text_length for entry in entries), size),
-        sink_tokens=_lanes((each.sinks for each in params), size),
-        recent_tokens=_lanes((entry.request.compression.recent(entry.text_length) for entry in entries), size),
-        recorded=_lanes((_recorded(entry) for entry in entries), size),
-        seed=_lanes((entry.request.seed for entry in entries), size, np.uint32),
+        rows=rows,
+        budget=budget,
+        text_length=text_length,
+        sink_tokens=sinks,
+        recent_tokens=recent,
+        recorded=recorded,
+        seed=seed.astype(np.uint32),
     )
+
+
+def _evict_lane(entry: Evict) -> tuple[int, ...]:
+    request, text = entry.request, entry.text_length
+    params = request.compression
+    return (request.row or 0, entry.budget, text, params.sinks, params.recent(text), _recorded(entry), request.seed)
 
 
 def _bounds(shapes: EvictionShapes, texts: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
