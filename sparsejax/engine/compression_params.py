@@ -143,7 +143,7 @@ class CompressionParams:
             own["floor"] = self.budget_floor
         return cls(**own)
 
-    @property
+    @cached_property
     def evicts(self) -> bool:
         """Whether anything is ever dropped."""
         return self.policy.family == "evict"
@@ -199,7 +199,7 @@ class CompressionParams:
         """Position of the first query whose attention is recorded; `text_length` if none is."""
         return self.policy.record_from(text_length, self.window) if self.policy.power else text_length
 
-    @property
+    @cached_property
     def once(self) -> bool:
         """Whether only the prompt is compressed."""
         if not self.evicts:
@@ -208,7 +208,7 @@ class CompressionParams:
             return self.compress_once
         return self.policy.default_compress_once and self.interval_tokens is None
 
-    @property
+    @cached_property
     def per_step(self) -> bool:
         """Whether every decode step over budget evicts."""
         return self.evicts and not self.once and self.policy.evicts_per_step and self.interval_tokens is None

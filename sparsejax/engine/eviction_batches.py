@@ -64,12 +64,23 @@ class EvictionShapes:
             implementation=self.implementation,
         )
 
-    def evict_spec(self, params: CompressionParams, *, bulk: bool, held: int) -> EvictSpec:
-        """Of rows that hold no more than `held` slots in a table, dead ones included."""
+    def evict_spec(self, params: CompressionParams, *, bulk: bool, text_length: int, budget: int) -> EvictSpec:
+        """Of rows with such a text and budget, or less of either."""
+
+        def bound(tokens: int) -> int:
+            return buckets.bucket(min(tokens, self.slots[-1]), self.slots)
+
+        if bulk or params.evict_strategy in ("no_op", "free_block"):
+            most = bound(text_length)  # dead slots included
+        else:
+            # What a table holds over its budget before each eviction comes on top: else a budget of a power of two
+            # would need the next bound, which is twice as large.
+            page = self.layout.page_size
+            most = bound(min(text_length, budget)) + -(-params.evict_count // page) * page
         return EvictSpec(
             method=params.policy,
             strategy=params.evict_strategy,  # pyright: ignore[reportArgumentType]
-            max_slots=buckets.bucket(min(held, self.slots[-1]), self.slots),
+            max_slots=most,
             num_query_heads=self.num_query_heads,
             num_per_evict=params.evict_count,
             bulk=bulk,
@@ -156,10 +167,12 @@ def evict_calls(
         groups[params.policy, params.evict_strategy, params.evict_count, entry.bulk].append(entry)
     calls = []
     for some in groups.values():
-        held = max(
-            _most_slots(entry.request.compression, entry.bulk, entry.text_length, entry.budget) for entry in some
+        spec = shapes.evict_spec(
+            some[0].request.compression,
+            bulk=some[0].bulk,
+            text_length=max(entry.text_length for entry in some),
+            budget=max(entry.budget for entry in some),
         )
-        spec = shapes.evict_spec(some[0].request.compression, bulk=some[0].bulk, held=held)
         calls.append((tuple(some), spec, evict_batch(some, buckets.bucket(len(some), shapes.evict_rows))))
     return calls
 
@@ -171,7 +184,7 @@ def idle_evict_calls(
     if not params.per_step:
         return
     specs = [
-        shapes.evict_spec(params, bulk=bulk, held=_most_slots(params, bulk, text, params.budget(text)))
+        shapes.evict_spec(params, bulk=bulk, text_length=text, budget=params.budget(text))
         for bulk in (False, True)
         for _, text in _bounds(shapes, texts)
     ]
@@ -182,16 +195,26 @@ def idle_evict_calls(
 
 def evict_batch(entries: Sequence[Evict], size: int) -> EvictBatch:
     """The arrays of a call, padded to `size` lanes."""
-    params = [entry.request.compression for entry in entries]
+    lanes: Any = np.zeros((7, size), np.int64)  # holds seeds, too
+    if entries:  # one pass over the rows: this is done at every step
+        lanes[:, : len(entries)] = np.transpose([_evict_lane(entry) for entry in entries])
+    *numbers, seed = lanes
+    rows, budget, text_length, sinks, recent, recorded = (each.astype(np.int32) for each in numbers)
     return EvictBatch(
-        rows=_lanes((entry.request.row or 0 for entry in entries), size),
-        budget=_lanes((entry.budget for entry in entries), size),
-        text_length=_lanes((entry.text_length for entry in entries), size),
-        sink_tokens=_lanes((each.sinks for each in params), size),
-        recent_tokens=_lanes((entry.request.compression.recent(entry.text_length) for entry in entries), size),
-        recorded=_lanes((_recorded(entry) for entry in entries), size),
-        seed=_lanes((entry.request.seed for entry in entries), size, np.uint32),
+        rows=rows,
+        budget=budget,
+        text_length=text_length,
+        sink_tokens=sinks,
+        recent_tokens=recent,
+        recorded=recorded,
+        seed=seed.astype(np.uint32),
     )
+
+
+def _evict_lane(entry: Evict) -> tuple[int, ...]:
+    request, text = entry.request, entry.text_length
+    params = request.compression
+    return (request.row or 0, entry.budget, text, params.sinks, params.recent(text), _recorded(entry), request.seed)
 
 
 def _bounds(shapes: EvictionShapes, texts: tuple[int, int] | None) -> Iterator[tuple[int, int]]:
@@ -211,13 +234,6 @@ def _recorded(entry: Compress) -> int:
     prompt = min(text, params.context_tokens or text, len(entry.request.prompt_token_ids))
     behind = 0 if params.once else text - prompt
     return max(prompt - params.record_from(prompt), 0) + behind
-
-
-def _most_slots(params: CompressionParams, bulk: bool, text_length: int, budget: int) -> int:
-    """Most slots, dead ones included, that a table of the row has."""
-    if bulk or params.evict_strategy in ("no_op", "free_block"):
-        return text_length
-    return min(text_length, budget + params.evict_count)
 
 
 def _lanes(values: Iterable[int], size: int, dtype: type = np.int32) -> Any:

@@ -31,6 +31,9 @@ from sparsejax.models.rope import apply_rope, attention_factor, rope_cos_sin
 CHUNK_RECORDS = frozenset({"attention", "blocks", "moments"})
 
 
+MOMENT_BLOCK = 128  # tokens whose moments are summed by one product; more of them waste work at segments' ends
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RecordState:
@@ -185,27 +188,33 @@ def add_moments(
 ) -> jax.Array:
     """Adds one layer's queries to the moments of their segments.
 
+    The chunk is cut where segments start and every MOMENT_BLOCK tokens, and all pieces are multiplied out at once: a
+    loop over the segments that skips those without moments would make the device wait for the host in every turn.
+
     Args:
       moments: f32[L, N, Hq, D + 1, D].
       q: [T, Hq, D] before RoPE.
       segment: i32[T], S for padding.
     """
-    slot = jnp.asarray(record.moment_slot)
-    first = jnp.asarray(record.moment_first)
-    index = jnp.arange(q.shape[0], dtype=jnp.int32)
+    tokens, block = q.shape[0], min(MOMENT_BLOCK, q.shape[0])
+    cut = jnp.sort(jnp.concatenate([jnp.arange(0, tokens, block, dtype=jnp.int32), starts]))  # [P]
+    token = cut[:, None] + jnp.arange(block, dtype=jnp.int32)  # [P, block]
+    inside = token < jnp.append(cut[1:], tokens)[:, None]
+    token = jnp.minimum(token, tokens - 1)
+    owner = segment[token[:, 0]]  # [P], for a piece that is not empty
+    slot = jnp.append(jnp.asarray(record.moment_slot), 0)[owner]
+    first = jnp.append(jnp.asarray(record.moment_first), 0)[owner]
+    wanted = inside & (slot > 0)[:, None] & (token >= first[:, None])
 
-    def add(s, moments):
-        def one(moments):
-            mask = (segment == s) & (index >= first[s])
-            masked = jnp.where(mask[:, None, None], q, 0)
-            ones = jnp.broadcast_to(mask[:, None, None], (*q.shape[:2], 1)).astype(q.dtype)
-            both = jnp.concatenate([masked, ones], axis=-1)  # the extra component sums the queries themselves
-            outer = jnp.einsum("thi,thj->hij", both, masked, preferred_element_type=jnp.float32)
-            return moments.at[layer, slot[s]].add(outer)
-
-        return jax.lax.cond((slot[s] > 0) & (starts[s + 1] > starts[s]), one, lambda m: m, moments)
-
-    return jax.lax.fori_loop(0, slot.shape[0], add, moments)
+    pieces = jnp.where(wanted[..., None, None], q[token], 0)  # [P, block, Hq, D]
+    outer = jnp.einsum("pthi,pthj->phij", pieces, pieces, preferred_element_type=jnp.float32)
+    total = pieces.sum(axis=1, keepdims=True, dtype=jnp.float32).swapaxes(1, 2)  # [P, Hq, 1, D]
+    # A product with a one-hot matrix: sums that are scattered would come in another order every time.
+    of_slot = jax.nn.one_hot(slot, moments.shape[1], dtype=jnp.float32)  # [P, N]
+    added = jnp.einsum(
+        "pn,phij->nhij", of_slot, jnp.concatenate([outer, total], axis=2), precision=jax.lax.Precision.HIGHEST
+    )
+    return moments.at[layer].add(added)
 
 
 def unrotate(config: RopeConfig, x: jax.Array, positions: jax.Array, lengths: jax.Array | None = None) -> jax.Array:

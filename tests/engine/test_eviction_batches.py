@@ -67,3 +67,9 @@ def test_warm_up_covers_every_eviction(budget, strategy):
             entry = Evict(request(params, 40), length, params.budget(length), held=length, bulk=bulk)
             for _, spec, batch in evict_calls([entry], SHAPES):
                 assert (spec, batch.rows.shape) in known, length
+
+
+def test_a_budget_of_a_power_of_two_is_not_served_with_slots_for_twice_as_many():
+    params = CompressionParams(method="random", strategy="reuse", budget_tokens=1024, num_per_evict=3)
+    entry = Evict(request(params, 40), 1400, 1024, held=1024)
+    assert evict_calls([entry], SHAPES)[0][1].max_slots == 1024 + SHAPES.layout.page_size
