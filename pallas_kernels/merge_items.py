@@ -20,7 +20,7 @@ def _merge_kernel(out_ref, lse_ref, layer_ref, first_item_ref, *refs, heads, blo
 
     With `but_whole`, heads of one item are left as they are.
     """
-    *_, merged_ref, merged_lse_ref = refs
+    merged_ref, merged_lse_ref = refs[-2:]
     head_row, member = pl.program_id(0), pl.program_id(1)
     layer = 0 if first_item_ref.shape[0] == 1 else layer_ref[0]
     first_item = first_item_ref[layer, head_row]
