@@ -11,6 +11,7 @@ from sparsejax.errors import InvalidArgumentError, unknown_key_error
 if TYPE_CHECKING:  # all bring JAX, which the command line's parser does not need
     from pallas_kernels import Implementation
     from sparsejax.cache import Granularity
+    from sparsejax.compressor import CompressorConfig
     from sparsejax.engine.sampling_params import CompressionParams
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -48,6 +49,12 @@ class EngineConfig:
       methods: sparse methods that requests may use. Default: any; the cache is then laid out for dense attention until
         the first request that evicts, when it is built anew (`LLM.enable_methods`).
       default_compression: the method of requests that name none.
+      compressor: for method "deltakv": folder or Hugging Face id of the compressor that was trained for the model, or a
+        pair (CompressorConfig, parameters) that is loaded already.
+      full_attention_layers: for method "deltakv": layers that keep every token as it is; each one that is followed by
+        another layer chooses for the layers behind it what they read. Layer 0 must be among them. Default: every fifth.
+      recent_tokens: for method "deltakv": tokens that are compressed at once; as many to twice as many of the last
+        tokens are always there as they are.
       page_size: tokens in one page of the KV cache, a power of two.
       num_pages: physical pages in the pool (one KV head of one layer each). Default: what memory allows.
       table_granularity: "shared", "per_layer" or "per_head" slot tables. Default: the coarsest the methods allow.
@@ -72,6 +79,9 @@ class EngineConfig:
     max_resident_rows: int | None = None
     methods: tuple[str, ...] | None = None
     default_compression: CompressionParams | None = None
+    compressor: str | Path | tuple[CompressorConfig, Any] | None = None
+    full_attention_layers: tuple[int, ...] | None = None
+    recent_tokens: int = 128
     page_size: int = 32
     num_pages: int | None = None
     table_granularity: Granularity | None = None
@@ -80,7 +90,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_seqs", "num_pages")
-        for name in (*positive, "max_resident_rows", "max_mixed_tokens"):
+        for name in (*positive, "max_resident_rows", "max_mixed_tokens", "recent_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidArgumentError(f"{name} must be a positive whole number, got {value!r}.")
@@ -123,8 +133,9 @@ class EngineConfig:
         for name in kwargs:
             if name not in valid:
                 raise unknown_key_error(name, valid, "LLM")
-        if isinstance(kwargs.get("methods"), list):
-            kwargs["methods"] = tuple(kwargs["methods"])
+        for name in ("methods", "full_attention_layers"):
+            if isinstance(kwargs.get(name), list):
+                kwargs[name] = tuple(kwargs[name])
         return cls(**kwargs)
 
 

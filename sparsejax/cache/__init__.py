@@ -26,6 +26,20 @@ from .allocate import allocate, release
 from .append import add_scores, append, slot_mapping, slots_at, stamp
 from .compact import compact
 from .dead import drop_dead_pages, live_slots
+from .delta import (
+    DeltaCache,
+    DeltaCacheLayout,
+    Entries,
+    LatentCache,
+    LatentPool,
+    allocate_delta,
+    free_delta_entries,
+    init_delta_cache,
+    near_slots,
+    release_delta,
+    store_latents,
+    store_near,
+)
 from .fork import fork
 from .layout import CacheLayout, Granularity
 from .repack import repack
@@ -34,26 +48,38 @@ from .usage import RowUsage, row_usage
 
 __all__ = [
     "CacheLayout",
+    "DeltaCache",
+    "DeltaCacheLayout",
+    "Entries",
     "FreeList",
     "Granularity",
     "KVCache",
     "KVPool",
+    "LatentCache",
+    "LatentPool",
     "RowUsage",
     "SlotMapping",
     "SlotTable",
     "add_scores",
     "allocate",
+    "allocate_delta",
     "append",
     "compact",
     "drop_dead_pages",
     "fork",
+    "free_delta_entries",
     "free_entries",
     "init_cache",
+    "init_delta_cache",
     "live_slots",
+    "near_slots",
     "release",
+    "release_delta",
     "repack",
     "row_usage",
     "slot_mapping",
     "slots_at",
     "stamp",
+    "store_latents",
+    "store_near",
 ]

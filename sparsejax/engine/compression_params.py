@@ -147,6 +147,11 @@ class CompressionParams:
         return self.policy.family == "evict"
 
     @property
+    def compresses(self) -> bool:
+        """Whether tokens are stored compressed, and so read back as something else."""
+        return self.policy.family == "store"
+
+    @property
     def sinks(self) -> int:
         """First tokens that are protected."""
         return self.policy.default_sink_tokens if self.sink_tokens is None else self.sink_tokens
@@ -233,7 +238,8 @@ class CompressionParams:
         policy = methods.get(self.method)
         if not self.evicts:
             for name in self.__dataclass_fields__:
-                if name != "method" and getattr(self, name) not in (None, ()):
+                own = ("method", "options") if policy.option_names() else ("method",)
+                if name not in own and getattr(self, name) not in (None, ()):
                     raise InvalidArgumentError(f"method {self.method!r} keeps everything; it takes no {name}.")
             return
         if (self.budget_tokens is None) == (self.keep_fraction is None):

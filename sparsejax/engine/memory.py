@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Implementation
-from sparsejax.cache import CacheLayout, init_cache
+from sparsejax.cache import CacheLayout, DeltaCacheLayout, init_cache, init_delta_cache
+from sparsejax.engine.delta_ops import StoreSpec
+from sparsejax.engine.delta_parts import StoreOptions
 from sparsejax.engine.packing import pack
 from sparsejax.engine.recording import idle_record
 from sparsejax.engine.state import init_state
@@ -23,6 +25,7 @@ from sparsejax.models import Decoder
 
 # A CPU run is for trying things out: enough for tens of thousands of tokens of a small model.
 CPU_POOL_BYTES = 512 << 20
+ANALYSED_TOP = 2048  # tokens read by a decode, in the steps whose memory is analysed
 MARGIN = 0.01  # of the device's memory, left for allocator rounding
 
 
@@ -53,33 +56,49 @@ def reserve_device_memory(fraction: float) -> None:
 def scratch_bytes(
     decoder: Decoder,
     params,
-    layout: CacheLayout,
+    layout: CacheLayout | DeltaCacheLayout,
     *,
     decode_batch: int,
     prefill_tokens: int,
     prefill_seqs: int,
     implementation: Implementation | None,
     records: frozenset[str] = frozenset(),
+    store: StoreSpec | None = None,
 ) -> int:
     """Temporary memory of the largest steps, from XLA's own analysis of the compiled programs.
 
     Scratch does not grow with the pool (steps update it in place), so a small layout is analysed.
     """
     shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
-    cache = jax.eval_shape(functools.partial(init_cache, layout))
+    init = init_delta_cache if isinstance(layout, DeltaCacheLayout) else init_cache
+    cache = jax.eval_shape(functools.partial(init, layout))  # pyright: ignore[reportArgumentType]
     state = jax.eval_shape(
         lambda: init_state(
             layout.num_rows,
             decoder.config.vocab_size,
-            idle_record(layout, decoder.config, records, prefill_seqs),
+            idle_record(layout, decoder.config, records, prefill_seqs) if isinstance(layout, CacheLayout) else None,
+            stores=store is not None,
         )
     )
     evicts = layout.with_score
-    options = StepOptions(plain=False, logprobs=True, records=records, watch=evicts, implementation=implementation)
+    most = None
+    if store is not None:
+        most = StoreOptions(store, chunk=True, compressed=True, top=ANALYSED_TOP)
+    options = StepOptions(
+        plain=False, logprobs=True, records=records, watch=evicts, store=most, implementation=implementation
+    )
     moment_slots = {} if evicts else None
-    batch = shape(pack([], size=prefill_tokens, segments=prefill_seqs, eos_token_ids=(), moment_slots=moment_slots))
+    idle = pack(
+        [],
+        size=prefill_tokens,
+        segments=prefill_seqs,
+        eos_token_ids=(),
+        moment_slots=moment_slots,
+        stores=store is not None,
+    )
+    batch = shape(idle)
     rows = jax.ShapeDtypeStruct((decode_batch,), jnp.int32)
-    decodes = (rows, rows) if evicts else (rows,)
+    decodes = (rows, rows) if evicts or store is not None else (rows,)
     peak = 0
     # A mixed step does all that a prefill step does, and more.
     for step, work in ((mixed_step, (batch, *decodes)), (decode_step, decodes)):

@@ -8,9 +8,11 @@ import numpy as np
 
 from sparsejax.engine.plan import Chunk
 from sparsejax.engine.recording import chunk_record
+from sparsejax.engine.request import Request
 from sparsejax.engine.sampling import to_rows
 from sparsejax.engine.sampling_params import SamplingParams
-from sparsejax.engine.state import PrefillBatch
+from sparsejax.engine.state import PrefillBatch, StoreState
+from sparsejax.methods import DeltaKV
 
 IDLE = SamplingParams(temperature=0.0)  # parameters of segments that hold no request
 
@@ -22,6 +24,7 @@ def pack(
     segments: int,
     eos_token_ids: tuple[int, ...],
     moment_slots: Mapping[str, int] | None = None,
+    stores: bool = False,
 ) -> PrefillBatch:
     """Packs the chunks' tokens behind one another (numpy).
 
@@ -31,6 +34,7 @@ def pack(
       segments: S, the padded number of segments.
       eos_token_ids: tokens that `min_tokens` holds back.
       moment_slots: where the query moments of requests go, by request id; None: the cache cannot evict.
+      stores: requests can be stored compressed.
     """
     requests = [chunk.request for chunk in chunks]
     tokens, targets, positions, rope_lengths = (np.zeros(size, np.int32) for _ in range(4))
@@ -78,4 +82,16 @@ def pack(
         num_output=num_output,
         sampling=sampling,
         record=None if moment_slots is None else chunk_record(chunks, starts, moment_slots),
+        store=_stored(requests, segments) if stores else None,
     )
+
+
+def _stored(requests: Sequence[Request], segments: int) -> StoreState:
+    """How each request's row is stored; that of idle segments, dense."""
+    store = StoreState(np.zeros(segments, bool), np.zeros(segments, np.int32), np.zeros(segments, np.float32))
+    for i, request in enumerate(requests):
+        method = request.compression.policy
+        if isinstance(method, DeltaKV):
+            store.compressed[i] = True
+            (store.top_tokens if isinstance(method.top_tokens, int) else store.top_fraction)[i] = method.top_tokens
+    return store

@@ -14,25 +14,56 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Implementation, block_attention_mass, decode_attention
-from sparsejax.cache import KVCache, SlotMapping, add_scores, allocate
+from sparsejax.cache import KVCache, add_scores, allocate
 from sparsejax.engine.recording import add_moments, attend_chunk, unrotate
 from sparsejax.engine.state import DecodeState, PrefillBatch
 from sparsejax.models import ModelConfig
 
 
 class Carry(NamedTuple):
-    """What the layers hand on: the cache, and the moments of queries if a step records them."""
+    """What the layers hand on.
 
-    cache: KVCache
+    Attributes:
+      cache: the cache, a `KVCache` or a `DeltaCache`.
+      moments: of queries, if a step records them.
+      selected: i32[B, top], positions of the history that layers behind an observation layer read; -1 for none.
+    """
+
+    cache: Any
     moments: jax.Array | None
+    selected: jax.Array | None = None
 
 
 class PartAttend(Protocol):
     """Attention of one layer over a part. The K and V of all its tokens have been stored, where `mapping` says."""
 
     def __call__(
-        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, carry: Carry, mapping: SlotMapping, /
+        self,
+        layer: int,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        k_pre_rope: jax.Array,
+        carry: Carry,
+        mapping: Any,
+        /,
     ) -> tuple[jax.Array, Carry]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NearTokens:
+    """Where tokens go in the sparse layers of a `DeltaCache`. N tokens.
+
+    Attributes:
+      rows: i32[N], row of the near table; 0 for nowhere.
+      slots: i32[N], slot in it.
+      pre_rope: bool[N], their keys are stored before RoPE.
+    """
+
+    rows: jax.Array
+    slots: jax.Array
+    pre_rope: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +77,7 @@ class Tokens:
       rows: table row that a token's K and V belong to; 0 for padding.
       back: how far from the end of its row the token is, as `slot_mapping` takes it.
       hole: i32[N, Lt, Ht], the slot of an evicted token that the token takes instead, or -1; None if none does.
+      near: where they go in the sparse layers; None unless the cache is a `DeltaCache`.
     """
 
     tokens: jax.Array
@@ -54,6 +86,7 @@ class Tokens:
     rows: jax.Array
     back: jax.Array
     hole: jax.Array | None = None
+    near: NearTokens | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +154,8 @@ def prefill_part(
         back=jnp.append(starts, num_tokens)[segment + 1] - jnp.arange(num_tokens, dtype=jnp.int32),
     )
 
-    def attend(layer, q, k, v, carry, mapping):
+    def attend(layer, q, k, v, k_pre_rope, carry, mapping):
+        del k_pre_rope
         record, moments = batch.record, carry.moments
         wanted: dict[str, Any] = {}
         if record is not None and "attention" in records:
@@ -140,7 +174,7 @@ def prefill_part(
             **wanted,
         )
         if record is None:
-            return out, Carry(cache, moments)
+            return out, carry._replace(cache=cache)
         if "blocks" in records:
             mass = block_attention_mass(q, k, starts, implementation=implementation)
             asked = jnp.append(jnp.asarray(record.blocks), False)[segment]
@@ -148,7 +182,7 @@ def prefill_part(
         if "moments" in records and moments is not None:
             before_rope = unrotate(config.rope, q, tokens.positions, tokens.rope_lengths)
             moments = add_moments(moments, layer, before_rope, record, starts, segment)
-        return out, Carry(cache, moments)
+        return out, carry._replace(cache=cache, moments=moments)
 
     lanes = Lanes(
         rows=rows,
@@ -184,8 +218,8 @@ def decode_part(
         count = (live[:, None] & (hole < 0)).astype(jnp.int32)
     cache, ok = allocate(cache, rows, count, max_count=1)
 
-    def attend(layer, q, k, v, carry, mapping):
-        del k, v, mapping
+    def attend(layer, q, k, v, k_pre_rope, carry, mapping):
+        del k, v, k_pre_rope, mapping
         cache = carry.cache
         attention = partial(
             decode_attention,
@@ -251,9 +285,9 @@ def join(prefill: Part, decode: Part, first_free: jax.Array) -> Part:
     def put(into: jax.Array, values: jax.Array) -> jax.Array:
         return into.at[place].set(values, mode="drop", unique_indices=True)
 
-    def attend(layer, q, k, v, carry, mapping):
-        out, carry = prefill.attend(layer, q, k, v, carry, mapping)
-        decoded, carry = decode.attend(layer, q[source], k[source], v[source], carry, mapping)
+    def attend(layer, q, k, v, k_pre_rope, carry, mapping):
+        out, carry = prefill.attend(layer, q, k, v, k_pre_rope, carry, mapping)
+        decoded, carry = decode.attend(layer, q[source], k[source], v[source], k_pre_rope[source], carry, mapping)
         return put(out, decoded), carry
 
     assert prefill.ends is not None, "a chunk names the tokens that end its segments"

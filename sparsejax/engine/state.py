@@ -8,10 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.cache import RowUsage
+from sparsejax.cache import Entries, RowUsage
 from sparsejax.engine.recording import ChunkRecord, RecordState, start_record
 from sparsejax.engine.sampling import RowSampling, SampleOutput, to_rows
 from sparsejax.engine.sampling_params import SamplingParams
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StoreState:
+    """Which rows are stored compressed, and how much of their history a decode reads. R rows, or S segments.
+
+    Attributes:
+      compressed: bool[R].
+      top_tokens: i32[R], tokens of the history to read; 0: by `top_fraction`.
+      top_fraction: f32[R], fraction of the history to read.
+    """
+
+    compressed: jax.Array | np.ndarray
+    top_tokens: jax.Array | np.ndarray
+    top_fraction: jax.Array | np.ndarray
+
+    def wanted(self, history: jax.Array) -> jax.Array:
+        """i32[R]: tokens to read of a history of i32[R] tokens, which may be fewer."""
+        share = jnp.ceil(jnp.asarray(self.top_fraction) * history.astype(jnp.float32)).astype(jnp.int32)
+        return jnp.minimum(jnp.where(jnp.asarray(self.top_tokens) > 0, self.top_tokens, share), history)
+
+
+def idle_store(num_rows: int) -> StoreState:
+    """No row is compressed."""
+    return StoreState(jnp.zeros(num_rows, bool), jnp.zeros(num_rows, jnp.int32), jnp.zeros(num_rows, jnp.float32))
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +54,7 @@ class DecodeState:
       output_count: i32[R, V], how often each token was generated (presence and frequency penalty).
         Both count tables are kept only by steps compiled with `plain=False`.
       record: what eviction needs beside the cache; None if the cache cannot evict.
+      store: which rows are stored compressed; None if the cache can store none so.
     """
 
     token: jax.Array
@@ -37,6 +64,7 @@ class DecodeState:
     prompt_seen: jax.Array
     output_count: jax.Array
     record: RecordState | None = None
+    store: StoreState | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +86,7 @@ class PrefillBatch:
       num_output: i32[S], tokens the request had generated before.
       sampling: parameters of each segment's request, arrays of leading size S.
       record: what eviction wants recorded of each segment; None if the cache cannot evict.
+      store: how each segment is stored; None if the cache can compress none.
     """
 
     tokens: jax.Array | np.ndarray
@@ -73,6 +102,7 @@ class PrefillBatch:
     num_output: jax.Array | np.ndarray
     sampling: RowSampling
     record: ChunkRecord | None = None
+    store: StoreState | None = None
 
     @property
     def segment(self) -> jax.Array:
@@ -89,20 +119,27 @@ class StepOutput:
     Attributes:
       sample: tokens (and log-probabilities where asked for) of the step's lanes.
       ok: bool[], false if the pool was out of pages: what did not fit was not stored, and the sample means nothing.
-      free_entries: i32[], table entries left in the pool.
+      free_entries: table entries left, i32[]; of a `DeltaCache` those of each pool.
       prompt: log-probabilities of the chunk's own tokens (prefill steps that were asked for them), else None.
       usage: entries of every row after the step, R lanes; None if the cache cannot evict, where the host knows them.
     """
 
     sample: SampleOutput
     ok: jax.Array
-    free_entries: jax.Array
+    free_entries: jax.Array | Entries
     prompt: SampleOutput | None = None
     usage: RowUsage | None = None
 
 
-def init_state(num_rows: int, vocab_size: int, record: RecordState | None = None) -> DecodeState:
-    """An idle state of `num_rows` rows, the null row included. record: the idle state of eviction, if there is any."""
+def init_state(
+    num_rows: int, vocab_size: int, record: RecordState | None = None, *, stores: bool = False
+) -> DecodeState:
+    """An idle state of `num_rows` rows, the null row included.
+
+    Args:
+      record: the idle state of eviction, if there is any.
+      stores: rows can be stored compressed.
+    """
 
     def zeros() -> jax.Array:  # separate buffers: a donated pytree must not hold one array twice
         return jnp.zeros(num_rows, jnp.int32)
@@ -116,6 +153,7 @@ def init_state(num_rows: int, vocab_size: int, record: RecordState | None = None
         prompt_seen=jnp.zeros((num_rows, vocab_size), bool),
         output_count=jnp.zeros((num_rows, vocab_size), jnp.int32),
         record=record,
+        store=idle_store(num_rows) if stores else None,
     )
 
 
@@ -130,6 +168,9 @@ def start_rows(state: DecodeState, batch: PrefillBatch, *, plain: bool) -> Decod
     state = replace(state, sampling=sampling)
     if state.record is not None and batch.record is not None:
         state = replace(state, record=start_record(state.record, batch.record, rows, jnp.asarray(batch.starts)))
+    if state.store is not None and batch.store is not None:
+        store = jax.tree.map(lambda old, new: old.at[rows].set(new), state.store, batch.store)
+        state = replace(state, store=store)
     if plain:
         return state
     keep = ~jnp.asarray(batch.first)
