@@ -6,21 +6,42 @@ methods.
 from pallas_kernels.block_attention import BlockTile, block_attention_mass, block_attention_mass_reference
 from pallas_kernels.decode_attention import decode_attention, decode_attention_reference
 from pallas_kernels.decode_work import DecodeTile, SpanLimits, WorkList, decode_work_list
+from pallas_kernels.delta_attention import delta_attention, delta_attention_reference
+from pallas_kernels.delta_compress import (
+    delta_compress,
+    delta_compress_reference,
+    reference_mean,
+    reference_mean_reference,
+)
+from pallas_kernels.delta_reconstruct import (
+    delta_reconstruct,
+    delta_reconstruct_reference,
+    scratch_address,
+    scratch_table,
+)
+from pallas_kernels.delta_store import DeltaLayout, DeltaStore, view_positions
+from pallas_kernels.delta_store_xla import read_latents
+from pallas_kernels.delta_work import delta_work_list
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.invert_spd import invert_spd, invert_spd_reference
+from pallas_kernels.latents import LatentPages, dequantise, init_latents, quantise, store_latents
 from pallas_kernels.move_slots import move_slots, move_slots_reference
 from pallas_kernels.online_softmax import EMPTY_LSE
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.prefill_attention import PrefillTile, prefill_attention, prefill_attention_reference
 from pallas_kernels.record_attention import record_attention, record_attention_reference
 from pallas_kernels.record_attention_triton import RecordTile
+from pallas_kernels.reference_search import reference_search, reference_search_reference
 from pallas_kernels.store_kv import store_kv, store_kv_reference
 
 __all__ = [
     "EMPTY_LSE",
     "BlockTile",
     "DecodeTile",
+    "DeltaLayout",
+    "DeltaStore",
     "Implementation",
+    "LatentPages",
     "PageAddress",
     "PrefillTile",
     "RecordTile",
@@ -31,15 +52,34 @@ __all__ = [
     "decode_attention",
     "decode_attention_reference",
     "decode_work_list",
+    "delta_attention",
+    "delta_attention_reference",
+    "delta_compress",
+    "delta_compress_reference",
+    "delta_reconstruct",
+    "delta_reconstruct_reference",
+    "delta_work_list",
+    "dequantise",
+    "init_latents",
     "invert_spd",
     "invert_spd_reference",
     "move_slots",
     "move_slots_reference",
     "prefill_attention",
     "prefill_attention_reference",
+    "quantise",
+    "read_latents",
     "record_attention",
     "record_attention_reference",
+    "reference_mean",
+    "reference_mean_reference",
+    "reference_search",
+    "reference_search_reference",
     "resolve",
+    "scratch_address",
+    "scratch_table",
     "store_kv",
     "store_kv_reference",
+    "store_latents",
+    "view_positions",
 ]

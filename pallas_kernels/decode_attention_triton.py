@@ -1,4 +1,4 @@
-"""Decode attention as Pallas-Triton kernels: one over the spans of the work list, one that merges those of a head."""
+"""Decode attention as a Pallas-Triton kernel over the spans of the work list."""
 
 import functools
 
@@ -10,6 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import online_softmax
 from pallas_kernels.decode_scores import ALIGNMENT, add_decode_scores, has_place, logit_places, most_places
 from pallas_kernels.decode_work import DecodeTile
+from pallas_kernels.merge_items import merge_items
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
@@ -33,7 +34,6 @@ _TILES = {
 }
 _FALLBACK_TILE = DecodeTile(16, 4, 2)
 _MIN_DOT_ROWS = 16  # the smallest tile of a tensor-core product
-_MERGE_BLOCKS = (4, 64)  # items per step of the merge: as many as a head has at most, within these bounds
 
 
 def default_tile(k_pages: jax.Array) -> DecodeTile:
@@ -121,48 +121,6 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
         plgpu.store(lse_ref.at[item, member], lse, mask=member < group)
 
 
-def _merge_kernel(
-    out_ref, lse_ref, layer_ref, first_ref, last_ref, first_span_ref, merged_ref, merged_lse_ref, *, heads, group, block
-):
-    """One query head: the mean of its items' outputs weighted by the exponentials of their log-sum-exps."""
-    head_row, member = pl.program_id(0), pl.program_id(1)
-    layer = layer_ref[0]
-    first_span = first_span_ref[layer, head_row]
-    spans = first_span_ref[layer, head_row + 1] - first_span
-    rest = first_span_ref[layer, first_span_ref.shape[1] - 1] + head_row
-    parts = spans + (first_ref[layer, rest] < last_ref[layer, rest]).astype(jnp.int32)
-    dim = merged_ref.shape[2]
-    column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
-
-    def visit(step, state):
-        part = step * block + jnp.arange(block, dtype=jnp.int32)
-        live = part < parts
-        item = jnp.where(part < spans, first_span + part, rest)
-        lse = plgpu.load(
-            lse_ref.at[item, jnp.broadcast_to(member, item.shape)], mask=live, other=online_softmax.EMPTY_LSE
-        )
-        items, columns = index_grid(item, column)
-        mask = vector_mask(live, columns, dim)
-        out = plgpu.load(out_ref.at[items, jnp.broadcast_to(member, items.shape), columns], mask=mask, other=0.0)
-        # An item whose indices were all dead has nothing to add.
-        live &= lse > online_softmax.EMPTY_LSE / 2
-        return online_softmax.absorb(
-            state,
-            lse[None],
-            live[None],
-            lambda weights: (weights.reshape(-1, 1) * out).sum(axis=0)[None],
-            scale=LOG2_E,
-        )
-
-    state = online_softmax.start((1,), column.shape[0])
-    state = jax.lax.fori_loop(0, pl.cdiv(parts, block), visit, state)
-    out, lse = online_softmax.finish(state)
-    b, head = head_row // heads, head_row % heads * group + member
-    at = (jnp.broadcast_to(b, column.shape), jnp.broadcast_to(head, column.shape), column)
-    plgpu.store(merged_ref.at[at], out.reshape(-1).astype(merged_ref.dtype), mask=column < dim)
-    merged_lse_ref[b, head] = lse.max()  # its only element
-
-
 @functools.partial(jax.jit, static_argnames=("address", "heads", "scale", "tile", "interpret"))
 def decode_attention_triton(
     q, k_pages, v_pages, page_table, lengths, rows, indices, position, score, power, work, layer, *, address, heads,
@@ -207,21 +165,9 @@ def decode_attention_triton(
         interpret=interpret,
         name="decode_attention_spans",
     )(*inputs)
-    parts = next_power_of_two(-(-items // (batch * heads)))
-    block = min(max(parts, _MERGE_BLOCKS[0]), _MERGE_BLOCKS[1])
-    merged, merged_lse = pl.pallas_call(
-        functools.partial(_merge_kernel, heads=heads, group=group, block=block),
-        grid=(batch * heads, group),
-        in_specs=[WHOLE] * 6,
-        out_specs=[WHOLE, WHOLE],
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, q_heads), jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=max(1, block // 16), num_stages=1),
-        interpret=interpret,
-        name="decode_attention_merge",
-    )(out, lse, layer, work.first, work.last, work.first_span)
+    merged, merged_lse = merge_items(
+        out, lse, layer, work, heads=heads, dtype=q.dtype, interpret=interpret, name="decode_attention_merge"
+    )
     if score is not None:
         score = add_decode_scores(
             score, logits[0], places, merged_lse, q, k_pages, page_table, rows, position, power, work, layer,

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pallas_kernels.nearest import METRICS
 from sparsejax.errors import SparsejaxError
 from sparsejax.models.config import ModelConfig
 
 DOWN_UP_TYPES = ("linear", "mlp_gelu", "mlp_swiglu")
-METRICS = ("l2", "dot", "cosine")
 REFERENCE_KINDS = ("cluster", "e2e")
 REFERENCE_MODES = ("avg", "first")
 

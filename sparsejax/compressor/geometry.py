@@ -1,34 +1,12 @@
-"""Which tokens are centers: arithmetic on positions, the same in training and in serving.
+"""Which tokens are centers, see `pallas_kernels.centers`: kernels, training and serving share the arithmetic."""
 
-The sinks, positions 0 .. sinks - 1, are centers 0 .. sinks - 1. After them every `step`-th token is one: center number
-sinks + j stands at position sinks + j * step. All other tokens are compressed.
-"""
+from pallas_kernels.centers import (
+    center_count,
+    center_ordinals,
+    center_positions,
+    is_center,
+    latent_count,
+    latent_ordinals,
+)
 
-from __future__ import annotations
-
-from typing import Any
-
-import numpy as np
-
-
-def center_count(num_tokens: int, *, sinks: int, step: int) -> int:
-    """Centers among positions 0 .. num_tokens - 1."""
-    return min(num_tokens, sinks) + -(-max(0, num_tokens - sinks) // step)
-
-
-def center_positions(num_tokens: int, *, sinks: int, step: int) -> np.ndarray:
-    """i32[M], ascending: the position of every center among the first num_tokens."""
-    after = np.arange(sinks, num_tokens, step, dtype=np.int32)
-    return np.concatenate([np.arange(min(num_tokens, sinks), dtype=np.int32), after])
-
-
-def is_center(positions: Any, *, sinks: int, step: int) -> Any:
-    """bool, whether the tokens at `positions` (an integer array of any kind and shape) are centers."""
-    return (positions < sinks) | ((positions - sinks) % step == 0)
-
-
-def center_ordinals(positions: Any, *, sinks: int, step: int) -> Any:
-    """Number of the last center at or before each position; the center's own number if it is one."""
-    after = sinks + (positions - sinks) // step
-    before = positions < sinks
-    return before * positions + (1 - before) * after
+__all__ = ["center_count", "center_ordinals", "center_positions", "is_center", "latent_count", "latent_ordinals"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.nearest import nearest_centers
 from sparsejax.compressor.config import METRICS, CompressorConfigError
 from sparsejax.compressor.geometry import center_ordinals
-
-_TILE_SCORES = 1 << 24  # scores held at once: 64 MiB in float32
 
 
 def reference_search(
@@ -16,9 +15,7 @@ def reference_search(
 ) -> tuple[jax.Array, jax.Array]:
     """The nearest centers of every token, among those at or before its position.
 
-    Scores are float32 whatever the type of x: products of bfloat16 are exact in float32 and summed there. The search is
-    exact, equal scores go to the earlier center, and tokens are taken tile by tile, so that no [T, M] array is held.
-    No gradient passes.
+    Exact and in float32, as `pallas_kernels.nearest` says. No gradient passes.
 
     Args:
       x: [B, T, F], the part of the signal to search with.
@@ -36,35 +33,8 @@ def reference_search(
     if metric not in METRICS:
         raise CompressorConfigError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}.")
     x, centers = jax.lax.stop_gradient((x, centers))
-    batch, length, _ = x.shape
-    count = centers.shape[1]
-    if metric == "cosine":
-        x, centers = _unit(x), _unit(centers)
-    bias = -jnp.sum(jnp.square(centers.astype(jnp.float32)), axis=-1) if metric == "l2" else None  # [B, M]
     last = center_ordinals(positions, sinks=sinks, step=step)  # i32[T]
-    parts = -(-length * batch * count // _TILE_SCORES)
-    tile = -(-length // parts)
-
-    def search(rows: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores = jnp.einsum(
-            "btf,bmf->btm",
-            rows,
-            centers,
-            precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-            preferred_element_type=jnp.float32,
-        )
-        scores = scores if bias is None else 2 * scores + bias[:, None]
-        visible = jnp.arange(count) <= last[:, None]  # [t, M]
-        return _best(jnp.where(visible, scores, -jnp.inf), neighbors)
-
-    if parts == 1:
-        return search(x, last)
-    missing = parts * tile - length
-    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
-    tiles = x.reshape(batch, parts, tile, -1).swapaxes(0, 1)  # [parts, B, tile, F]
-    found = jax.lax.map(lambda part: search(*part), (tiles, jnp.pad(last, (0, missing)).reshape(parts, tile)))
-    ids, scores = (array.swapaxes(0, 1).reshape(batch, parts * tile, neighbors)[:, :length] for array in found)
-    return ids, scores
+    return nearest_centers(x, centers, last, neighbors=neighbors, metric=metric)
 
 
 def soft_weights(scores: jax.Array, temperature: float) -> jax.Array:
@@ -92,22 +62,3 @@ def reference_mean(centers: jax.Array, ids: jax.Array, weights: jax.Array | None
         precision=jax.lax.Precision.HIGHEST if centers.dtype == jnp.float32 else None,
     )
     return mean / neighbors if weights is None else mean
-
-
-def _best(scores: jax.Array, neighbors: int) -> tuple[jax.Array, jax.Array]:
-    """Places and values of the largest scores along the last axis, by as many maxima: no sort for a few places."""
-    ids, values = [], []
-    for _ in range(neighbors):
-        place = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-        value = jnp.max(scores, axis=-1)
-        known = value > -jnp.inf
-        ids.append(jnp.where(known, place, ids[0]) if ids else place)
-        values.append(jnp.where(known, value, values[0]) if values else value)
-        scores = jnp.where(jnp.arange(scores.shape[-1]) == place[..., None], -jnp.inf, scores)
-    return jnp.stack(ids, axis=-1), jnp.stack(values, axis=-1)
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    """x over its length, in float32; zero stays zero."""
-    wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(wide), axis=-1, keepdims=True), 1e-30))

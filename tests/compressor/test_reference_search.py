@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import nearest
 from sparsejax.compressor import (
     center_count,
     center_ordinals,
@@ -14,7 +15,6 @@ from sparsejax.compressor import (
     is_center,
     reference_mean,
     reference_search,
-    search,
     soft_weights,
 )
 from sparsejax.compressor.config import CompressorConfigError
@@ -56,7 +56,7 @@ def brute_force(x, centers, positions, places, neighbors, metric):
 @pytest.mark.parametrize("tile_scores", [1 << 24, 70])
 @pytest.mark.parametrize("metric", ["l2", "dot", "cosine"])
 def test_search_finds_what_brute_force_finds(monkeypatch, metric, tile_scores):
-    monkeypatch.setattr(search, "_TILE_SCORES", tile_scores)
+    monkeypatch.setattr(nearest, "_TILE_SCORES", tile_scores)
     rng = np.random.default_rng(0)
     length, sinks, step = 31, 2, 4
     x = rng.normal(size=(2, length, 6)).astype(np.float32)

@@ -1,0 +1,132 @@
+"""Attention over tokens that are read back in registers: kernel and XLA program against the reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from delta_cases import abstract_store, make_delta, rotations
+from kernel_cases import MODES, assert_same_attention, normal
+from lowering import lower_for_h200, triton_calls
+
+from pallas_kernels import DecodeTile, SpanLimits, delta_attention, delta_attention_reference, delta_work_list
+from pallas_kernels.delta_store import view_positions
+
+HISTORIES, RECENTS = (0, 2, 3, 19, 40, 0), (5, 0, 1, 12, 7, 0)
+TOP = 24
+TILE = DecodeTile(16, num_warps=2, num_stages=1)
+LIMITS = SpanLimits(wave=4, min_span=16, wave_span=16, max_span=16, multiple=16)
+
+
+def listed(case, seed=0):
+    """Positions [B, V]: sinks, recent tokens and TOP of the history, or as many as there are."""
+    rng = np.random.default_rng(seed)
+    selected = np.full((len(HISTORIES), TOP), -1, np.int32)
+    for b, n in enumerate(HISTORIES):
+        every = rng.permutation(np.arange(case.layout.sinks, n))[:TOP]
+        selected[b, : every.size] = np.sort(every)
+    return view_positions(
+        jnp.asarray(selected), case.history, case.lengths, sinks=case.layout.sinks, ring=case.layout.ring
+    )
+
+
+def make(heads, dim, size, page, dtype, latent_dtype="float32", bias=False):
+    case = make_delta(
+        histories=HISTORIES, recents=RECENTS, heads=heads, dim=dim, size=size, page=page, dtype=dtype,
+        latent_dtype=latent_dtype,
+    )  # fmt: skip
+    features = 2 * heads * dim
+    up = normal(1, size, features, dtype=dtype) * size**-0.5
+    return case, up, normal(2, features, dtype=dtype) if bias else None
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("heads", "group", "dim", "size", "page", "dtype", "latent_dtype", "bias"),
+    [
+        (2, 4, 16, 32, 8, jnp.float32, "float32", True),
+        (2, 7, 64, 64, 16, jnp.bfloat16, "int4", False),
+        (3, 1, 80, 40, 4, jnp.float32, "float32", False),
+        (1, 4, 128, 160, 32, jnp.bfloat16, "bfloat16", True),
+        (1, 4, 32, 96, 32, jnp.float32, "int4", True),
+    ],
+)
+def test_attends_to_what_reading_back_gives(mode, heads, group, dim, size, page, dtype, latent_dtype, bias):
+    case, up, up_bias = make(heads, dim, size, page, dtype, latent_dtype, bias)
+    positions = listed(case)
+    cos, sin = rotations(np.maximum(positions, 0), dim)
+    q = normal(4, len(HISTORIES), heads * group, dim, dtype=dtype)
+    arguments = (q, case.store, case.rows, case.recent_rows, case.history, positions, cos, sin, up, up_bias)
+    options = {"layout": case.layout, "num_kv_heads": heads, "scale": dim**-0.5}
+    work = delta_work_list(positions, num_kv_heads=heads, limits=LIMITS)
+    got = delta_attention(*arguments, **options, return_lse=True, work=work, tile=TILE, **mode)
+    assert_same_attention(got, delta_attention_reference(*arguments, **options), dtype)
+
+
+def test_the_view_of_a_row_is_its_sinks_what_is_recent_and_what_was_selected():
+    selected = jnp.array([[7, 9, -1], [-1, -1, -1], [-1, -1, -1]], jnp.int32)
+    view = view_positions(selected, jnp.array([10, 1, 0]), jnp.array([12, 2, 0]), sinks=2, ring=4)
+    assert np.asarray(view).tolist() == [
+        [0, 1, 10, 11, -1, -1, 7, 9, -1],
+        [0, -1, 1, -1, -1, -1, -1, -1, -1],
+        [-1] * 9,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("batch", "q_heads", "heads", "dim", "size", "dtype", "latent_dtype", "bias"),
+    [
+        (8, 32, 8, 128, 512, jnp.bfloat16, "bfloat16", False),
+        (8, 32, 8, 128, 512, jnp.bfloat16, "int4", False),
+        (1, 28, 4, 128, 256, jnp.bfloat16, "int4", True),
+        (2, 6, 2, 80, 96, jnp.float32, "float32", True),
+    ],
+)
+def test_lowers_for_cuda_at_production_shapes(batch, q_heads, heads, dim, size, dtype, latent_dtype, bias):
+    store, layout = abstract_store(
+        heads=heads, dim=dim, size=size, dtype=dtype, latent_dtype=latent_dtype, requests=batch
+    )
+    shape = jax.ShapeDtypeStruct
+    row = shape((batch,), jnp.int32)
+    width = 16 + 256 + 2048
+    rotation = shape((batch, width, dim // 2), jnp.float32)
+    features = 2 * heads * dim
+    text = lower_for_h200(
+        functools.partial(delta_attention, layout=layout, num_kv_heads=heads, scale=1.0, return_lse=True),
+        shape((batch, q_heads, dim), dtype),
+        store,
+        row,
+        row,
+        row,
+        shape((batch, width), jnp.int32),
+        rotation,
+        rotation,
+        shape((size, features), dtype),
+        shape((features,), dtype) if bias else None,
+    )
+    assert triton_calls(text) == 2
+
+
+def test_a_nonlinear_up_is_refused():
+    case, up, _ = make(1, 16, 32, 8, jnp.float32)
+    positions = listed(case)
+    cos, sin = rotations(np.maximum(positions, 0), 16)
+    q = jnp.zeros((len(HISTORIES), 2, 16))
+    with pytest.raises(ValueError, match="up has shape"):
+        delta_attention(
+            q, case.store, case.rows, case.recent_rows, case.history, positions, cos, sin, up[:, :8],
+            layout=case.layout, num_kv_heads=1, scale=1.0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_batch_gives_an_empty_result(mode):
+    case, up, _ = make(1, 16, 32, 8, jnp.float32)
+    none = jnp.zeros(0, jnp.int32)
+    rotation = jnp.zeros((0, 4, 8))
+    out, lse = delta_attention(
+        jnp.zeros((0, 2, 16), jnp.bfloat16), case.store, none, none, none, jnp.zeros((0, 4), jnp.int32), rotation,
+        rotation, up, layout=case.layout, num_kv_heads=1, scale=1.0, return_lse=True, **mode,
+    )  # fmt: skip
+    assert (out.shape, out.dtype, lse.shape) == ((0, 2, 16), jnp.bfloat16, (0, 2))
