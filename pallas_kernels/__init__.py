@@ -32,6 +32,8 @@ from pallas_kernels.prefill_attention import PrefillTile, prefill_attention, pre
 from pallas_kernels.record_attention import record_attention, record_attention_reference
 from pallas_kernels.record_attention_triton import RecordTile
 from pallas_kernels.reference_search import reference_search, reference_search_reference
+from pallas_kernels.select_top import select_top, select_top_reference
+from pallas_kernels.slot_probabilities import slot_probabilities, slot_probabilities_reference
 from pallas_kernels.store_kv import store_kv, store_kv_reference
 
 __all__ = [
@@ -78,6 +80,10 @@ __all__ = [
     "resolve",
     "scratch_address",
     "scratch_table",
+    "select_top",
+    "select_top_reference",
+    "slot_probabilities",
+    "slot_probabilities_reference",
     "store_kv",
     "store_kv_reference",
     "store_latents",

@@ -127,21 +127,39 @@ def decode_attention_triton(
     scale, tile, interpret,
 ):  # fmt: skip
     """(out [B, Hq, D], lse f32[B, Hq], score or None)."""
+    options = {"address": address, "heads": heads, "scale": scale, "tile": tile, "interpret": interpret}
+    places = None if score is None else logit_places(lengths, rows, power, heads=heads)
+    out, lse, logits = attend_spans(
+        q, k_pages, v_pages, page_table, lengths, rows, indices, position, places, work, layer, **options
+    )
+    if score is not None:
+        score = add_decode_scores(
+            score, logits, places, lse, q, k_pages, page_table, rows, position, power, work, layer, **options
+        )
+    return out, lse, score
+
+
+def attend_spans(
+    q, k_pages, v_pages, page_table, lengths, rows, indices, position, places, work, layer, *, address, heads, scale,
+    tile, interpret,
+):  # fmt: skip
+    """(out [B, Hq, D], lse f32[B, Hq], logits f32[G, places] or None).
+
+    Args:
+      places: where the logits (before `scale`) of each head go, as `logit_places` says; None: nowhere.
+    """
     batch, q_heads, dim = q.shape
     group = q_heads // heads
     items = work.head_row.shape[1]
-    places = None
-    if score is not None:
-        if ALIGNMENT % tile.block:
-            raise ValueError(f"tile.block must divide {ALIGNMENT} when score is recorded, got {tile.block}")
-        places = logit_places(lengths, rows, power, heads=heads)
+    if places is not None and ALIGNMENT % tile.block:
+        raise ValueError(f"tile.block must divide {ALIGNMENT} when logits are kept, got {tile.block}")
     optional = [x for x in (indices, position, places) if x is not None]
     inputs = [q, k_pages, v_pages, page_table, lengths, rows, layer, *optional, work.head_row, work.first, work.last]
     out_shape = [
         jax.ShapeDtypeStruct((items, group, dim), jnp.float32),
         jax.ShapeDtypeStruct((items, group), jnp.float32),
     ]
-    if score is not None:
+    if places is not None:
         num_places = most_places(batch * heads, group, page_table.shape[3] * k_pages.shape[1])
         out_shape.append(jax.ShapeDtypeStruct((group, num_places), jnp.float32))
     out, lse, *logits = pl.pallas_call(
@@ -154,7 +172,7 @@ def decode_attention_triton(
             tile=tile,
             indexed=indices is not None,
             positioned=position is not None,
-            recorded=score is not None,
+            recorded=places is not None,
             exp2=kernel_exp2(interpret),
         ),
         grid=(items,),
@@ -168,9 +186,4 @@ def decode_attention_triton(
     merged, merged_lse = merge_items(
         out, lse, layer, work, heads=heads, dtype=q.dtype, interpret=interpret, name="decode_attention_merge"
     )
-    if score is not None:
-        score = add_decode_scores(
-            score, logits[0], places, merged_lse, q, k_pages, page_table, rows, position, power, work, layer,
-            address=address, heads=heads, scale=scale, tile=tile, interpret=interpret,
-        )  # fmt: skip
-    return merged, merged_lse, score
+    return merged, merged_lse, logits[0] if logits else None

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # all bring JAX, which the command line's parser does not nee
     from sparsejax.engine.sampling_params import CompressionParams
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LATENT_DTYPES = ("bfloat16", "float32", "int4")
 GRANULARITIES = ("shared", "per_layer", "per_head")
 
 
@@ -55,6 +56,8 @@ class EngineConfig:
         another layer chooses for the layers behind it what they read. Layer 0 must be among them. Default: every fifth.
       recent_tokens: for method "deltakv": tokens that are compressed at once; as many to twice as many of the last
         tokens are always there as they are.
+      latent_dtype: for method "deltakv": how compressed tokens are stored: "bfloat16", "float32", or "int4" (one scale
+        for 32 numbers). Default: float32 if the model is, else bfloat16.
       page_size: tokens in one page of the KV cache, a power of two.
       num_pages: physical pages in the pool (one KV head of one layer each). Default: what memory allows.
       table_granularity: "shared", "per_layer" or "per_head" slot tables. Default: the coarsest the methods allow.
@@ -82,6 +85,7 @@ class EngineConfig:
     compressor: str | Path | tuple[CompressorConfig, Any] | None = None
     full_attention_layers: tuple[int, ...] | None = None
     recent_tokens: int = 128
+    latent_dtype: str | None = None
     page_size: int = 32
     num_pages: int | None = None
     table_granularity: Granularity | None = None
@@ -104,6 +108,7 @@ class EngineConfig:
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("table_granularity", self.table_granularity, (None, *GRANULARITIES))
         _require_choice("implementation", self.implementation, (None, "triton", "xla"))
+        _require_choice("latent_dtype", self.latent_dtype, (None, *LATENT_DTYPES))
         _require_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
         _require_choice("warmup", self.warmup, (False, True, "greedy"))
         if self.tensor_parallel_size != 1:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.store_kv import store_kv
 
-from .state import KVCache, KVPool, SlotMapping
+from .state import KVCache, KVPool, Paged, SlotMapping
 
 
 def slot_mapping(cache: KVCache, rows: jax.Array, back: jax.Array) -> SlotMapping:
@@ -26,7 +26,7 @@ def slot_mapping(cache: KVCache, rows: jax.Array, back: jax.Array) -> SlotMappin
     return slots_at(cache, rows, cache.table.length[:, rows] - back[:, None])
 
 
-def slots_at(cache: KVCache, rows: jax.Array, slot: jax.Array) -> SlotMapping:
+def slots_at(cache: Paged, rows: jax.Array, slot: jax.Array) -> SlotMapping:
     """Where given slots of rows live.
 
     Args:

@@ -13,7 +13,7 @@ token has which ordinal is arithmetic on positions (`sparsejax.compressor.geomet
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.latents import LatentPages, init_latents
 from pallas_kernels.store_kv import store_kv
 
 from .allocate import allocate, release
@@ -45,8 +46,11 @@ class DeltaCacheLayout:
     Attributes:
       full_layers: layers of the model that keep everything, ascending.
       full, near: layouts of their pools, one shared table each.
-      latent: likewise; its one "head" is the latent, its head_dim the size of it.
+      latent: likewise, for its table and the addresses of its pages; its one "head" is the latent, its head_dim the
+        size of it. What a page takes is `latent_pages`' to say.
       neighbors: references of a latent (K).
+      max_centers: most centers of a row.
+      latent_dtype: "bfloat16", "float32" or "int4".
     """
 
     full_layers: tuple[int, ...]
@@ -54,6 +58,8 @@ class DeltaCacheLayout:
     near: CacheLayout
     latent: CacheLayout
     neighbors: int
+    max_centers: int
+    latent_dtype: str
 
     @classmethod
     def make(
@@ -65,6 +71,8 @@ class DeltaCacheLayout:
         head_dim: int,
         latent_size: int,
         neighbors: int,
+        max_centers: int,
+        latent_dtype: str,
         ring: int,
         entries: Entries,
         max_rows: int,
@@ -107,6 +115,8 @@ class DeltaCacheLayout:
                 **common,
             ),
             neighbors=neighbors,
+            max_centers=max_centers,
+            latent_dtype=latent_dtype,
         )
 
     @property
@@ -153,25 +163,24 @@ class DeltaCacheLayout:
         """Table entries of each pool, the null entry included."""
         return Entries(self.full.num_entries, self.near.num_entries, self.latent.num_entries)
 
-    @property
-    def reference_dtype(self) -> np.dtype:
-        """Of the ordinals of centers: the smallest unsigned type that holds those of the longest row."""
-        return np.dtype(np.uint16 if self.near.max_slots <= 1 << 16 else np.int32)
+    def latent_pages(self, num_pages: int) -> LatentPages:
+        """Empty latent pages."""
+        return init_latents(
+            num_pages,
+            self.page_size,
+            size=self.latent.head_dim,
+            neighbors=self.neighbors,
+            max_centers=self.max_centers,
+            dtype=self.latent_dtype,
+        )
 
-    @property
+    @cached_property
     def entry_bytes(self) -> Entries:
         """Device memory of the pages of one table entry of each pool."""
 
-        def of(layout: CacheLayout, per_slot: int) -> int:
-            return layout.pages_per_entry * layout.page_size * per_slot
-
-        kv = 2 * self.full.head_dim * np.dtype(self.full.dtype).itemsize
-        latent = self.latent.head_dim * np.dtype(self.latent.dtype).itemsize
-        return Entries(
-            of(self.full, kv),
-            of(self.near, kv),
-            of(self.latent, latent + self.neighbors * self.reference_dtype.itemsize),
-        )
+        page = jax.eval_shape(lambda: self.latent_pages(1))
+        latent = sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(page))
+        return Entries(self.full.bytes_of(1), self.near.bytes_of(1), self.latent.pages_per_entry * latent)
 
     def pages_of(self, entries: Entries) -> int:
         """Pages of so many table entries, of all pools together."""
@@ -195,26 +204,12 @@ class DeltaCacheLayout:
     with_score = False
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["latent", "reference"], meta_fields=[])
-@dataclass(frozen=True)
-class LatentPool:
-    """Pages of latents. P pages of `page_size` slots; a slot is one token of one layer.
-
-    Attributes:
-      latent: dtype[P, page_size, d].
-      reference: uint16 or i32 [P, page_size, K], ordinals of each latent's reference centers.
-    """
-
-    latent: jax.Array
-    reference: jax.Array
-
-
 @partial(jax.tree_util.register_dataclass, data_fields=["pool", "table", "free"], meta_fields=["layout"])
 @dataclass(frozen=True)
 class LatentCache:
     """Latents, with a table and a free list as `KVCache` has them."""
 
-    pool: LatentPool
+    pool: LatentPages
     table: SlotTable
     free: FreeList
     layout: CacheLayout
@@ -233,15 +228,11 @@ class DeltaCache:
 
 def init_delta_cache(layout: DeltaCacheLayout) -> DeltaCache:
     """An empty cache."""
-    slots = (layout.latent.num_pages, layout.latent.page_size)
     return DeltaCache(
         full=init_cache(layout.full),
         near=init_cache(layout.near),
         latent=LatentCache(
-            pool=LatentPool(
-                latent=jnp.zeros((*slots, layout.latent.head_dim), layout.latent.dtype),
-                reference=jnp.zeros((*slots, layout.neighbors), layout.reference_dtype),
-            ),
+            pool=layout.latent_pages(layout.latent.num_pages),
             table=init_table(layout.latent),
             free=init_free_list(layout.latent),
             layout=layout.latent,
@@ -339,24 +330,15 @@ def store_near(
     return replace(cache, near=replace(cache.near, pool=replace(pool, k=k_pages, v=v_pages)))
 
 
-def store_latents(
-    cache: DeltaCache, index: int, rows: jax.Array, slots: jax.Array, latent: jax.Array, reference: jax.Array
-) -> DeltaCache:
-    """Writes latents of one sparse layer.
+def latent_slots(cache: DeltaCache, rows: jax.Array, slots: jax.Array) -> SlotMapping:
+    """Where latents of rows live. rows: i32[T], 0 for nowhere; slots: i32[T], their ordinals."""
+    return slots_at(cache.latent, rows, slots[None, :, None])
 
-    Args:
-      index: place of the layer among the sparse ones.
-      rows: i32[T], table rows; 0 for nowhere.
-      slots: i32[T], ordinals of the latents.
-      latent: [T, d], cast to the pool's type.
-      reference: i32[T, K], ordinals of their centers.
-    """
-    held, pool = cache.latent, cache.latent.pool
-    mapping = slots_at(held, rows, slots[None, :, None])  # pyright: ignore[reportArgumentType]
-    entry, slot = mapping.entry[0, :, 0], mapping.slot[0, :, 0]
-    page = jnp.where(entry > 0, held.layout.address(index).page(entry, 0), held.layout.num_pages)
-    pool = LatentPool(
-        latent=pool.latent.at[page, slot].set(latent.astype(pool.latent.dtype), mode="drop"),
-        reference=pool.reference.at[page, slot].set(reference.astype(pool.reference.dtype), mode="drop"),
-    )
-    return replace(cache, latent=replace(held, pool=pool))
+
+def read_near(cache: DeltaCache, index: int, rows: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """K and V [T, H, D] in slots i32[T] of near rows i32[T], of one sparse layer; anything where a row is 0."""
+    layout = cache.layout.near
+    entry = cache.near.table.pages[0, rows, 0, slots // layout.page_size]
+    page = layout.address(index).page(entry[:, None], jnp.arange(layout.num_kv_heads))  # [T, H]
+    slot = (slots % layout.page_size)[:, None]
+    return cache.near.pool.k[page, slot], cache.near.pool.v[page, slot]

@@ -66,12 +66,14 @@ def build_engine(
     decoder = Decoder(model_config, params["embed"].dtype)
     methods = tuple(methods)
     check_methods(methods)
-    evicting = [methods_registry.get(name) for name in methods if methods_registry.get(name).family == "evict"]
+    allowed = {name: methods_registry.get(name) for name in methods}
     store = None
-    if any(methods_registry.get(name).family == "store" for name in methods):
+    if any(method.family == "store" for method in allowed.values()):
         store = load_store(model_config, config, dtype=decoder.dtype)
         max_resident_rows = 0  # what compressed rows hold is not shared
         params = {**params, "compressor": store.params}
+    evicting = [method for method in allowed.values() if method.family == "evict"]
+    selecting = sorted(name for name, method in allowed.items() if method.family == "select")
     granularity = _granularity(config, evicting)
     dense = CacheLayout(
         num_layers=model_config.num_layers,
@@ -112,6 +114,7 @@ def build_engine(
                 implementation=config.implementation,
                 records=records & CHUNK_RECORDS,
                 store=None if store is None else store.spec,
+                selecting=selecting,
             )
         state = jax.eval_shape(
             lambda: init_state(
@@ -119,6 +122,7 @@ def build_engine(
                 model_config.vocab_size,
                 idle_record(dense, model_config, records, config.max_prefill_seqs),
                 stores=store is not None,
+                selects=bool(selecting),
             )
         )
         num_pages = memory.pages_that_fit(
@@ -138,6 +142,7 @@ def build_engine(
             implementation=config.implementation,
             records=records,
             may_evict_per_step=any(method.evicts_per_step for method in evicting),
+            selecting=selecting,
             instructions=_instructions(tokenizer),
             store=None if store is None else store.spec,
         )

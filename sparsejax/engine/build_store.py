@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.latents import GROUP
 from sparsejax.cache import DeltaCacheLayout, Entries
 from sparsejax.checkpoint.compressor import load_compressor
 from sparsejax.compressor import CompressorConfig, StoreGeometry
@@ -29,11 +30,13 @@ class Store:
       spec: what the steps need to know.
       full_layers: layers that keep everything.
       params: of the compressor, of the sparse layers only, in the model's type.
+      latent_dtype: "bfloat16", "float32" or "int4".
     """
 
     spec: StoreSpec
     full_layers: tuple[int, ...]
     params: Mapping[str, Any]
+    latent_dtype: str
 
     def layout(self, model: ModelConfig, *, entries: Entries, dtype: Any, **sizes: int) -> DeltaCacheLayout:
         """The layout of a cache with `entries`. sizes: max_rows, max_slots and page_size."""
@@ -44,6 +47,8 @@ class Store:
             head_dim=model.head_dim,
             latent_size=self.spec.compressor.latent_size,
             neighbors=self.spec.compressor.neighbors,
+            max_centers=self.spec.geometry.centers(sizes["max_slots"] + self.spec.geometry.ring),
+            latent_dtype=self.latent_dtype,
             ring=self.spec.geometry.ring,
             entries=entries,
             dtype=dtype,
@@ -113,7 +118,13 @@ def load_store(model: ModelConfig, config: EngineConfig, *, dtype: Any) -> Store
     geometry = StoreGeometry(compressor.sink_tokens, compressor.step, config.recent_tokens)
     own = {f"layers_{i}": params[f"layers_{i}"] for i in range(model.num_layers) if i not in layers}
     own = jax.tree.map(lambda x: jnp.asarray(x, dtype), own)
-    return Store(StoreSpec(compressor, geometry, model.rope), layers, own)
+    latent_dtype = config.latent_dtype or ("float32" if jnp.dtype(dtype) == jnp.float32 else "bfloat16")
+    if latent_dtype == "int4" and compressor.latent_size % GROUP:
+        raise InvalidArgumentError(
+            f"latent_dtype='int4' shares a scale among {GROUP} numbers; the compressor's latents have "
+            f"{compressor.latent_size}, which is no multiple."
+        )
+    return Store(StoreSpec(compressor, geometry, model.rope), layers, own, latent_dtype)
 
 
 def _compressor(model: ModelConfig, config: EngineConfig, dtype: Any) -> tuple[CompressorConfig, Mapping[str, Any]]:

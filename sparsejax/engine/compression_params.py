@@ -25,12 +25,13 @@ class CompressionParams:
     """What is kept of a request's KV cache.
 
     Attributes:
-      method: name of a method in `sparsejax.methods`; "full" keeps everything, and takes no other argument.
+      method: name of a method in `sparsejax.methods`; "full" keeps everything, and takes no other argument. Methods
+        that select keep everything, too; they take sink_tokens, recent_tokens and options.
       budget_tokens: tokens to keep per layer and KV head, on average, protected ones included. Also called
         max_cache_tokens. A prompt of at most this many tokens is left as it is.
       keep_fraction: the budget as a fraction of the text that is compressed, in (0, 1]; at least what is protected.
         Exactly one of the two must be given.
-      sink_tokens: first tokens of the text that are kept whatever their score. None: the method's default.
+      sink_tokens: first tokens of the text that are kept (or read) whatever their score. None: the method's default.
       recent_tokens: last tokens likewise. Also called protected_window_size. None: the method's default.
       window_tokens: observation window, the last queries of the text that a query-aware method looks at. None: the
         method's default.
@@ -152,6 +153,16 @@ class CompressionParams:
         return self.policy.family == "store"
 
     @property
+    def selects(self) -> bool:
+        """Whether decoding reads a part of what is kept."""
+        return self.policy.family == "select"
+
+    @property
+    def decodes_again(self) -> bool:
+        """Whether K and V of decoded tokens depend on more than the text, so that a replay must decode them again."""
+        return self.selects or self.compresses
+
+    @property
     def sinks(self) -> int:
         """First tokens that are protected."""
         return self.policy.default_sink_tokens if self.sink_tokens is None else self.sink_tokens
@@ -176,6 +187,11 @@ class CompressionParams:
             return self._least_recent()
         budget = self.budget(text_length)
         return min(self.policy.default_recent_tokens(budget, self.window), max(budget - self.sinks, 0))
+
+    @property
+    def recent_window(self) -> int:
+        """Last tokens that selection always reads."""
+        return self.policy.default_recent_tokens(0, 0) if self.recent_tokens is None else self.recent_tokens
 
     def record_from(self, text_length: int) -> int:
         """Position of the first query whose attention is recorded; `text_length` if none is."""
@@ -237,10 +253,7 @@ class CompressionParams:
         """Refuses what would be ignored, and combinations that cannot hold."""
         policy = methods.get(self.method)
         if not self.evicts:
-            for name in self.__dataclass_fields__:
-                own = ("method", "options") if policy.option_names() else ("method",)
-                if name not in own and getattr(self, name) not in (None, ()):
-                    raise InvalidArgumentError(f"method {self.method!r} keeps everything; it takes no {name}.")
+            self._check_keeps_everything()
             return
         if (self.budget_tokens is None) == (self.keep_fraction is None):
             got = "neither" if self.budget_tokens is None else "both"
@@ -260,6 +273,21 @@ class CompressionParams:
         self._check_rule()
         if self.budget_tokens is not None:
             self._check_budget(self.budget_tokens)
+
+    def _check_keeps_everything(self) -> None:
+        """Refuses what only evicting has a use for."""
+        taken, hint = {"method"}, ""
+        if self.compresses:
+            taken.add("options")
+        if self.selects:
+            taken |= {"sink_tokens", "recent_tokens", "options"}
+            hint = " How much is read is top_tokens, a number or a fraction."
+            for name, _ in self.options:
+                if name not in methods.get(self.method).option_names():
+                    raise InvalidArgumentError(f"method {self.method!r} has no budget rule; it takes no {name}.")
+        for name in self.__dataclass_fields__:
+            if name not in taken and getattr(self, name) not in (None, ()):
+                raise InvalidArgumentError(f"method {self.method!r} keeps everything; it takes no {name}.{hint}")
 
     def _check_window(self, policy: type[methods.Method]) -> None:
         if self.window_tokens is None:

@@ -1,19 +1,34 @@
-"""What a sparse layer does with its pools, in plain XLA: read tokens back, attend to some of them, find references.
+"""What the sparse layers of a `DeltaCache` do with its pools: read tokens back, and attend to some of them.
 
-A stand-in for kernels of the same meaning.
+The kernels know arrays; here they meet the cache, the compressor and the rotation of the model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import (
+    DeltaLayout,
+    DeltaStore,
+    Implementation,
+    WorkList,
+    decode_attention,
+    delta_attention,
+    delta_reconstruct,
+    delta_work_list,
+    prefill_attention,
+    read_latents,
+    scratch_address,
+    scratch_table,
+    view_positions,
+)
 from sparsejax.cache import DeltaCache
-from sparsejax.compressor import Compressor, CompressorConfig, StoreGeometry, reference_search
-from sparsejax.models.rope import RopeConfig, apply_rope, rope_cos_sin
+from sparsejax.compressor import Compressor, CompressorConfig, StoreGeometry
+from sparsejax.models.rope import RopeConfig, rope_cos_sin
 
 
 @dataclass(frozen=True)
@@ -31,148 +46,182 @@ class StoreSpec:
     rope: RopeConfig
 
 
-def rotate(spec: StoreSpec, k: jax.Array, positions: jax.Array) -> jax.Array:
-    """Keys [..., H, D] at their positions [...]."""
-    shape = k.shape
-    cos, sin = rope_cos_sin(spec.rope, shape[-1], positions.reshape(-1))
-    return apply_rope(k.reshape(-1, *shape[-2:]), cos, sin).reshape(shape)
+class DeltaView(NamedTuple):
+    """What compressed requests read in the layers behind an observation layer. B lanes, V places.
 
-
-def read_near(cache: DeltaCache, index: int, rows: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """K and V [..., H, D] in slots [...] of near rows [...], which hold them."""
-    layout = cache.layout.near
-    entry = cache.near.table.pages[0, rows, 0, slots // layout.page_size]
-    page = layout.address(index).page(entry[..., None], jnp.arange(layout.num_kv_heads))  # [..., H]
-    slot = (slots % layout.page_size)[..., None]
-    return cache.near.pool.k[page, slot], cache.near.pool.v[page, slot]
-
-
-def read_history(
-    cache: DeltaCache, index: int, rows: jax.Array, positions: jax.Array, *, spec: StoreSpec, params: Any
-) -> tuple[jax.Array, jax.Array]:
-    """K before RoPE and V [..., H, D] of history tokens, sinks included; anything at positions that are no history."""
-    geometry = spec.geometry
-    rows, positions = jnp.broadcast_arrays(rows, positions)
-    center = geometry.is_center(positions)
-    exact = read_near(cache, index, rows, jnp.where(center, geometry.center_ordinals(positions), 0))
-    layout = cache.layout.latent
-    ordinal = jnp.where(center, 0, geometry.latent_ordinals(positions))
-    page = layout.address(index).page(cache.latent.table.pages[0, rows, 0, ordinal // layout.page_size], 0)
-    pool = cache.latent.pool
-    latent = pool.latent[page, ordinal % layout.page_size]  # [..., d]
-    ids = pool.reference[page, ordinal % layout.page_size].astype(jnp.int32)  # [..., K]
-    mean = reference_means(cache, index, rows, ids)
-    read: Any = Compressor(spec.compressor, mean.dtype).apply({"params": params}, latent, mean, method="decode")
-    k, v = jnp.split(read.reshape(*positions.shape, -1, exact[0].shape[-1]), 2, axis=-2)
-    here = center[..., None, None]
-    return jnp.where(here, exact[0], k), jnp.where(here, exact[1], v)
-
-
-def reference_means(cache: DeltaCache, index: int, rows: jax.Array, ids: jax.Array) -> jax.Array:
-    """[..., F]: mean signal of the centers ids [..., K] of rows [...]."""
-    rows = jnp.broadcast_to(rows[..., None], ids.shape)
-    signal = signals(*read_near(cache, index, rows, ids))  # [..., K, F]
-    return jnp.mean(signal.astype(jnp.float32), axis=-2).astype(signal.dtype)
-
-
-def signals(k: jax.Array, v: jax.Array) -> jax.Array:
-    """[..., F] of K before RoPE and V [..., H, D]."""
-    return jnp.concatenate([k.reshape(*k.shape[:-2], -1), v.reshape(*v.shape[:-2], -1)], axis=-1)
-
-
-def find_references(
-    cache: DeltaCache, index: int, rows: jax.Array, positions: jax.Array, x: jax.Array, *, spec: StoreSpec
-) -> jax.Array:
-    """i32[U, N, K]: nearest centers of tokens, of those stored at or before them.
-
-    Args:
-      rows: i32[U].
-      positions: i32[U, N].
-      x: [U, N, F].
+    Attributes:
+      positions: i32[B, V], tokens to read; -1 for none.
+      cos, sin: f32[B, V, D / 2], their rotation.
+      work: of the kernel, for these positions.
     """
-    geometry, config = spec.geometry, spec.compressor
-    count = geometry.centers(cache.layout.full.max_slots + geometry.ring)
-    slots = jnp.arange(count, dtype=jnp.int32)
-    held = slots < cache.near.table.length[0, rows, 0][:, None]  # [U, M]
-    k, v = read_near(cache, index, jnp.broadcast_to(rows[:, None], held.shape), jnp.where(held, slots, 0))
-    centers = jnp.where(held[..., None], signals(k, v), 0)
 
-    def search(x, centers, positions):
-        if not config.cluster_on_kv:
-            x, centers = (each[..., : each.shape[-1] // 2] for each in (x, centers))
-        ids, _ = reference_search(
-            x[None],
-            centers[None],
-            positions,
-            neighbors=config.neighbors,
+    positions: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+    work: WorkList
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """One sparse layer of a cache, as the kernels see it.
+
+    Attributes:
+      cache: the cache.
+      layer: index in the model.
+      spec: how requests are compressed.
+      params: of the layer's compressor.
+      implementation: handed to the kernels.
+    """
+
+    cache: DeltaCache
+    layer: int
+    spec: StoreSpec
+    params: Any
+    implementation: Implementation | None
+
+    @property
+    def arrays(self) -> DeltaStore:
+        near, latent = self.cache.near, self.cache.latent
+        return DeltaStore(near.pool.k, near.pool.v, near.table.pages, latent.pool, latent.table.pages)
+
+    @property
+    def layout(self) -> DeltaLayout:
+        index, layout, geometry = self.cache.layout.index(self.layer), self.cache.layout, self.spec.geometry
+        return DeltaLayout(
+            near=layout.near.address(index),
+            latent=layout.latent.address(index),
             sinks=geometry.sinks,
             step=geometry.step,
-            metric=config.cluster_metric,
+            ring=geometry.ring,
         )
-        return ids[0]
 
-    return jax.vmap(search)(x, centers, positions)
+    @property
+    def num_kv_heads(self) -> int:
+        return self.cache.layout.near.num_kv_heads
+
+    def matrix(self, direction: str) -> dict[str, jax.Array] | None:
+        """Kernel and perhaps bias of a linear projection, "down" or "up"; None of one that is no matrix."""
+        kind = getattr(self.spec.compressor, f"{direction}_type")
+        return self.params[direction]["out"] if kind == "linear" else None
+
+    def attend_chunk(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array, start: jax.Array, starts: jax.Array
+    ) -> jax.Array:
+        """Attention [T, Hq, D] of a chunk, one segment of one compressed request, to what precedes it and to itself.
+
+        Args:
+          q, k, v: of the packed chunk, after RoPE.
+          row, start: i32[]; the row, and the tokens of its text before the chunk.
+          starts: i32[S + 1], of the chunk; only the first segment is not empty.
+        """
+        layout, dim = self.cache.layout, q.shape[-1]
+        size = layout.full.max_entries_per_row * layout.page_size
+        positions = jnp.arange(size, dtype=jnp.int32)
+        cos, sin = (x[None] for x in rope_cos_sin(self.spec.rope, dim, positions))
+        history, length = jnp.asarray(self.spec.geometry.history(start), jnp.int32)[None], start[None]
+        k_pages, v_pages = self._read_back(row[None], history, length, positions[None], cos, sin, listed=False)
+        held = jnp.stack([jnp.zeros_like(start), start]).reshape(1, 2, 1)
+        return prefill_attention(
+            q,
+            k,
+            v,
+            k_pages,
+            v_pages,
+            scratch_table(1, layout.full.max_entries_per_row),
+            held,
+            (jnp.arange(starts.shape[0] - 1) == 0).astype(jnp.int32),
+            starts,
+            address=scratch_address(self.num_kv_heads),
+            scale=dim**-0.5,
+            implementation=self.implementation,
+        )
+
+    def attend_view(self, q: jax.Array, rows: jax.Array, history: jax.Array, view: DeltaView) -> jax.Array:
+        """Attention [B, Hq, D] from one query a row to the tokens of a view.
+
+        Args:
+          rows: i32[B]; history: i32[B], tokens that are not recent.
+        """
+        common: dict[str, Any] = {
+            "num_kv_heads": self.num_kv_heads,
+            "scale": q.shape[-1] ** -0.5,
+            "implementation": self.implementation,
+        }
+        up = self.matrix("up")
+        if up is not None:
+            return delta_attention(
+                q,
+                self.arrays,
+                rows,
+                self.cache.layout.ring_row(rows),
+                history,
+                view.positions,
+                view.cos,
+                view.sin,
+                up["kernel"],
+                up.get("bias"),
+                layout=self.layout,
+                work=view.work,
+                **common,
+            )
+        batch, places = view.positions.shape
+        length = jnp.full_like(rows, jnp.iinfo(jnp.int32).max)
+        k_pages, v_pages = self._read_back(rows, history, length, view.positions, view.cos, view.sin, listed=True)
+        columns = k_pages.shape[0] // (batch * self.num_kv_heads)
+        return decode_attention(
+            q,
+            k_pages,
+            v_pages,
+            scratch_table(batch, columns),
+            jnp.full((1, batch + 1, 1), places, jnp.int32),
+            jnp.arange(1, batch + 1, dtype=jnp.int32),
+            address=scratch_address(self.num_kv_heads),
+            indices=jnp.where(view.positions >= 0, jnp.arange(places, dtype=jnp.int32), -1)[:, None],
+            **common,
+        )
+
+    def _read_back(
+        self, rows: jax.Array, history: jax.Array, length: jax.Array, positions: jax.Array, cos, sin, *, listed: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Pages of K after RoPE and V of tokens, as `delta_reconstruct` makes them. listed: of `positions` only."""
+        up = self.matrix("up")
+        weights: dict[str, Any] = {}
+        if up is not None:
+            weights = {"up": up["kernel"], "up_bias": up.get("bias")}
+        else:
+            latents = read_latents(self.arrays, rows, history, positions, layout=self.layout)
+            compressor = Compressor(self.spec.compressor, latents.dtype)
+            weights = {"residual": compressor.apply({"params": self.params}, latents, None, method="decode")}
+        return delta_reconstruct(
+            self.arrays,
+            rows,
+            jnp.asarray(self.cache.layout.ring_row(rows)),
+            history,
+            length,
+            cos,
+            sin,
+            layout=self.layout,
+            num_kv_heads=self.num_kv_heads,
+            positions=positions if listed else None,
+            implementation=self.implementation,
+            **weights,
+        )
 
 
-def reconstruct_rows(
-    cache: DeltaCache, index: int, rows: jax.Array, length: jax.Array, *, spec: StoreSpec, params: Any, size: int
-) -> tuple[jax.Array, jax.Array]:
-    """K after RoPE and V [U, size, H, D] of the first tokens of rows that hold texts of `length` i32[U] tokens."""
-    positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (rows.shape[0], size))
-    end = spec.geometry.history(length)[:, None]
-    rows = jnp.broadcast_to(rows[:, None], positions.shape)
-    past = positions < jnp.minimum(end, length[:, None])
-    k, v = read_history(cache, index, jnp.where(past, rows, 0), jnp.where(past, positions, 0), spec=spec, params=params)
-    waits = (positions >= end) & (positions < length[:, None])
-    ring_rows = jnp.where(waits, cache.layout.ring_row(rows), 0)
-    recent = read_near(cache, index, ring_rows, jnp.where(waits, positions % spec.geometry.ring, 0))
-    live = (past | waits)[..., None, None]
-    k, v = (
-        jnp.where(live, jnp.where(past[..., None, None], old, new), 0) for old, new in zip((k, v), recent, strict=True)
-    )
-    return rotate(spec, k, positions), v
-
-
-def attend_selected(
-    cache: DeltaCache,
-    index: int,
-    q: jax.Array,
-    rows: jax.Array,
-    length: jax.Array,
-    selected: jax.Array,
-    *,
-    spec: StoreSpec,
-    params: Any,
-) -> jax.Array:
-    """Attention [B, Hq, D] from one query a row to its sinks, selected history and recent tokens.
+def make_view(
+    selected: jax.Array, history: jax.Array, lengths: jax.Array, *, spec: StoreSpec, num_kv_heads: int, head_dim: int
+) -> DeltaView:
+    """The view of sinks, selected history and recent tokens.
 
     Args:
-      rows: i32[B], 0 for idle lanes, whose result is 0.
-      length: i32[B], tokens of each text, the query's own (the last one) included; it has not been compressed behind.
-      selected: i32[B, T], positions; -1 for none.
+      selected: i32[B, T], positions; -1 behind the last.
+      history: i32[B], tokens that are not recent.
+      lengths: i32[B], tokens of each text; 0 for lanes that read nothing.
     """
     geometry = spec.geometry
-    end = geometry.history_at_query(length)[:, None]
-    sinks = jnp.broadcast_to(jnp.arange(geometry.sinks, dtype=jnp.int32), (rows.shape[0], geometry.sinks))
-    past = jnp.concatenate([sinks, selected], axis=1)  # [B, S + T]
-    waiting = end + jnp.arange(geometry.ring, dtype=jnp.int32)  # [B, ring]
-    owner = rows[:, None]
-    real = owner > 0
-    past_live = real & (past >= 0) & (past < jnp.minimum(end, length[:, None]))
-    waits = real & (waiting < length[:, None])
-    safe = jnp.where(past_live, past, 0)
-    old = read_history(cache, index, jnp.where(past_live, owner, 0), safe, spec=spec, params=params)
-    ring_rows = jnp.where(waits, cache.layout.ring_row(owner), 0)
-    recent = read_near(cache, index, ring_rows, jnp.where(waits, waiting % geometry.ring, 0))
-    k, v = (jnp.concatenate(both, axis=1) for both in zip(old, recent, strict=True))  # [B, N, H, D]
-    live = jnp.concatenate([past_live, waits], axis=1)
-    k = rotate(spec, k, jnp.concatenate([safe, waiting], axis=1))
-    k, v = (jnp.where(live[..., None, None], each, 0).astype(jnp.float32) for each in (k, v))
-    heads, dim = k.shape[-2:]
-    grouped = q.astype(jnp.float32).reshape(q.shape[0], heads, -1, dim)
-    with jax.default_matmul_precision("highest"):
-        scores = jnp.einsum("bhgd,bnhd->bhgn", grouped, k) * dim**-0.5
-        scores = jnp.where(live[:, None, None], scores, -1e30)
-        weights = jnp.where(live[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
-        out = jnp.einsum("bhgn,bnhd->bhgd", weights, v)
-    return out.reshape(q.shape).astype(q.dtype)
+    positions = view_positions(selected, history, lengths, sinks=geometry.sinks, ring=geometry.ring)
+    cos, sin = rope_cos_sin(spec.rope, head_dim, jnp.maximum(positions, 0).reshape(-1))
+    shape = (*positions.shape, head_dim // 2)
+    return DeltaView(
+        positions, cos.reshape(shape), sin.reshape(shape), delta_work_list(positions, num_kv_heads=num_kv_heads)
+    )

@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Implementation, PageAddress, prefill_attention
-from sparsejax.cache import DeltaCache, Entries, KVCache, allocate_delta
+from pallas_kernels import Implementation, select_top, slot_probabilities
+from sparsejax.cache import DeltaCache, Entries, allocate_delta
 from sparsejax.engine.delta_compress import compress_chunk
-from sparsejax.engine.delta_ops import StoreSpec, attend_selected, reconstruct_rows
+from sparsejax.engine.delta_ops import SparseLayer, StoreSpec, make_view
 from sparsejax.engine.parts import Carry, NearTokens, Part, decode_part, prefill_part
 from sparsejax.engine.placing import DeltaMapping
 from sparsejax.engine.state import DecodeState, PrefillBatch, StoreState
@@ -96,30 +96,13 @@ def _compressing_chunk(
     )
     ok &= part.ok
     owner = jnp.where(ok, row, 0)
-    scratch = _Scratch.of(cache)
 
     def attend(layer, q, k, v, k_pre_rope, carry, mapping):
-        cache = carry.cache
         if layout.is_full(layer):
             return _on_full(part, layer, q, k, v, k_pre_rope, carry, mapping)
-        own = params["compressor"][f"layers_{layer}"]
-        past = reconstruct_rows(
-            cache, layout.index(layer), owner[None], start[None], spec=spec, params=own, size=scratch.size
-        )
-        out = scratch.attend(q, k, v, past, start, starts, implementation)
-        cache = compress_chunk(
-            cache,
-            layer,
-            owner,
-            start,
-            stop,
-            k_pre_rope,
-            v,
-            spec=spec,
-            params=params,
-            implementation=implementation,
-        )
-        return out, carry._replace(cache=cache)
+        at = SparseLayer(carry.cache, layer, spec, params["compressor"][f"layers_{layer}"], implementation)
+        out = at.attend_chunk(q, k, v, owner, start, starts)
+        return out, carry._replace(cache=compress_chunk(at, owner, start, stop, k_pre_rope, v))
 
     nowhere = jnp.zeros(num_tokens, jnp.int32)
     tokens = replace(
@@ -164,30 +147,51 @@ def delta_decode_part(
     near_tokens = NearTokens(
         jnp.where(ok, near_rows, 0), jnp.where(waits, position % spec.geometry.ring, position), compressed
     )
-    candidates = jnp.where(compressed, spec.geometry.compressed(position), 0)
+    # Dense lanes have no candidates, and read nothing through the view.
+    length = jnp.where(compressed & ok, position + 1, 0)
+    history = jnp.where(compressed, spec.geometry.history_at_query(position + 1), 0)
+
+    def observe(layer, q, carry):
+        full = carry.cache.full
+        first = jnp.minimum(spec.geometry.sinks, history)
+        out, probabilities = slot_probabilities(
+            q,
+            full.pool.k,
+            full.pool.v,
+            full.table.pages,
+            full.table.length,
+            rows,
+            first,
+            history,
+            address=full.layout.address(layout.index(layer)),
+            num_kv_heads=full.layout.num_kv_heads,
+            scale=q.shape[-1] ** -0.5,
+            implementation=implementation,
+        )
+        selected = select_top(
+            probabilities,
+            first,
+            history,
+            store.wanted(history - first),
+            k=min(options.top, probabilities.shape[1]),
+            implementation=implementation,
+        )
+        view = make_view(
+            selected, history, length, spec=spec, num_kv_heads=full.layout.num_kv_heads, head_dim=q.shape[-1]
+        )
+        return out, carry._replace(view=view)
 
     def attend(layer, q, k, v, k_pre_rope, carry, mapping):
         if layout.is_full(layer):
-            out, carry = _on_full(part, layer, q, k, v, k_pre_rope, carry, mapping)
             if options.compressed and layout.observes(layer):
-                selected = _select(carry.cache.full, layout.index(layer), q, rows, store, candidates, options)
-                carry = carry._replace(selected=selected)
-            return out, carry
+                return observe(layer, q, carry)
+            return _on_full(part, layer, q, k, v, k_pre_rope, carry, mapping)
         out = None
         if sparse is not None:
             out, carry = _on_near(sparse, layer, q, k, v, k_pre_rope, carry, mapping)
         if options.compressed:
-            assert carry.selected is not None, "layer 0 is full, so an observation layer came before"
-            read = attend_selected(
-                carry.cache,
-                layout.index(layer),
-                q,
-                jnp.where(compressed & ok, rows, 0),
-                position + 1,
-                carry.selected,
-                spec=spec,
-                params=params["compressor"][f"layers_{layer}"],
-            )
+            at = SparseLayer(carry.cache, layer, spec, params["compressor"][f"layers_{layer}"], implementation)
+            read = at.attend_view(q, jnp.where(length > 0, rows, 0), history, carry.view)
             out = read if out is None else jnp.where(compressed[:, None, None], read, out)
         assert out is not None, "a step that decodes serves some kind of request"
         return out, carry
@@ -224,66 +228,3 @@ def _attend_by_layer(full: Part, sparse: Part):
         return _on_near(sparse, layer, q, k, v, k_pre_rope, carry, mapping)
 
     return attend
-
-
-@dataclass(frozen=True)
-class _Scratch:
-    """Pages of one request's history, read back for a chunk: entry m holds its m-th page of tokens."""
-
-    num_pages: int
-    page_size: int
-    num_kv_heads: int
-
-    @classmethod
-    def of(cls, cache: DeltaCache) -> _Scratch:
-        layout = cache.layout.full
-        return cls(layout.max_entries_per_row, layout.page_size, layout.num_kv_heads)
-
-    @property
-    def size(self) -> int:
-        """Tokens that it holds."""
-        return self.num_pages * self.page_size
-
-    def attend(self, q, k, v, past, start, starts, implementation) -> jax.Array:
-        """Attention of a chunk of one segment to its history and to itself."""
-        pages = [
-            x[0].reshape(self.num_pages, self.page_size, self.num_kv_heads, -1).swapaxes(1, 2) for x in past
-        ]  # [M, H, page, D]
-        k_pages, v_pages = (x.reshape(-1, self.page_size, x.shape[-1]) for x in pages)
-        rows = (jnp.arange(starts.shape[0] - 1) == 0).astype(jnp.int32)
-        return prefill_attention(
-            q,
-            k,
-            v,
-            k_pages,
-            v_pages,
-            # Row 0, the null row, holds nothing; row 1 holds the scratch.
-            jnp.tile(jnp.arange(self.num_pages, dtype=jnp.int32), (1, 2, 1, 1)).reshape(1, 2, 1, -1),
-            jnp.stack([jnp.zeros_like(start), start]).reshape(1, 2, 1),
-            rows,
-            starts,
-            address=PageAddress(0, self.num_kv_heads, 0, 1),
-            scale=q.shape[-1] ** -0.5,
-            implementation=implementation,
-        )
-
-
-def _select(
-    full: KVCache, index: int, q: jax.Array, rows: jax.Array, store: StoreState, history: jax.Array, options
-) -> jax.Array:
-    """i32[B, top]: positions of the history that a layer attends to most, -1 behind them."""
-    layout, sinks = full.layout, options.spec.geometry.sinks
-    slots = jnp.arange(layout.max_entries_per_row * layout.page_size, dtype=jnp.int32)
-    entry = full.table.pages[0, rows, 0][:, slots // layout.page_size]  # [B, N]
-    page = layout.address(index).page(entry[..., None], jnp.arange(layout.num_kv_heads))
-    k = full.pool.k[page, (slots % layout.page_size)[:, None]].astype(jnp.float32)  # [B, N, H, D]
-    grouped = q.astype(jnp.float32).reshape(q.shape[0], layout.num_kv_heads, -1, q.shape[-1])
-    scores = jnp.einsum("bhgd,bnhd->bhgn", grouped, k, precision="highest") * q.shape[-1] ** -0.5
-    live = (slots >= sinks) & (slots < sinks + history[:, None])
-    p = jax.nn.softmax(jnp.where(live[:, None, None], scores, -1e30), axis=-1)
-    p = jnp.where(live, p.max(axis=(1, 2)), -1.0)
-    top = min(options.top, slots.shape[0])
-    _, chosen = jax.lax.top_k(p, top)
-    wanted = store.wanted(history)
-    chosen = jnp.where((jnp.arange(top) < wanted[:, None]), chosen, -1)
-    return jnp.pad(jnp.sort(chosen, axis=1, descending=True), ((0, 0), (0, options.top - top)), constant_values=-1)

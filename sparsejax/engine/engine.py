@@ -110,6 +110,7 @@ class Engine:
           InvalidArgumentError: the prompt is longer than the engine can ever serve.
         """
         request = Request(PROBE, prompt.token_ids, params, compression or CompressionParams())
+        self.runner.check(request.compression)
         self.scheduler.check(request, name=name)
 
     def add(
@@ -124,6 +125,7 @@ class Engine:
         Raises:
           InvalidArgumentError: the id is in use, or the prompt is longer than the engine can ever serve.
         """
+        self.runner.check(compression or CompressionParams())
         self._added += 1
         requests = expand(
             request_id, prompt.token_ids, params, compression=compression, seed=derive_seed(self._seed, self._added)

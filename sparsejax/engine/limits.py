@@ -54,9 +54,9 @@ def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Foo
 def _check_store(request: Request, store: StoreLimits, name: str) -> None:
     """Refuses what the pools of an engine that stores compressed cannot hold or do."""
     params, length = request.compression, len(request.prompt_token_ids)
-    if params.evicts:
+    if not params.compresses and params.method != "full":
         raise InvalidArgumentError(
-            f"method {params.method!r} evicts; an engine that stores requests compressed cannot."
+            f"method {params.method!r} needs another cache than method 'deltakv', for which this engine is built."
         )
     if not store.fits(length, compressed=params.compresses):
         most = store.most_tokens(length, compressed=params.compresses)

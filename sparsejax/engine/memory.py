@@ -14,10 +14,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, DeltaCacheLayout, init_cache, init_delta_cache
+from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.delta_ops import StoreSpec
 from sparsejax.engine.delta_parts import StoreOptions
 from sparsejax.engine.packing import pack
 from sparsejax.engine.recording import idle_record
+from sparsejax.engine.selection_plan import Selections
 from sparsejax.engine.state import init_state
 from sparsejax.engine.steps import StepOptions, decode_step, mixed_step
 from sparsejax.errors import OutOfMemoryError
@@ -64,6 +66,7 @@ def scratch_bytes(
     implementation: Implementation | None,
     records: frozenset[str] = frozenset(),
     store: StoreSpec | None = None,
+    selecting: Sequence[str] = (),
 ) -> int:
     """Temporary memory of the largest steps, from XLA's own analysis of the compiled programs.
 
@@ -77,28 +80,39 @@ def scratch_bytes(
             layout.num_rows,
             decoder.config.vocab_size,
             idle_record(layout, decoder.config, records, prefill_seqs) if isinstance(layout, CacheLayout) else None,
+            selects=bool(selecting),
             stores=store is not None,
         )
     )
     evicts = layout.with_score
-    most = None
+    selections = select = most = None
+    if selecting and isinstance(layout, CacheLayout):
+        selections = Selections(decoder.config, max_slots=layout.max_slots, page_size=layout.page_size)
+        asked = [CompressionParams(method=name) for name in selecting]
+        select = selections.warm_options(asked, mixed=True, uniform=False)[-1]  # the one that serves them all
     if store is not None:
         most = StoreOptions(store, chunk=True, compressed=True, top=ANALYSED_TOP)
     options = StepOptions(
-        plain=False, logprobs=True, records=records, watch=evicts, store=most, implementation=implementation
+        plain=False,
+        logprobs=True,
+        records=records,
+        watch=evicts,
+        select=select,
+        store=most,
+        implementation=implementation,
     )
-    moment_slots = {} if evicts else None
-    idle = pack(
+    packed = pack(
         [],
         size=prefill_tokens,
         segments=prefill_seqs,
         eos_token_ids=(),
-        moment_slots=moment_slots,
+        moment_slots={} if evicts else None,
+        selections=selections,
         stores=store is not None,
     )
-    batch = shape(idle)
+    batch = shape(packed)
     rows = jax.ShapeDtypeStruct((decode_batch,), jnp.int32)
-    decodes = (rows, rows) if evicts or store is not None else (rows,)
+    decodes = (rows, rows) if evicts or selecting or store is not None else (rows,)
     peak = 0
     # A mixed step does all that a prefill step does, and more.
     for step, work in ((mixed_step, (batch, *decodes)), (decode_step, decodes)):

@@ -11,6 +11,7 @@ from sparsejax.engine.recording import chunk_record
 from sparsejax.engine.request import Request
 from sparsejax.engine.sampling import to_rows
 from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.engine.selection_plan import Selections
 from sparsejax.engine.state import PrefillBatch, StoreState
 from sparsejax.methods import DeltaKV
 
@@ -25,6 +26,7 @@ def pack(
     eos_token_ids: tuple[int, ...],
     moment_slots: Mapping[str, int] | None = None,
     stores: bool = False,
+    selections: Selections | None = None,
 ) -> PrefillBatch:
     """Packs the chunks' tokens behind one another (numpy).
 
@@ -35,6 +37,7 @@ def pack(
       eos_token_ids: tokens that `min_tokens` holds back.
       moment_slots: where the query moments of requests go, by request id; None: the cache cannot evict.
       stores: requests can be stored compressed.
+      selections: the roles of requests that select; None: all read everything.
     """
     requests = [chunk.request for chunk in chunks]
     tokens, targets, positions, rope_lengths = (np.zeros(size, np.int32) for _ in range(4))
@@ -83,6 +86,7 @@ def pack(
         sampling=sampling,
         record=None if moment_slots is None else chunk_record(chunks, starts, moment_slots),
         store=_stored(requests, segments) if stores else None,
+        select=None if selections is None else selections.of_chunks(chunks, segments),
     )
 
 

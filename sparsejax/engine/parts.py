@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import Implementation, block_attention_mass, decode_attention
 from sparsejax.cache import KVCache, add_scores, allocate
 from sparsejax.engine.recording import add_moments, attend_chunk, unrotate
+from sparsejax.engine.selection import LaneSelection, Selecting
 from sparsejax.engine.state import DecodeState, PrefillBatch
 from sparsejax.models import ModelConfig
 
@@ -24,14 +25,15 @@ class Carry(NamedTuple):
     """What the layers hand on.
 
     Attributes:
-      cache: the cache, a `KVCache` or a `DeltaCache`.
-      moments: of queries, if a step records them.
-      selected: i32[B, top], positions of the history that layers behind an observation layer read; -1 for none.
+      cache: with the K and V of the layers so far: a `KVCache` or a `DeltaCache`.
+      moments: of queries, if the step records them.
+      view: what decodes read in layers that follow, once a layer has chosen: a `View`, or in a `DeltaCache` a
+        `DeltaView`.
     """
 
     cache: Any
     moments: jax.Array | None
-    selected: jax.Array | None = None
+    view: Any = None
 
 
 class PartAttend(Protocol):
@@ -201,6 +203,7 @@ def decode_part(
     forced: jax.Array | None = None,
     *,
     watch: bool = False,
+    select: Selecting | None = None,
     implementation: Implementation | None,
 ) -> tuple[KVCache, Part]:
     """The newest token of each row: B tokens, B lanes.
@@ -209,6 +212,7 @@ def decode_part(
       rows: i32[B], 0 for idle lanes.
       forced: i32[B], the token to go on with instead of a sampled one, or -1; None: all are sampled.
       watch: some rows record attention or have dead slots.
+      select: some rows select what they read.
     """
     live = rows > 0
     record = state.record if watch else None
@@ -218,9 +222,12 @@ def decode_part(
         count = (live[:, None] & (hole < 0)).astype(jnp.int32)
     cache, ok = allocate(cache, rows, count, max_count=1)
 
-    def attend(layer, q, k, v, k_pre_rope, carry, mapping):
-        del k, v, k_pre_rope, mapping
-        cache = carry.cache
+    selection = None
+    if select is not None and state.select is not None:
+        selection = LaneSelection(select, state.select, cache, rows, implementation=implementation)
+
+    def read_all(layer: int, q: jax.Array, rows: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Attention of these rows to everything they hold."""
         attention = partial(
             decode_attention,
             q,
@@ -235,12 +242,19 @@ def decode_part(
             implementation=implementation,
         )
         if record is None:
-            return attention(), carry
+            return attention(), cache
         out, score = attention(
             position=cache.pool.position, score=cache.pool.score, power=jnp.where(ok, record.power[rows], 0)
         )
-        cache = replace(cache, pool=replace(cache.pool, score=score))
-        return out, carry._replace(cache=cache)
+        return out, replace(cache, pool=replace(cache.pool, score=score))
+
+    def attend(layer, q, k, v, k_pre_rope, carry, mapping):
+        del k, v, k_pre_rope, mapping
+        if selection is None:
+            out, cache = read_all(layer, q, rows, carry.cache)
+            return out, carry._replace(cache=cache)
+        out, cache, view = selection.attend(layer, q, carry.cache, carry.view, partial(read_all, layer, q))
+        return out, carry._replace(cache=cache, view=view)
 
     position = state.position[rows]
     tokens = Tokens(

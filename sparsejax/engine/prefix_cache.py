@@ -78,8 +78,13 @@ class PrefixCacheStats:
 
 
 def may_share(request: Request) -> bool:
-    """Whether the request's K and V follow from its tokens alone."""
-    return request.compression.method == "full"
+    """Whether the K and V of the request's prompt follow from its tokens alone."""
+    return not request.compression.evicts
+
+
+def known_text(request: Request) -> Sequence[int]:
+    """The tokens whose K and V follow from them alone: what is decoded by reading a part does not."""
+    return request.prompt_token_ids if request.compression.decodes_again else request.tokens
 
 
 def most_reusable(request: Request) -> int:
@@ -171,7 +176,7 @@ class PrefixCache:
             self._contexts.begin(request)
             self._found = None
         if may_share(request):
-            self._insert(row, request.tokens[: request.prefill_target], ready=0)
+            self._insert(row, list(known_text(request)[: request.prefill_target]), ready=0)
 
     def advance(self, row: Row, request: Request) -> None:
         """Tells that what is counted as computed of the row's prefill is dispatched before the next fork."""
@@ -221,7 +226,7 @@ class PrefixCache:
         """
         entered = row in self._ready
         self.forget(row)
-        text = request.tokens[: row.length]  # surplus tokens behind them stay unknown
+        text = list(known_text(request)[: row.length])  # surplus tokens behind them stay unknown
         if not entered or len(text) < self._tree.block:
             return [row]
         prefixes = []

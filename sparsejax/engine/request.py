@@ -113,12 +113,11 @@ class Request:
     def num_prefilled_outputs(self) -> int:
         """Known outputs that are in the cache after a prefill, or are the newest token then.
 
-        All of them; but only the first, if decoding evicts, or reads less than a prefill would: the others are then
-        decoded again, one by one.
+        All of them; but only the first, if decoding evicts or selects: the others are then decoded again, one by one.
         """
         known = len(self.output_token_ids)
-        evicts = self.footprint is not None and self.footprint.schedule.changes_while_decoding
-        return min(known, 1) if evicts or self.compression.compresses else known
+        evicting = self.footprint is not None and self.footprint.schedule.changes_while_decoding
+        return min(known, 1) if evicting or self.compression.decodes_again else known
 
     @property
     def forced_token(self) -> int | None:

@@ -53,8 +53,11 @@ from sparsejax.engine.recording import (
     watched,
 )
 from sparsejax.engine.request import Request
+from sparsejax.engine.selection import Selecting
+from sparsejax.engine.selection_plan import Selections
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, init_state
 from sparsejax.engine.steps import StepOptions, decode_step, mixed_step, options_for, prefill_step
+from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import DeltaKV, KVzip
 from sparsejax.models import Decoder
 
@@ -162,6 +165,7 @@ class Runner:
     Args:
       records: what methods may have recorded (`Method.records`).
       may_evict_per_step: some method evicts at every decode step.
+      selecting: methods that select what decoding reads, which requests may use.
       instructions: token ids that ask for the first part of a text, and for the others, in reconstruction passes.
       store: how requests are stored compressed; given with the layout of a `DeltaCache`, and params that have the
         compressor's.
@@ -181,6 +185,7 @@ class Runner:
         implementation: Implementation | None = None,
         records: frozenset[str] = frozenset(),
         may_evict_per_step: bool = False,
+        selecting: Sequence[str] = (),
         instructions: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
         store: StoreSpec | None = None,
     ) -> None:
@@ -197,6 +202,11 @@ class Runner:
         self.can_evict = layout.with_score
         self.records = records & CHUNK_RECORDS
         self.may_watch = "decode" in records or may_evict_per_step
+        self.selecting = tuple(selecting)
+        self.selections: Selections | None = None
+        if selecting and isinstance(layout, CacheLayout):
+            slots = layout.max_entries_per_row * layout.page_size
+            self.selections = Selections(decoder.config, max_slots=slots, page_size=layout.page_size)
         self._eviction_shapes = EvictionShapes(
             layout=layout.full if isinstance(layout, DeltaCacheLayout) else layout,
             num_query_heads=decoder.config.num_heads,
@@ -221,7 +231,13 @@ class Runner:
         else:
             self.cache = init_cache(layout)
             record = idle_record(layout, self.decoder.config, self.records, self.max_prefill_seqs)
-        self.state = init_state(layout.num_rows, self.decoder.config.vocab_size, record, stores=self.store is not None)
+        self.state = init_state(
+            layout.num_rows,
+            self.decoder.config.vocab_size,
+            record,
+            selects=self.selections is not None,
+            stores=self.store is not None,
+        )
         self._moment_slots: dict[str, int] = {}  # of requests whose prompt is being computed
 
     def close(self) -> None:
@@ -230,9 +246,28 @@ class Runner:
         self.__dict__.pop("state", None)
 
     @property
+    def can_force(self) -> bool:
+        """Whether decodes may be told what they yield: replays of requests whose K and V depend on how they decoded."""
+        return self.can_evict or self.selections is not None or self.store is not None
+
+    @property
     def compilations(self) -> Counter[str]:
         """How often each step was compiled so far, by name (a copy)."""
         return Counter(self._steps.compilations)
+
+    def check(self, compression: CompressionParams) -> None:
+        """Raises unless the model's layers are what a request asks for.
+
+        Raises:
+          InvalidArgumentError: they are not, or the engine was not built for methods that select.
+        """
+        if not compression.selects:
+            return
+        if self.selections is None:
+            raise InvalidArgumentError(
+                f"method {compression.method!r} selects, and the engine was built without: name it in methods."
+            )
+        self.selections.roles_of(compression)
 
     def prefill(self, chunks: Sequence[Chunk]) -> StepOutput:
         """Dispatches a prefill step; lane i of the output belongs to chunks[i], prompt lanes follow the packing."""
@@ -245,14 +280,14 @@ class Runner:
         """Dispatches one decode step; lane i of the output belongs to requests[i].
 
         Args:
-          forced: tokens that requests go on with instead of a sample; only if the cache can evict or compress.
+          forced: tokens that requests go on with instead of a sample; only if `can_force`.
         """
         rows = [request.row or 0 for request in requests]
         rows += [0] * (buckets.bucket(len(rows), self.decode_buckets) - len(rows))
         if tuple(rows) != self._decode_rows[0]:  # most steps decode the same rows: no transfer then
             self._decode_rows = (tuple(rows), jax.device_put(np.asarray(rows, np.int32)))
         work = (self._decode_rows[1],)
-        if self._forces:
+        if self.can_force:
             work = (*work, self._forced(requests, forced, len(rows)))
         options = self._options((), requests)
         self.cache, self.state, output = self._steps.decode(self.params, self.cache, self.state, work, options)
@@ -282,7 +317,7 @@ class Runner:
         rows[: len(requests)] = [request.row or 0 for request in requests]
         options = self._options(chunks, requests)
         work = (self._pack(chunks, size=size), rows)
-        if self._forces:
+        if self.can_force:
             work = (*work, self._forced(requests, forced, lanes))
         self.cache, self.state, output = self._steps.mixed(self.params, self.cache, self.state, work, options)
         return output
@@ -333,11 +368,6 @@ class Runner:
         )
         return output
 
-    @property
-    def _forces(self) -> bool:
-        """Whether replays decode known outputs."""
-        return self.can_evict or self.store is not None
-
     def measure(self) -> Measured:
         """Dispatches a count of what is free and what every row holds."""
         return self._steps.measure(self.cache, self.state.record.hole if self.state.record else None)
@@ -386,7 +416,7 @@ class Runner:
             for options in self._variants(
                 with_chunk=step is not self._steps.decode,
                 with_decode=step is not self._steps.prefill,
-                compression=compression or CompressionParams(),
+                asked=compression or CompressionParams(),
                 uniform=uniform,
             )
             if options.plain or not greedy_only
@@ -409,7 +439,7 @@ class Runner:
 
         def decodes(lanes: int) -> tuple:
             rows = np.zeros(lanes, np.int32)
-            return (rows, self._forced((), {}, lanes)) if self._forces else (rows,)
+            return (rows, self._forced((), {}, lanes)) if self.can_force else (rows,)
 
         return [
             *((steps.prefill, self._pack([], size=size)) for size in self.prefill_buckets),
@@ -443,6 +473,7 @@ class Runner:
             eos_token_ids=self.eos_token_ids,
             moment_slots=self._moment_slots if self.can_evict else None,
             stores=self.store is not None,
+            selections=self.selections,
         )
 
     def _take_moment_slots(self, chunks: Sequence[Chunk]) -> None:
@@ -480,6 +511,7 @@ class Runner:
             records=self.records if recording else frozenset(),
             watch=self.can_evict and any(watched(request.compression) for request in requests),
             store=self._store_options([chunk.request.compression for chunk in chunks], requests),
+            select=None if self.selections is None else self.selections.step_options(requests, mixed=bool(chunks)),
         )
 
     def _store_options(self, chunks: Sequence[CompressionParams], requests: Sequence[Request]) -> StoreOptions | None:
@@ -504,37 +536,53 @@ class Runner:
         return 1 << (most - 1).bit_length()
 
     def _variants(
-        self, *, with_chunk: bool, with_decode: bool, compression: CompressionParams, uniform: bool
+        self, *, with_chunk: bool, with_decode: bool, asked: CompressionParams, uniform: bool
     ) -> list[StepOptions]:
-        """Options of steps. compression: what requests ask for, all of them if uniform."""
+        """Options of steps.
+
+        Args:
+          asked: what requests ask for.
+          uniform: all of them do; else some may ask for anything.
+        """
         details: list[dict[str, Any]] = [{"plain": True}, {"plain": False}, {"plain": False, "logprobs": True}]
         if with_chunk:
             details.append({"plain": False, "logprobs": True, "prompt_logprobs": True})
         records = [frozenset(), self.records] if with_chunk and self.records else [frozenset()]
         watch = [False, True] if with_decode and self.may_watch else [False]
         if uniform:
-            records = records[-1:] if recording_for(compression).any_of_chunk else records[:1]
-            watch = watch[-1:] if watched(compression) else watch[:1]
+            records = records[-1:] if recording_for(asked).any_of_chunk else records[:1]
+            watch = watch[-1:] if watched(asked) else watch[:1]
+        select = self._select_variants(with_chunk, asked, uniform) if with_decode else [None]
         return [
-            StepOptions(implementation=self.implementation, **detail, records=r, watch=w, store=s)
+            StepOptions(implementation=self.implementation, **detail, records=r, watch=w, select=s, store=kind)
             for detail in details
             for r in records
             for w in watch
-            for s in self._store_variants(with_chunk, with_decode, compression, uniform)
+            for s in select
+            for kind in self._store_variants(with_chunk, with_decode, asked, uniform)
         ]
 
+    def _select_variants(self, mixed: bool, asked: CompressionParams, uniform: bool) -> list[Selecting | None]:
+        """How the decodes of steps may select, with these parameters or with the defaults of the other methods."""
+        if self.selections is None or (uniform and not asked.selects):
+            return [None]
+        names = [] if uniform else [name for name in self.selecting if name != asked.method]
+        wanted = [*([asked] if asked.selects else []), *(CompressionParams(method=name) for name in names)]
+        variants = self.selections.warm_options(wanted, mixed=mixed, uniform=uniform)
+        return variants if uniform else [None, *variants]
+
     def _store_variants(
-        self, with_chunk: bool, with_decode: bool, compression: CompressionParams, uniform: bool
+        self, with_chunk: bool, with_decode: bool, asked: CompressionParams, uniform: bool
     ) -> list[StoreOptions | None]:
-        """`StepOptions.store` of steps; see `_variants`."""
+        """Whom steps over a `DeltaCache` may serve; see `_variants`."""
         if self.store is None:
             return [None]
-        store = compression if compression.compresses else CompressionParams(method="deltakv")
+        store = asked if asked.compresses else CompressionParams(method="deltakv")
         kinds = [(True, False), (False, True), (True, True)] if with_decode else [(True, False)]
         chunks = [False, True] if with_chunk else [False]
         if uniform:
-            kinds = [(not compression.compresses, compression.compresses)] if with_decode else kinds
-            chunks = [compression.compresses] if with_chunk else chunks
+            kinds = [(not asked.compresses, asked.compresses)] if with_decode else kinds
+            chunks = [asked.compresses] if with_chunk else chunks
         return [
             StoreOptions(self.store, chunk, dense, compressed, self._top(store) if compressed else 0)
             for chunk in chunks

@@ -12,6 +12,7 @@ from sparsejax.cache import Entries, RowUsage
 from sparsejax.engine.recording import ChunkRecord, RecordState, start_record
 from sparsejax.engine.sampling import RowSampling, SampleOutput, to_rows
 from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.engine.selection import RowSelection, no_selection
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +56,7 @@ class DecodeState:
         Both count tables are kept only by steps compiled with `plain=False`.
       record: what eviction needs beside the cache; None if the cache cannot evict.
       store: which rows are stored compressed; None if the cache can store none so.
+      select: what each row reads; None if all read everything.
     """
 
     token: jax.Array
@@ -65,6 +67,7 @@ class DecodeState:
     output_count: jax.Array
     record: RecordState | None = None
     store: StoreState | None = None
+    select: RowSelection | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -87,6 +90,7 @@ class PrefillBatch:
       sampling: parameters of each segment's request, arrays of leading size S.
       record: what eviction wants recorded of each segment; None if the cache cannot evict.
       store: how each segment is stored; None if the cache can compress none.
+      select: what each segment's request reads once it decodes; None if all read everything.
     """
 
     tokens: jax.Array | np.ndarray
@@ -103,6 +107,7 @@ class PrefillBatch:
     sampling: RowSampling
     record: ChunkRecord | None = None
     store: StoreState | None = None
+    select: RowSelection | None = None
 
     @property
     def segment(self) -> jax.Array:
@@ -132,13 +137,14 @@ class StepOutput:
 
 
 def init_state(
-    num_rows: int, vocab_size: int, record: RecordState | None = None, *, stores: bool = False
+    num_rows: int, vocab_size: int, record: RecordState | None = None, *, selects: bool = False, stores: bool = False
 ) -> DecodeState:
     """An idle state of `num_rows` rows, the null row included.
 
     Args:
       record: the idle state of eviction, if there is any.
       stores: rows can be stored compressed.
+      selects: rows may select what they read.
     """
 
     def zeros() -> jax.Array:  # separate buffers: a donated pytree must not hold one array twice
@@ -154,6 +160,7 @@ def init_state(
         output_count=jnp.zeros((num_rows, vocab_size), jnp.int32),
         record=record,
         store=idle_store(num_rows) if stores else None,
+        select=jax.tree.map(jnp.asarray, no_selection(num_rows)) if selects else None,
     )
 
 
@@ -171,6 +178,10 @@ def start_rows(state: DecodeState, batch: PrefillBatch, *, plain: bool) -> Decod
     if state.store is not None and batch.store is not None:
         store = jax.tree.map(lambda old, new: old.at[rows].set(new), state.store, batch.store)
         state = replace(state, store=store)
+    if state.select is not None and batch.select is not None:
+        # Unused segments name the null row, and say that it reads everything.
+        select = jax.tree.map(lambda old, new: old.at[rows].set(new), state.select, batch.select)
+        state = replace(state, select=select)
     if plain:
         return state
     keep = ~jnp.asarray(batch.first)

@@ -25,6 +25,7 @@ from sparsejax.engine.parts import Carry, Part, decode_part, join, prefill_part
 from sparsejax.engine.placing import entries_left, place, store
 from sparsejax.engine.sampling import SampleOutput, greedy, sample, token_logprobs
 from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.engine.selection import Selecting
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, emit, start_rows
 from sparsejax.models import Decoder
 
@@ -44,6 +45,7 @@ class StepOptions:
       records: what a chunk records for eviction (`recording`); none for a decode step.
       watch: some decoding rows record attention, or have dead slots.
       store: what the step serves of a `DeltaCache`; None: the cache is none.
+      select: how decoding rows select what they read; None: they read everything.
       implementation: "triton", "xla" or None, handed to the kernels.
     """
 
@@ -53,6 +55,7 @@ class StepOptions:
     records: frozenset[str] = frozenset()
     watch: bool = False
     store: StoreOptions | None = None
+    select: Selecting | None = None
     implementation: Implementation | None = None
 
 
@@ -64,13 +67,14 @@ def options_for(
     records: frozenset[str] = frozenset(),
     watch: bool = False,
     store: StoreOptions | None = None,
+    select: Selecting | None = None,
 ) -> StepOptions:
     """The cheapest step variant that serves every request of a batch.
 
     Args:
       prompt_logprobs: a request of the step's chunk wants log-probabilities of its prompt. (One that decodes by now may
         have wanted them.)
-      records, watch, store: as in StepOptions.
+      records, watch, select, store: as in StepOptions.
     """
     logprobs = prompt_logprobs or any(p.logprobs is not None for p in params)
     return StepOptions(
@@ -80,6 +84,7 @@ def options_for(
         records=records,
         watch=watch,
         store=store,
+        select=select,
         implementation=implementation,
     )
 
@@ -184,7 +189,15 @@ def _decode_part(
         return delta_decode_part(
             cache, state, rows, forced, params=params, options=options.store, implementation=implementation
         )
-    return decode_part(cache, state, rows, forced, watch=options.watch, implementation=implementation)
+    return decode_part(
+        cache,
+        state,
+        rows,
+        forced,
+        watch=options.watch,
+        select=options.select,
+        implementation=implementation,
+    )
 
 
 def _run(
@@ -211,7 +224,7 @@ def _run(
         return part.attend(layer, q, k, v, k_pre_rope, carry._replace(cache=cache), mapping)
 
     moments = state.record.moments if state.record is not None and "moments" in options.records else None
-    hidden, (cache, moments, _) = apply_decoder(
+    hidden, carry = apply_decoder(
         decoder,
         params,
         tokens.tokens,
@@ -221,6 +234,7 @@ def _run(
         rope_lengths=tokens.rope_lengths,
         method="hidden_states",
     )
+    cache, moments = carry.cache, carry.moments
     logits = apply_decoder(decoder, params, hidden if ends is None else hidden[ends], method="unembed")
     sampled = _sample(logits, state, lanes.rows, lanes.num_output, options)
     replayed = lanes.newest >= 0

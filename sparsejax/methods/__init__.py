@@ -19,9 +19,12 @@ from sparsejax.methods.h2o import H2O
 from sparsejax.methods.keydiff import KeyDiff
 from sparsejax.methods.kv_compress import KVCompress
 from sparsejax.methods.kvzip import KVzip
+from sparsejax.methods.omnikv import OmniKV
 from sparsejax.methods.pyramidkv import PyramidKV
+from sparsejax.methods.quest import Quest
 from sparsejax.methods.random import Random
 from sparsejax.methods.registry import MethodDescription, available, describe, get, register
+from sparsejax.methods.selection import LayerRoles, SelectionMethod
 from sparsejax.methods.slots import LayerSlots, QueryMoments, Slots, gather_slots
 from sparsejax.methods.snapkv import SnapKV
 from sparsejax.methods.streaming_llm import StreamingLLM
@@ -39,12 +42,16 @@ __all__ = [
     "KVCompress",
     "KVzip",
     "KeyDiff",
+    "LayerRoles",
     "LayerSlots",
     "Method",
     "MethodDescription",
+    "OmniKV",
     "PyramidKV",
     "QueryMoments",
+    "Quest",
     "Random",
+    "SelectionMethod",
     "Slots",
     "SnapKV",
     "StreamingLLM",

@@ -33,6 +33,7 @@ class Method:
       query_aware: the last queries of what is compressed steer what is kept.
       between_chunks: may compress between the chunks of a prompt, so that a prompt may exceed the cache.
       evicts_per_step: may evict at every decode step once over budget.
+      needs_page_bounds: reads the smallest and largest key values of each page, which the cache then keeps.
       unrolls_layers: score layers one by one instead of in a loop; needed for `LayerSlots.output_kernel`.
       uses_seed: draws from the request's seed, so equal texts of different requests keep different tokens.
       protects_window: the observation window is always kept, as recent tokens.
@@ -49,6 +50,7 @@ class Method:
     query_aware: ClassVar[bool] = False
     between_chunks: ClassVar[bool] = False
     evicts_per_step: ClassVar[bool] = False
+    needs_page_bounds: ClassVar[bool] = False
     unrolls_layers: ClassVar[bool] = False
     uses_seed: ClassVar[bool] = False
     protects_window: ClassVar[bool] = False

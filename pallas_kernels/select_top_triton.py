@@ -1,0 +1,213 @@
+"""`select_top` as Pallas-Triton kernels: one program a row, or several kernels over the chunks of long rows.
+
+Both find the k-th largest key as the largest number that at least k keys reach. Short rows stay in a program's
+registers and are searched bit by bit. Long rows are cut into chunks: each pass compares every key of every chunk with
+32 pivots, which settles five bits, and the next pass starts from the sum of the chunks' counts. The last counts then
+tell every chunk where in the result its slots go.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two
+
+_LOWEST = np.int32(np.iinfo(np.int32).min)
+_SHORT = 8192  # slots of a row that one program searches alone
+_CHUNK = 1024
+_PIVOTS = 32
+# What a pass settles: five bits from here on; the last one, of two bits, has pivots at every number and beyond.
+_SHIFTS = (27, 22, 17, 12, 7, 2, 0)
+_CHUNKS_PER_STEP = 128  # whose counts are summed at once
+
+
+def ordered_keys(scores: jax.Array) -> jax.Array:
+    """i32 numbers in the order of the floats, denormal ones included; -0.0 equals 0.0."""
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+    bits = jnp.where(bits == _LOWEST, 0, bits)
+    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+
+
+def _load_keys(scores_ref, row, slot, first, last):
+    """(keys, live) of the slots i32[n]; keys that are not live are the lowest."""
+    live = (slot >= first) & (slot < last)
+    scores = plgpu.load(scores_ref.at[jnp.broadcast_to(row, slot.shape), slot], mask=live, other=0.0)
+    return jnp.where(live, ordered_keys(scores), _LOWEST), live
+
+
+def _emit(out_ref, row, slot, keys, live, floor, *, wanted, equal_wanted, equal_before, place_before):
+    """Writes the chosen of the slots: keys above `floor`, and of those that equal it the first `equal_wanted`.
+
+    Args:
+      equal_before: slots before these whose key equals the floor.
+      place_before: slots before these that are chosen.
+    """
+    above, equal = live & (keys > floor), live & (keys == floor)
+    equals = equal_before + jnp.cumsum(equal.astype(jnp.int32))
+    chosen = above | (equal & (equals <= equal_wanted))
+    place = place_before + jnp.cumsum(chosen.astype(jnp.int32)) - 1
+    # Masked lanes point behind the row: interpreted, they would otherwise undo what a live lane writes.
+    place = jnp.where(chosen, place, out_ref.shape[1] + slot)
+    plgpu.store(out_ref.at[jnp.broadcast_to(row, slot.shape), place], slot, mask=chosen)
+    _fill(out_ref, row, slot, wanted)
+
+
+def _fill(out_ref, row, place, wanted):
+    """Writes -1 to those of the places of the result that no slot is chosen for."""
+    size = out_ref.shape[1]
+    empty = (place >= wanted) & (place < size)
+    at = jnp.where(empty, place, size + place)
+    plgpu.store(out_ref.at[jnp.broadcast_to(row, place.shape), at], jnp.full_like(place, -1), mask=empty)
+
+
+def _row_kernel(scores_ref, first_ref, last_ref, wanted_ref, out_ref, *, block):
+    """One row, all of it in registers."""
+    row = pl.program_id(0)
+    wanted = wanted_ref[row]
+    slot = jnp.arange(block, dtype=jnp.int32)
+    keys, live = _load_keys(scores_ref, row, slot, first_ref[row], last_ref[row])
+
+    def settle(step, floor):
+        trial = floor + jnp.left_shift(jnp.int32(1), 31 - step)  # from the lowest number on, wrapping at the first bit
+        return jnp.where((live & (keys >= trial)).astype(jnp.int32).sum() >= wanted, trial, floor)
+
+    floor = jax.lax.fori_loop(0, 32, settle, _LOWEST)
+    above = (live & (keys > floor)).astype(jnp.int32).sum()
+    _emit(
+        out_ref, row, slot, keys, live, floor, wanted=wanted, equal_wanted=wanted - above, equal_before=0,
+        place_before=0,
+    )  # fmt: skip
+
+
+def _count(counts_ref, row, start, stop):
+    """i32[32]: the sum of the counts of the chunks start .. stop-1."""
+    pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
+
+    def add(step, total):
+        chunk = start + step * _CHUNKS_PER_STEP + jnp.arange(_CHUNKS_PER_STEP, dtype=jnp.int32)
+        chunks, pivots = index_grid(chunk, pivot)
+        counts = plgpu.load(
+            counts_ref.at[jnp.broadcast_to(row, chunks.shape), chunks, pivots], mask=chunks < stop, other=0
+        )
+        return total + counts.sum(axis=0)
+
+    steps = pl.cdiv(jnp.maximum(stop - start, 0), _CHUNKS_PER_STEP)
+    return jax.lax.fori_loop(0, steps, add, jnp.zeros(_PIVOTS, jnp.int32))
+
+
+def _reached(totals, wanted):
+    """The last pivot that at least `wanted` keys reach; they all reach the first."""
+    pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
+    return ((pivot > 0) & (totals >= wanted)).astype(jnp.int32).sum()
+
+
+def _search_kernel(
+    scores_ref, first_ref, last_ref, wanted_ref, shift_ref, floor_ref, counts_ref, next_floor_ref, next_counts_ref
+):
+    """One chunk: how many of its keys reach each pivot floor + (j << shift), j = 0 .. 31.
+
+    The floor follows from the pass before: its floor, its shift and the counts of all chunks. `shift_ref` holds that
+    shift and the new one.
+    """
+    row, chunk = pl.program_id(0), pl.program_id(1)
+    first, last, wanted = first_ref[row], last_ref[row], wanted_ref[row]
+    start, stop = first // _CHUNK, pl.cdiv(last, _CHUNK)
+    searched = ((chunk >= start) & (chunk < stop)) | (chunk == 0)
+
+    @pl.when(searched)
+    def _():
+        reached = _reached(_count(counts_ref, row, start, stop), wanted)
+        floor = floor_ref[row] + jnp.left_shift(reached, shift_ref[0])
+
+        @pl.when(chunk == 0)
+        def _():
+            next_floor_ref[row] = floor
+
+        slot = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
+        keys, live = _load_keys(scores_ref, row, slot, first, last)
+        pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
+        reach = live[None, :] & (keys[None, :] >= (floor + jnp.left_shift(pivot, shift_ref[1]))[:, None])
+        at = jnp.broadcast_to(row, pivot.shape), jnp.broadcast_to(chunk, pivot.shape), pivot
+        plgpu.store(next_counts_ref.at[at], reach.astype(jnp.int32).sum(axis=1))
+
+
+def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, floor_ref, counts_ref, out_ref):
+    """One chunk: writes its chosen slots, and its share of what stays empty."""
+    row, chunk = pl.program_id(0), pl.program_id(1)
+    first, last, wanted = first_ref[row], last_ref[row], wanted_ref[row]
+    start, stop = first // _CHUNK, pl.cdiv(last, _CHUNK)
+    slot = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
+    has_chosen = (chunk >= start) & (chunk < stop) & (wanted > 0)
+
+    @pl.when(has_chosen)
+    def _():
+        pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
+        totals, before = _count(counts_ref, row, start, stop), _count(counts_ref, row, start, chunk)
+        reached = _reached(totals, wanted)
+
+        def at(counts, index):
+            return jnp.where(pivot == index, counts, 0).sum()
+
+        above, above_before = at(totals, reached + 1), at(before, reached + 1)
+        equal_before, equal_wanted = at(before, reached) - above_before, wanted - above
+        keys, live = _load_keys(scores_ref, row, slot, first, last)
+        _emit(
+            out_ref, row, slot, keys, live, floor_ref[row] + reached, wanted=wanted, equal_wanted=equal_wanted,
+            equal_before=equal_before, place_before=above_before + jnp.minimum(equal_before, equal_wanted),
+        )  # fmt: skip
+
+    @pl.when(~has_chosen)
+    def _():
+        _fill(out_ref, row, slot, wanted)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "interpret"))
+def select_top_triton(scores, first, last, wanted, *, k, interpret):
+    """i32[N, k]; wanted: i32[N] slots to take, at most k and what there is."""
+    rows, size = scores.shape
+    params = functools.partial(plgpu.CompilerParams, num_stages=1)
+    out_shape = jax.ShapeDtypeStruct((rows, k), jnp.int32)
+    if size <= _SHORT:
+        block = max(next_power_of_two(size), 128)
+        return pl.pallas_call(
+            functools.partial(_row_kernel, block=block),
+            grid=(rows,),
+            in_specs=[WHOLE] * 4,
+            out_specs=WHOLE,
+            out_shape=out_shape,
+            compiler_params=params(num_warps=min(16, max(4, block // 512))),
+            interpret=interpret,
+            name="select_top_row",
+        )(scores, first, last, wanted)
+    chunks = -(-size // _CHUNK)
+    floor = jnp.full(rows, _LOWEST, jnp.int32)
+    counts = jnp.zeros((rows, chunks, _PIVOTS), jnp.int32)
+    # The shifts are data, so that one compiled kernel serves all passes.
+    for before, shift in zip((0, *_SHIFTS), _SHIFTS, strict=False):
+        floor, counts = pl.pallas_call(
+            _search_kernel,
+            grid=(rows, chunks),
+            in_specs=[WHOLE] * 7,
+            out_specs=[WHOLE] * 2,
+            out_shape=[
+                jax.ShapeDtypeStruct(floor.shape, jnp.int32),
+                jax.ShapeDtypeStruct(counts.shape, jnp.int32),
+            ],
+            compiler_params=params(num_warps=8),
+            interpret=interpret,
+            name="select_top_search",
+        )(scores, first, last, wanted, jnp.array([before, shift, 0], jnp.int32), floor, counts)
+    return pl.pallas_call(
+        _emit_kernel,
+        grid=(rows, chunks),
+        in_specs=[WHOLE] * 6,
+        out_specs=WHOLE,
+        out_shape=out_shape,
+        compiler_params=params(num_warps=8),
+        interpret=interpret,
+        name="select_top_emit",
+    )(scores, first, last, wanted, floor, counts)

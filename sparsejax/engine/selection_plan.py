@@ -1,0 +1,135 @@
+"""Host side of selection: which layers of a request read what, and which compiled step serves a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from sparsejax.engine.compression_params import CompressionParams
+from sparsejax.engine.plan import Chunk
+from sparsejax.engine.request import Request
+from sparsejax.engine.selection import READS_ALL, RowSelection, Selecting, no_selection
+from sparsejax.methods import LayerRoles, SelectionMethod
+from sparsejax.methods.known_layers import known_layers, spread_layers
+from sparsejax.methods.selection import candidates, chosen_count
+from sparsejax.models import ModelConfig
+
+SMALLEST_WIDTH = 1024
+WIDTH_STEP = 8  # what is too wide costs next to nothing, for work follows what is read
+
+
+def view_widths(max_slots: int) -> tuple[int, ...]:
+    """Bounds on the tokens that a selecting layer reads of a request, ascending; each is a variant of the steps."""
+    widths = [max_slots]
+    while widths[0] >= WIDTH_STEP * SMALLEST_WIDTH:
+        widths.insert(0, -(-widths[0] // WIDTH_STEP))
+    return tuple(widths)
+
+
+class Selections:
+    """Knows the roles of each request's layers, and gives them numbers.
+
+    Args:
+      config: the model.
+      max_slots: most tokens of a row.
+      page_size: of the cache.
+    """
+
+    def __init__(self, config: ModelConfig, *, max_slots: int, page_size: int) -> None:
+        self._config = config
+        self._page_size = page_size
+        self._widths = view_widths(max_slots)
+        known = known_layers(config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads)
+        self.full_layers = spread_layers(config.num_layers) if known is None else known.layers
+        self._numbers: dict[LayerRoles, int] = {}
+
+    def roles_of(self, compression: CompressionParams) -> LayerRoles:
+        """The roles of the model's layers.
+
+        Raises:
+          InvalidArgumentError: they do not fit the model.
+        """
+        policy = compression.policy
+        assert isinstance(policy, SelectionMethod), "only requests that select have roles"
+        return policy.layer_roles(self._config.num_layers, self.full_layers)
+
+    def of_chunks(self, chunks: Sequence[Chunk], segments: int) -> RowSelection:
+        """What the chunks' requests ask for, padded to so many segments."""
+        lanes = no_selection(segments)
+        for i, chunk in enumerate(chunks):
+            compression = chunk.request.compression
+            if not compression.selects:
+                continue
+            lanes.roles[i] = self._number(self.roles_of(compression))
+            lanes.sinks[i], lanes.recent[i], lanes.count[i], lanes.fraction[i] = _asked(compression)
+        return lanes
+
+    def step_options(self, requests: Iterable[Request], *, mixed: bool) -> Selecting | None:
+        """What serves the decodes of a step; None if all read everything.
+
+        Args:
+          mixed: the step has a chunk too; these come in the widest variant only.
+        """
+        requests = list(requests)
+        selecting = [each for each in requests if each.compression.selects]
+        if not selecting:
+            return None
+        roles = {self.roles_of(each.compression) for each in selecting}
+        everyone = len(roles) == 1 and len(selecting) == len(requests) and not mixed
+        if not everyone:
+            return self._options(self._numbers if len(roles) > 1 else roles, everyone=False)
+        needed = max(self._needed(each) for each in selecting)
+        return self._options(roles, width=next(width for width in self._widths if width >= needed))
+
+    def warm_options(self, asked: Iterable[CompressionParams], *, mixed: bool, uniform: bool) -> list[Selecting | None]:
+        """Everything that `step_options` gives while requests ask for nothing but `asked`, and for all to be read.
+
+        Args:
+          uniform: they all ask for the same.
+        """
+        roles = [self.roles_of(each) for each in asked]
+        for each in roles:
+            self._number(each)
+        alike = [self._options([each], width=width) for each in roles for width in self._widths if not mixed]
+        if uniform and not mixed:
+            return [*alike]
+        beside = [self._options([each], everyone=False) for each in roles]
+        together = [self._options(self._numbers, everyone=False)] if len(roles) > 1 else []
+        return list(dict.fromkeys([*alike, *beside, *together]))
+
+    def read_tokens(self, compression: CompressionParams, lengths: np.ndarray) -> np.ndarray:
+        """f64 like lengths: tokens of a text that decoding its newest one reads, mean over the layers.
+
+        Args:
+          lengths: i32, tokens of the text, the newest included.
+        """
+        roles = self.roles_of(compression)
+        whole = roles.reads_all / len(roles.roles)
+        return whole * lengths + (1 - whole) * self._read_by_layer(compression, lengths)
+
+    def _read_by_layer(self, compression: CompressionParams, lengths: np.ndarray) -> np.ndarray:
+        """i32 like lengths: tokens that a layer which selects reads."""
+        sinks, recent, count, fraction = _asked(compression)
+        first, last = candidates(lengths, sinks, recent)
+        return lengths - (last - first) + chosen_count(last - first, np.int32(count), np.float32(fraction))
+
+    def _needed(self, request: Request) -> int:
+        """Tokens that a selecting layer reads of a request that is about to decode."""
+        return int(self._read_by_layer(request.compression, np.asarray([request.num_computed], np.int32))[0])
+
+    def _number(self, roles: LayerRoles) -> int:
+        return self._numbers.setdefault(roles, READS_ALL + 1 + len(self._numbers))
+
+    def _options(self, roles: Iterable[LayerRoles], *, width: int | None = None, everyone: bool = True) -> Selecting:
+        numbered = tuple(sorted((self._number(each), each) for each in roles))
+        return Selecting(numbered, width=width or self._widths[-1], everyone=everyone)
+
+
+def _asked(compression: CompressionParams) -> tuple[int, int, int, float]:
+    """(sinks, recent, count, fraction), as `RowSelection` has them. The newest token is always read."""
+    policy = compression.policy
+    assert isinstance(policy, SelectionMethod)
+    top = policy.top_tokens
+    count, fraction = (top, 0.0) if isinstance(top, int) else (0, top)
+    return compression.sinks, max(compression.recent_window, 1), count, fraction

@@ -1,0 +1,153 @@
+"""The k largest of each row: kernels and XLA program against a stable sort, and the kernels' lowering for CUDA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import MODES
+from lowering import lower_for_h200, triton_calls
+
+from pallas_kernels import select_top, select_top_reference, select_top_triton
+
+ROWS, SIZE, K = 4, 300, 64
+LONG = {"implementation": "triton", "interpret": True}
+
+
+def expected(scores, first, last, count, k):
+    """By numpy: the candidates by falling score, the lower slot first where scores are equal."""
+    out = np.full((len(scores), k), -1, np.int32)
+    for row, (start, stop, wanted) in enumerate(zip(first, last, count, strict=True)):
+        candidates = np.arange(start, max(start, stop))
+        best = candidates[np.argsort(-scores[row, candidates].astype(np.float64), kind="stable")]
+        chosen = np.sort(best[: min(max(wanted, 0), k)])
+        out[row, : len(chosen)] = chosen
+    return out
+
+
+def ints(*values):
+    return np.asarray(values, np.int32)
+
+
+@functools.lru_cache
+def compiled(mode: tuple, k: int = K):
+    return jax.jit(functools.partial(select_top, k=k, **dict(mode)))
+
+
+def run(mode, scores, *ranges, k=K):
+    return np.asarray(compiled(tuple(mode.items()), k)(scores, *ranges))
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    return request.param
+
+
+@pytest.fixture
+def split_rows(monkeypatch):
+    """Has rows of more than 128 slots cut into chunks of 128."""
+    monkeypatch.setattr(select_top_triton, "_CHUNK", 128)
+    monkeypatch.setattr(select_top_triton, "_CHUNKS_PER_STEP", 2)
+    monkeypatch.setattr(select_top_triton, "_SHORT", 128)
+    jax.clear_caches()
+    compiled.cache_clear()
+    yield
+    jax.clear_caches()
+    compiled.cache_clear()
+
+
+def cases():
+    """Scores with ties, signs, both zeros and infinities; ranges empty, full and inside; counts 0, few, too many."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((ROWS, SIZE)).astype(np.float32)
+    tied = rng.integers(-2, 3, (ROWS, SIZE)).astype(np.float32)
+    tied[tied == 0] = rng.choice([0.0, -0.0], (tied == 0).sum())
+    tiny = np.exp(-60 * rng.random((ROWS, SIZE))).astype(np.float32)
+    extreme = rng.choice([np.inf, -np.inf, 3e38, -3e38, 1e-45, 0.0], (ROWS, SIZE)).astype(np.float32)
+    ranges = [
+        (ints(0, 4, 37, 290), ints(SIZE, 9, 299, SIZE), ints(K, 3, 20, 5)),
+        (ints(0, 5, 7, 128), ints(SIZE, 5, 8, 256), ints(1, 4, 4, 64)),
+        (ints(0, 0, 100, 0), ints(64, 65, 200, 1), ints(100, 64, 0, 1)),
+    ]
+    for scores in (normal, tied, tiny, extreme):
+        for some in ranges:
+            yield scores, some
+
+
+def check_all(mode):
+    for scores, ranges in cases():
+        poisoned = scores.copy()
+        slot = np.arange(SIZE)
+        poisoned[(slot < ranges[0][:, None]) | (slot >= ranges[1][:, None])] = np.nan
+        np.testing.assert_array_equal(run(mode, poisoned, *ranges), expected(scores, *ranges, K))
+
+
+def test_takes_the_largest_and_of_equals_the_lower(mode):
+    check_all(mode)
+
+
+def test_long_rows_are_searched_by_chunks(split_rows):
+    check_all(LONG)
+
+
+def test_the_reference_agrees():
+    for scores, ranges in cases():
+        got = select_top_reference(jnp.asarray(scores), *ranges, k=K)
+        np.testing.assert_array_equal(got, expected(scores, *ranges, K))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_rows(data):
+    draw = data.draw
+    values = draw(st.lists(st.sampled_from([-1.5, 0.0, 0.25, 0.5, 7.0]) | st.floats(0, 1, width=32), min_size=8))
+    scores = np.resize(np.asarray(values, np.float32), (ROWS, SIZE))
+    first = [draw(st.integers(0, SIZE)) for _ in range(ROWS)]
+    last = [draw(st.integers(0, SIZE)) for _ in range(ROWS)]
+    count = [draw(st.integers(0, 2 * K)) for _ in range(ROWS)]
+    ranges = ints(*first), ints(*last), ints(*count)
+    for mode in ({"implementation": "xla"}, LONG):
+        np.testing.assert_array_equal(run(mode, scores, *ranges), expected(scores, *ranges, K))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "size", "k"), [(8, 131072, 2048), (8, 32768, 2048), (64, 4096, 64), (3, 9000, 9000)])
+def test_production_shapes_on_the_gpu(rows, size, k):
+    rng = np.random.default_rng(1)
+    scores = np.exp(rng.standard_normal((rows, size)) * 4 - 9).astype(np.float32)
+    scores[:, ::7] = scores[:, :1]
+    ranges = rng.integers(0, 64, rows), rng.integers(size // 2, size + 1, rows), rng.integers(k // 2, k + 1, rows)
+    ranges = tuple(each.astype(np.int32) for each in ranges)
+    got = run({"implementation": "triton"}, scores, *ranges, k=k)
+    np.testing.assert_array_equal(got, expected(scores, *ranges, k))
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "k", "calls"), [(8, 131072, 2048, 8), (8, 32768, 4096, 8), (64, 4096, 64, 1), (2048, 1000, 7, 1)]
+)
+def test_lowers_for_cuda(rows, size, k, calls):
+    shape = jax.ShapeDtypeStruct
+    bounds = [shape((rows,), jnp.int32)] * 3
+    text = lower_for_h200(functools.partial(select_top, k=k), shape((rows, size), jnp.float32), *bounds)
+    assert triton_calls(text) == calls
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scores": jnp.zeros((2, 8), jnp.bfloat16)}, TypeError, "scores must be float32"),
+        ({"scores": jnp.zeros(8)}, ValueError, "scores has shape"),
+        ({"first": jnp.zeros(3, jnp.int32)}, ValueError, "first has shape"),
+        ({"count": jnp.zeros(2)}, TypeError, "count must be int32"),
+        ({"k": 0}, ValueError, "k must be from 1 to 8"),
+        ({"k": 9}, ValueError, "k must be from 1 to 8"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    zero = jnp.zeros(2, jnp.int32)
+    arguments = {"scores": jnp.zeros((2, 8)), "first": zero, "last": zero, "count": zero, "k": 4}
+    with pytest.raises(error, match=message):
+        select_top(**{**arguments, **change})
