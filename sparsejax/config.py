@@ -58,6 +58,8 @@ class EngineConfig:
         tokens are always there as they are.
       latent_dtype: for method "deltakv": how compressed tokens are stored: "bfloat16", "float32", or "int4" (one scale
         for 32 numbers). Default: float32 if the model is, else bfloat16.
+      dense_cache_fraction: for method "deltakv": fraction of the KV cache that is laid out as dense requests need it,
+        in [0, 1). The rest is laid out for compressed ones, whose sparse layers have little room for dense ones.
       page_size: tokens in one page of the KV cache, a power of two.
       num_pages: physical pages in the pool (one KV head of one layer each). Default: what memory allows.
       table_granularity: "shared", "per_layer" or "per_head" slot tables. Default: the coarsest the methods allow.
@@ -86,6 +88,7 @@ class EngineConfig:
     full_attention_layers: tuple[int, ...] | None = None
     recent_tokens: int = 128
     latent_dtype: str | None = None
+    dense_cache_fraction: float = 0.0
     page_size: int = 32
     num_pages: int | None = None
     table_granularity: Granularity | None = None
@@ -108,6 +111,9 @@ class EngineConfig:
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("table_granularity", self.table_granularity, (None, *GRANULARITIES))
         _require_choice("implementation", self.implementation, (None, "triton", "xla"))
+        share = self.dense_cache_fraction
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise InvalidArgumentError(f"dense_cache_fraction must be a number in [0, 1), got {share!r}.")
         _require_choice("latent_dtype", self.latent_dtype, (None, *LATENT_DTYPES))
         _require_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
         _require_choice("warmup", self.warmup, (False, True, "greedy"))

@@ -31,12 +31,14 @@ class Store:
       full_layers: layers that keep everything.
       params: of the compressor, of the sparse layers only, in the model's type.
       latent_dtype: "bfloat16", "float32" or "int4".
+      dense_fraction: of the memory of the pools, shared among them as dense requests need it.
     """
 
     spec: StoreSpec
     full_layers: tuple[int, ...]
     params: Mapping[str, Any]
     latent_dtype: str
+    dense_fraction: float = 0.0
 
     def layout(self, model: ModelConfig, *, entries: Entries, dtype: Any, **sizes: int) -> DeltaCacheLayout:
         """The layout of a cache with `entries`. sizes: max_rows, max_slots and page_size."""
@@ -56,7 +58,9 @@ class Store:
         )
 
     def fit(self, model: ModelConfig, budget: int, *, max_model_len: int, dtype: Any, **sizes: int) -> DeltaCacheLayout:
-        """The layout whose pools share `budget` bytes as compressed requests of `max_model_len` tokens share them.
+        """The layout whose pools share `budget` bytes as requests of `max_model_len` tokens share them.
+
+        `dense_fraction` of the bytes are shared as dense requests share them, the others as compressed ones.
 
         Args:
           sizes: max_rows, max_slots and page_size.
@@ -66,10 +70,12 @@ class Store:
         """
         smallest = self.layout(model, entries=Entries(2, 2, 2), dtype=dtype, **sizes)
         held = StoreLimits(self.spec.geometry, Entries(*[2**31 - 1] * 3), smallest.page_size, cell=1).held
-        row = held(max_model_len, compressed=True)
-        # The null entries come first.
-        rows = (budget - smallest.bytes_of(Entries(1, 1, 1))) / smallest.bytes_of(row)
-        entries = Entries(*(1 + int(min(rows, smallest.full.max_rows) * count) for count in row))
+        left = budget - smallest.bytes_of(Entries(1, 1, 1))  # the null entries come first
+        entries = [1, 1, 1]
+        for compressed, share in ((True, 1 - self.dense_fraction), (False, self.dense_fraction)):
+            row = held(max_model_len, compressed=compressed)
+            rows = min(share * left / smallest.bytes_of(row), smallest.full.max_rows)
+            entries = [count + int(rows * each) for count, each in zip(entries, row, strict=True)]
         if any(have < 1 + need for have, need in zip(entries, held(1, compressed=True), strict=True)):
             raise OutOfMemoryError(
                 f"The KV cache would have {budget / 2**20:.1f} MiB: less than one request needs. Lower page_size or "
@@ -124,7 +130,7 @@ def load_store(model: ModelConfig, config: EngineConfig, *, dtype: Any) -> Store
             f"latent_dtype='int4' shares a scale among {GROUP} numbers; the compressor's latents have "
             f"{compressor.latent_size}, which is no multiple."
         )
-    return Store(StoreSpec(compressor, geometry, model.rope), layers, own, latent_dtype)
+    return Store(StoreSpec(compressor, geometry, model.rope), layers, own, latent_dtype, config.dense_cache_fraction)
 
 
 def _compressor(model: ModelConfig, config: EngineConfig, dtype: Any) -> tuple[CompressorConfig, Mapping[str, Any]]:

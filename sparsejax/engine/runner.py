@@ -65,6 +65,7 @@ from sparsejax.models import Decoder
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 RELEASE_ROWS = 8  # rows one release call takes; more are released by more calls
 FORK_ROWS = 8  # likewise, forks of one call
+SMALLEST_TOP = 256  # bound on the tokens that a decode selects; larger ones are powers of two
 RING_ROWS = (1, 8)  # rows whose rings one call may compress
 NONE_FORCED: Mapping[Request, int] = {}
 
@@ -532,7 +533,7 @@ class Runner:
         method = compression.policy
         assert isinstance(method, DeltaKV)
         assert isinstance(self.layout, DeltaCacheLayout)
-        most = max(method.wanted(self.layout.full.max_slots), 1)
+        most = max(method.wanted(self.layout.full.max_slots), SMALLEST_TOP)
         return 1 << (most - 1).bit_length()
 
     def _variants(
