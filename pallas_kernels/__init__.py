@@ -13,12 +13,14 @@ from pallas_kernels.delta_compress import (
     reference_mean,
     reference_mean_reference,
 )
+from pallas_kernels.delta_compress_triton import CompressTile
 from pallas_kernels.delta_reconstruct import (
     delta_reconstruct,
     delta_reconstruct_reference,
     scratch_address,
     scratch_table,
 )
+from pallas_kernels.delta_reconstruct_triton import ReconstructTile
 from pallas_kernels.delta_store import DeltaLayout, DeltaStore, view_positions
 from pallas_kernels.delta_store_xla import read_latents
 from pallas_kernels.delta_work import delta_work_list
@@ -32,6 +34,7 @@ from pallas_kernels.prefill_attention import PrefillTile, prefill_attention, pre
 from pallas_kernels.record_attention import record_attention, record_attention_reference
 from pallas_kernels.record_attention_triton import RecordTile
 from pallas_kernels.reference_search import reference_search, reference_search_reference
+from pallas_kernels.reference_search_triton import SearchTile
 from pallas_kernels.select_top import select_top, select_top_reference
 from pallas_kernels.slot_probabilities import slot_probabilities, slot_probabilities_reference
 from pallas_kernels.store_kv import store_kv, store_kv_reference
@@ -39,6 +42,7 @@ from pallas_kernels.store_kv import store_kv, store_kv_reference
 __all__ = [
     "EMPTY_LSE",
     "BlockTile",
+    "CompressTile",
     "DecodeTile",
     "DeltaLayout",
     "DeltaStore",
@@ -46,7 +50,9 @@ __all__ = [
     "LatentPages",
     "PageAddress",
     "PrefillTile",
+    "ReconstructTile",
     "RecordTile",
+    "SearchTile",
     "SpanLimits",
     "WorkList",
     "block_attention_mass",

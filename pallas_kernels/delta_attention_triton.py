@@ -9,11 +9,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import online_softmax
 from pallas_kernels.decode_work import DecodeTile
+from pallas_kernels.delta_places import find_places
 from pallas_kernels.delta_tiles import (
     chunks_of,
-    find_tokens,
     head_columns,
-    latent_parts,
+    latent_chunk,
+    load_tile,
     load_up,
     mean_vectors,
     rotate_halves,
@@ -37,14 +38,13 @@ def default_tile(k_pages: jax.Array) -> DecodeTile:
     return _TILES[k_pages.dtype.itemsize]
 
 
-def _span_kernel(*refs, layout, heads, group, scale, tile, quantised, biased, exp2):
+def _span_kernel(*refs, head_rows, heads, group, scale, tile, quantised, biased, exp2):
     """One item of the work list: its partial output [items, G, D] and log-sum-exp [items, G]."""
     store, refs = store_refs(refs, quantised=quantised)
-    q_ref, rows_ref, recent_rows_ref, history_ref, position_ref, cos_ref, sin_ref, up_ref, *refs = refs
+    q_ref, position_ref, cos_ref, sin_ref, up_ref, *refs = refs
     bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
-    near_layer_ref, latent_layer_ref, head_row_ref, first_ref, last_ref, out_ref, lse_ref = refs
+    head_row_ref, first_ref, last_ref, out_ref, lse_ref = refs
     item = pl.program_id(0)
-    layout = layout.join_layer(near_layer_ref, latent_layer_ref)
     dtype, dim = store.k.dtype, q_ref.shape[2]
     half = dim // 2
     first, last = first_ref[0, item], last_ref[0, item]
@@ -53,7 +53,6 @@ def _span_kernel(*refs, layout, heads, group, scale, tile, quantised, biased, ex
     def _():
         head_row = head_row_ref[0, item]
         b, head = head_row // heads, head_row % heads
-        row, recent_row, history = rows_ref[b], recent_rows_ref[b], history_ref[b]
         columns = head_columns(head, heads, dim)
         half_column = jnp.arange(columns.first[0].shape[0], dtype=jnp.int32)
         column = jnp.arange(columns.value[0].shape[0], dtype=jnp.int32)
@@ -64,61 +63,48 @@ def _span_kernel(*refs, layout, heads, group, scale, tile, quantised, biased, ex
             plgpu.load(q_ref.at[b, head * group + members, halves + start], mask=real, other=0.0) for start in (0, half)
         )
 
-        def bias_of(columns):
-            return plgpu.load(bias_ref.at[columns[0]], mask=columns[1], other=0.0).astype(jnp.float32)[None, :]
+        def with_bias(vectors, compressed, columns):
+            if bias_ref is None:
+                return vectors
+            bias = plgpu.load(bias_ref.at[columns[0]], mask=columns[1], other=0.0).astype(jnp.float32)
+            return vectors + jnp.where(compressed[:, None], bias[None, :], 0.0)
 
         def visit(step, state):
             place = first + step * tile.block + jnp.arange(tile.block, dtype=jnp.int32)
-            listed = place < last
-            position = plgpu.load(position_ref.at[b, place], mask=listed, other=-1)
-            live = position >= 0
-            tokens = find_tokens(store, row, recent_row, history, position, live, layout)
-            read = functools.partial(mean_vectors, entries=tokens.entries, slots=tokens.slots, live=live, head=head)
-            read = functools.partial(read, address=layout.near)
+            at_request = jnp.broadcast_to(b, place.shape)
+            live = plgpu.load(position_ref.at[at_request, place], mask=place < last, other=-1) >= 0
+            tokens = load_tile(store, b, place, live, head * head_rows)
+            deltas = up_products(store, up_ref, tokens, (columns.first, columns.second), dtype)
+            k_first, k_second = (
+                with_bias(delta, tokens.compressed, at)
+                + mean_vectors(store.k, tokens.near, live, half_column + start, half_column < half)
+                for delta, start, at in zip(deltas, (0, half), (columns.first, columns.second), strict=True)
+            )
             places, halves = index_grid(place, half_column)
             in_half = live[:, None] & (halves < half)
             cos, sin = (plgpu.load(ref.at[b, places, halves], mask=in_half, other=0.0) for ref in (cos_ref, sin_ref))
-
-            delta = up_products(store, up_ref, tokens, (columns.first, columns.second), dtype)
-            keys = []
-            for part, start, at in zip(delta, (0, half), (columns.first, columns.second), strict=True):
-                if bias_ref is not None:
-                    part = part + jnp.where(tokens.compressed[:, None], bias_of(at), 0.0)
-                keys.append(part + read(store.k, column=half_column + start, column_live=half_column < half))
-            k_first, k_second = rotate_halves(*keys, cos, sin)
+            k_first, k_second = rotate_halves(k_first, k_second, cos, sin)
             logits = exact_dot(q_first, k_first.astype(dtype).T) + exact_dot(q_second, k_second.astype(dtype).T)
-            base = read(store.v, column=column, column_live=column < dim)
-            if bias_ref is not None:
-                base += jnp.where(tokens.compressed[:, None], bias_of(columns.value), 0.0)
+            base = mean_vectors(store.v, tokens.near, live, column, column < dim)
+            base = with_bias(base, tokens.compressed, columns.value).astype(dtype)
 
             def weighted_sums(weights):
                 weights = weights.astype(dtype)
-                return (
-                    exact_dot(weights, base.astype(dtype)),
-                    tuple(
-                        exact_dot(weights, z)
-                        for chunk in range(sum_steps)
-                        for z, *_ in latent_parts(store, tokens, chunk, sum_width, dtype)
-                    ),
-                )
+                latents = (latent_chunk(store, tokens, chunk, width, dtype)[0] for chunk in range(chunks))
+                return exact_dot(weights, base), tuple(exact_dot(weights, z) for z in latents)
 
             return online_softmax.absorb(state, logits, live[None, :], weighted_sums, scale=scale * LOG2_E, exp2=exp2)
 
         # Values are projected once, at the end: what is summed up are the references' and the latents.
-        sum_steps, sum_width = chunks_of(store, _SUM_CHUNK)
-        places = [  # of the numbers in each sum: what `latent_parts` says, of no token
-            (i * store.values.shape[2] * quantised + word, word < store.values.shape[2])
-            for chunk in range(sum_steps)
-            for word in [chunk * sum_width + jnp.arange(sum_width, dtype=jnp.int32)]
-            for i in range(4 if quantised else 1)
-        ]
+        chunks, width = chunks_of(store, _SUM_CHUNK)
         state = online_softmax.start(member.shape, column.shape[0])
-        sums = tuple(jnp.zeros((member.shape[0], sum_width), jnp.float32) for _ in places)
+        sums = tuple(jnp.zeros((member.shape[0], width), jnp.float32) for _ in range(chunks))
         state = SoftmaxState((state.values, sums), state.top, state.total)
         state = jax.lax.fori_loop(0, pl.cdiv(last - first, tile.block), visit, state)
         (out, sums), lse = online_softmax.finish(state)
-        for total, (number, exists) in zip(sums, places, strict=True):
-            out += exact_dot(total.astype(dtype), load_up(up_ref, number, exists, *columns.value))
+        for chunk, total in enumerate(sums):
+            number = chunk * width + jnp.arange(width, dtype=jnp.int32)
+            out += exact_dot(total.astype(dtype), load_up(up_ref, number, number < store.size, *columns.value))
         members, columns_at = index_grid(member, column)
         mask = (members < group) & (columns_at < dim)
         plgpu.store(out_ref.at[item, members, columns_at], out, mask=mask)
@@ -133,12 +119,17 @@ def delta_attention_triton(
     """(out [B, Hq, D], lse f32[B, Hq])."""
     group, dim = q.shape[1] // heads, q.shape[2]
     items = work.head_row.shape[1]
-    inputs = [*store_arrays(store), q, rows, recent_rows, history, positions, cos, sin, up]
-    inputs += [*([] if up_bias is None else [up_bias]), near_layer, latent_layer, work.head_row, work.first, work.last]
+    everywhere = jnp.full_like(rows, jnp.iinfo(jnp.int32).max)  # the positions that are listed are all held
+    places = find_places(
+        store, rows, recent_rows, history, everywhere, positions, near_layer, latent_layer,
+        tokens=positions.shape[1], layout=layout, interpret=interpret,
+    )  # fmt: skip
+    inputs = [*store_arrays(store, places), q, positions, cos, sin, up]
+    inputs += [*([] if up_bias is None else [up_bias]), work.head_row, work.first, work.last]
     out, lse = pl.pallas_call(
         functools.partial(
             _span_kernel,
-            layout=layout,
+            head_rows=layout.near.head_stride * store.k_pages.shape[1],
             heads=heads,
             group=group,
             scale=scale,

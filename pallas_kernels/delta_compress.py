@@ -8,8 +8,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.checks import check_integer, check_shape
+from pallas_kernels.delta_compress_triton import (
+    CompressTile,
+    default_tile,
+    delta_compress_triton,
+    reference_mean_triton,
+)
 from pallas_kernels.delta_store_xla import mean_of
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.paging import PageAddress
@@ -48,29 +55,27 @@ def reference_mean(
     if 0 in (ids.shape[0], rows.shape[0]):
         return jnp.zeros((ids.shape[0], features), k_pages.dtype)
     common, layer = address.split_layer()
+    where = (page_table, *_padded_rows(rows, starts, ids), layer)
     if implementation == "xla":
-        return _mean_xla(
-            k_pages, v_pages, page_table, rows, starts, ids, layer, address=common, heads=num_kv_heads
-        ).astype(k_pages.dtype)
-    raise NotImplementedError
+        return _mean_xla(k_pages, v_pages, *where, address=common, heads=num_kv_heads).astype(k_pages.dtype)
+    return reference_mean_triton(k_pages, v_pages, *where, address=common, heads=num_kv_heads, interpret=interpret)
 
 
 def reference_mean_reference(
     k_pages, v_pages, page_table, rows, starts, ids, *, address: PageAddress, num_kv_heads: int
 ) -> jax.Array:
-    """The meaning of `reference_mean`, one token after the other, in float32; 0 for padding."""
+    """The meaning of `reference_mean`, one token after the other, in float32 (arguments concrete); 0 for padding."""
     page_size = k_pages.shape[1]
-    out = []
-    of_token = token_rows(rows, starts, ids.shape[0]).tolist()
-    for t, row in enumerate(of_token):
-        total = jnp.zeros((2, num_kv_heads, k_pages.shape[2]), jnp.float32)
-        if t < int(starts[-1]):
-            for slot in ids[t].tolist():
-                entry = int(page_table[0, row, 0, slot // page_size])
-                pages = jnp.array([address.page(entry, head) for head in range(num_kv_heads)])
-                total += jnp.stack([pool[pages, slot % page_size].astype(jnp.float32) for pool in (k_pages, v_pages)])
-        out.append(total.reshape(-1) / ids.shape[1])
-    return jnp.stack(out)
+    pools = [np.asarray(pool) for pool in (k_pages, v_pages)]
+    of_token = np.asarray(token_rows(rows, starts, ids.shape[0]))
+    ids, table = np.asarray(ids), np.asarray(page_table)
+    out = np.zeros((ids.shape[0], 2, num_kv_heads, k_pages.shape[2]), np.float32)
+    for t in range(int(starts[-1])):
+        for slot in ids[t]:
+            entry = int(table[0, of_token[t], 0, slot // page_size])
+            pages = [int(address.page(entry, head)) for head in range(num_kv_heads)]
+            out[t] += np.stack([pool[pages, slot % page_size].astype(np.float32) for pool in pools]) / ids.shape[1]
+    return jnp.asarray(out.reshape(ids.shape[0], -1))
 
 
 def delta_compress(
@@ -85,6 +90,7 @@ def delta_compress(
     *,
     address: PageAddress,
     num_kv_heads: int,
+    tile: CompressTile | None = None,
     implementation: Implementation | None = None,
     interpret: bool | None = None,
 ) -> jax.Array:
@@ -96,6 +102,7 @@ def delta_compress(
       x: [N, 2*H*D] signals, concat(K before RoPE, V) over all KV heads; used at the precision of the pools.
       k_pages, v_pages, page_table, rows, starts, ids, address, num_kv_heads: as in `reference_mean`.
       down: [2*H*D, d], used at the precision of the pools.
+      tile: tile sizes of the kernel, for tuning.
       implementation, interpret: see `dispatch.resolve`.
 
     Returns:
@@ -113,11 +120,15 @@ def delta_compress(
         return jnp.zeros((ids.shape[0], down.shape[1]), jnp.float32)
     common, layer = address.split_layer()
     x, down = x.astype(k_pages.dtype), down.astype(k_pages.dtype)
+    row, ids = _padded_rows(rows, starts, ids)
     if implementation == "xla":
-        mean = _mean_xla(k_pages, v_pages, page_table, rows, starts, ids, layer, address=common, heads=num_kv_heads)
+        mean = _mean_xla(k_pages, v_pages, page_table, row, ids, layer, address=common, heads=num_kv_heads)
         delta = (x.astype(jnp.float32) - mean).astype(x.dtype)
         return jnp.dot(delta, down, precision="highest", preferred_element_type=jnp.float32)
-    raise NotImplementedError
+    return delta_compress_triton(
+        x, k_pages, v_pages, page_table, row, ids, down, layer, address=common, heads=num_kv_heads,
+        tile=tile or default_tile(k_pages), interpret=interpret,
+    )  # fmt: skip
 
 
 def delta_compress_reference(
@@ -132,13 +143,17 @@ def delta_compress_reference(
 
 
 @functools.partial(jax.jit, static_argnames=("address", "heads"))
-def _mean_xla(k_pages, v_pages, page_table, rows, starts, ids, layer, *, address, heads):
+def _mean_xla(k_pages, v_pages, page_table, row, ids, layer, *, address, heads):
     """f32[N, 2*H*D]."""
-    row = token_rows(rows, starts, ids.shape[0])
-    ids = jnp.clip(ids, 0, page_table.shape[3] * k_pages.shape[1] - 1)
     address = address.join_layer(layer)
     means = [mean_of(pool, page_table, row, ids, address=address, heads=heads) for pool in (k_pages, v_pages)]
     return jnp.concatenate([mean.reshape(ids.shape[0], -1) for mean in means], axis=1)
+
+
+def _padded_rows(rows, starts, ids):
+    """(row i32[N] of every token, ids with those of padding 0: it reads what is there, whatever its ids say)."""
+    row = token_rows(rows, starts, ids.shape[0])
+    return row, jnp.where((jnp.arange(ids.shape[0], dtype=jnp.int32) < starts[-1])[:, None], ids, 0)
 
 
 def _check(k_pages, v_pages, page_table, rows, starts, ids, address, num_kv_heads) -> None:

@@ -89,10 +89,13 @@ def delta_reconstruct(
         check_up(up, up_bias, store, num_kv_heads)
         up = up.astype(store.k_pages.dtype)
     elif residual is not None:
+        if up_bias is not None:
+            raise ValueError("up_bias goes with up: the residual holds it already")
         check_shape("residual", residual, (segments, tokens, 2 * num_kv_heads * dim))
     implementation, interpret = resolve(implementation, interpret)
     if 0 in (segments, tokens):
-        return (jnp.zeros((0, *store.k_pages.shape[1:]), store.k_pages.dtype),) * 2
+        empty = jnp.zeros((0, *store.k_pages.shape[1:]), store.k_pages.dtype)
+        return empty, empty
     common, *layers = layout.split_layer()
     if implementation == "xla":
         return _reconstruct_xla(

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.delta_places import find_places
 from pallas_kernels.delta_tiles import (
-    find_tokens,
     head_columns,
+    load_tile,
     mean_vectors,
     rotate_halves,
     store_arrays,
@@ -37,70 +38,60 @@ def default_tile(k_pages: jax.Array) -> ReconstructTile:
     return _TILES[k_pages.dtype.itemsize]
 
 
-def _kernel(*refs, layout, heads, tokens, block, quantised, listed, projected, biased):
+def _kernel(*refs, head_rows, page_size, heads, tokens, block, quantised, listed, projected, biased):
     """One KV head of `block` tokens of a segment."""
     store, refs = store_refs(refs, quantised=quantised)
-    rows_ref, recent_rows_ref, history_ref, lengths_ref, cos_ref, sin_ref, delta_ref, *refs = refs
+    lengths_ref, cos_ref, sin_ref, delta_ref, *refs = refs
     bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
     position_ref, refs = (refs[0], refs[1:]) if listed else (None, refs)
-    near_layer_ref, latent_layer_ref, k_out, v_out = refs
+    k_out, v_out = refs
     index, head, s = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    layout = layout.join_layer(near_layer_ref, latent_layer_ref)
-    page_size, dim = store.k.shape[1:]
-    half, dtype = dim // 2, store.k.dtype
+    dim, dtype = store.k.shape[1], store.k.dtype
+    half = dim // 2
     place = index * block + jnp.arange(block, dtype=jnp.int32)
     length = lengths_ref[s]
     if position_ref is None:
-        position = place
         live = place < jnp.minimum(length, tokens)
     else:
-        position = plgpu.load(position_ref.at[s, place], mask=place < tokens, other=-1)
+        at_segment = jnp.broadcast_to(s, place.shape)
+        position = plgpu.load(position_ref.at[at_segment, place], mask=place < tokens, other=-1)
         live = (position >= 0) & (position < length)
 
     @pl.when(live.astype(jnp.int32).max() > 0)
     def _():
-        at = find_tokens(store, rows_ref[s], recent_rows_ref[s], history_ref[s], position, live, layout)
+        at = load_tile(store, s, place, live, head * head_rows)
         columns = head_columns(head, heads, dim)
         if projected:
-            delta = up_products(store, delta_ref, at, columns, dtype)
+            deltas = up_products(store, delta_ref, at, columns, dtype)
         else:
-            delta = []
+            deltas = []
             for column, exists in columns:
                 places, numbers = index_grid(place, column)
                 mask = at.compressed[:, None] & exists[None, :]
-                delta.append(plgpu.load(delta_ref.at[s, places, numbers], mask=mask, other=0.0).astype(jnp.float32))
+                deltas.append(plgpu.load(delta_ref.at[s, places, numbers], mask=mask, other=0.0).astype(jnp.float32))
         half_column = jnp.arange(columns.first[0].shape[0], dtype=jnp.int32)
         column = jnp.arange(columns.value[0].shape[0], dtype=jnp.int32)
+        halves = (half_column, half_column < half), (half_column + half, half_column < half)
+        own = (*halves, (column, column < dim))  # the columns of a head's own vectors
         parts = []
-        for part, numbers, (pool, local, width) in zip(
-            delta,
-            columns,
-            ((store.k, half_column, half), (store.k, half_column + half, dim), (store.v, column, dim)),
-            strict=True,
-        ):
+        for delta, numbers, pool, local in zip(deltas, columns, (store.k, store.k, store.v), own, strict=True):
             if bias_ref is not None:
                 bias = plgpu.load(bias_ref.at[numbers[0]], mask=numbers[1], other=0.0).astype(jnp.float32)
-                part = part + jnp.where(at.compressed[:, None], bias[None, :], 0.0)
-            mean = mean_vectors(pool, at.entries, at.slots, head, live, local, local < width, address=layout.near)
-            parts.append(part + mean)
+                delta = delta + jnp.where(at.compressed[:, None], bias[None, :], 0.0)
+            parts.append(delta + mean_vectors(pool, at.near, live, *local))
+        places, in_half = index_grid(place, half_column)
+        mask = live[:, None] & (in_half < half)
         rotation = s if cos_ref.shape[0] > 1 else 0
-        places, halves = index_grid(place, half_column)
-        in_half = live[:, None] & (halves < half)
-        cos, sin = (plgpu.load(ref.at[rotation, places, halves], mask=in_half, other=0.0) for ref in (cos_ref, sin_ref))
+        cos, sin = (plgpu.load(ref.at[rotation, places, in_half], mask=mask, other=0.0) for ref in (cos_ref, sin_ref))
         first, second = rotate_halves(parts[0], parts[1], cos, sin)
 
-        columns_of_table = pl.cdiv(tokens, page_size)
         # Dead lanes point past the scratch: the interpreter drops what is stored there.
-        page = ((s * columns_of_table + place // page_size) * heads) + head
+        page = (s * pl.cdiv(tokens, page_size) + place // page_size) * heads + head
         page = jnp.where(live, page, k_out.shape[0])
-        for out, value, local, width in (
-            (k_out, first, half_column, half),
-            (k_out, second, half_column + half, dim),
-            (v_out, parts[2], column, dim),
-        ):
+        for out, value, (local, exists) in zip((k_out, k_out, v_out), (first, second, parts[2]), own, strict=True):
             pages, locals_ = index_grid(page, local)
             slots, _ = index_grid(place % page_size, local)
-            mask = live[:, None] & (locals_ < width)
+            mask = live[:, None] & exists[None, :]
             plgpu.store(out.at[pages, slots, locals_], value.astype(dtype), mask=mask)
 
 
@@ -113,13 +104,18 @@ def delta_reconstruct_triton(
     segments, tokens = rows.shape[0], cos.shape[1]
     page_size, dim = store.k_pages.shape[1:]
     block = min(tile.block, max(16, next_power_of_two(tokens)))
-    inputs = [*store_arrays(store), rows, recent_rows, history, lengths, cos, sin, residual if up is None else up]
-    inputs += [x for x in (up_bias, positions) if x is not None] + [near_layer, latent_layer]
+    places = find_places(
+        store, rows, recent_rows, history, lengths, positions, near_layer, latent_layer,
+        tokens=tokens, layout=layout, interpret=interpret,
+    )  # fmt: skip
+    inputs = [*store_arrays(store, places), lengths, cos, sin, residual if up is None else up]
+    inputs += [x for x in (up_bias, positions) if x is not None]
     scratch = jax.ShapeDtypeStruct((segments * -(-tokens // page_size) * heads, page_size, dim), store.k_pages.dtype)
     return pl.pallas_call(
         functools.partial(
             _kernel,
-            layout=layout,
+            head_rows=layout.near.head_stride * page_size,
+            page_size=page_size,
             heads=heads,
             tokens=tokens,
             block=block,

@@ -28,11 +28,11 @@ def read_token_reference(
     latents = store.latents
     page_size = latents.values.shape[1]
     page = int(layout.latent.page(int(store.latent_table[0, row, 0, slot // page_size]), 0))
-    values = latents.values[page, slot % page_size]
+    values = np.asarray(latents.values[page, slot % page_size])
     if latents.scale is None:
         z = values.astype(np.float64)
     else:
-        scale = latents.scale[page, slot % page_size].astype(np.float64)
+        scale = np.asarray(latents.scale[page, slot % page_size], np.float64)
         quarter = len(values)
         z = np.array(
             [

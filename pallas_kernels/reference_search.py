@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.centers import center_ordinals
 from pallas_kernels.checks import check_integer, check_pool, check_shape, check_table_heads
@@ -16,6 +17,7 @@ from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.nearest import METRICS, nearest_centers
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.query_tiles import query_tiles
+from pallas_kernels.reference_search_triton import SearchTile, default_tile, reference_search_triton
 from pallas_kernels.tiles import next_power_of_two
 
 _BLOCK = 128  # tokens of a tile of the XLA program
@@ -36,6 +38,7 @@ def reference_search(
     sinks: int,
     step: int,
     metric: str = "l2",
+    tile: SearchTile | None = None,
     implementation: Implementation | None = None,
     interpret: bool | None = None,
 ) -> jax.Array:
@@ -60,6 +63,7 @@ def reference_search(
       neighbors: K.
       sinks, step: geometry of the centers, see `pallas_kernels.centers`.
       metric: "l2" (by 2 x.c - |c|^2, which orders as -|x - c|^2 does), "dot" or "cosine".
+      tile: tile sizes of the kernel, for tuning.
       implementation, interpret: see `dispatch.resolve`.
 
     Returns:
@@ -92,7 +96,10 @@ def reference_search(
             x, k_pages, v_pages, page_table, rows, starts, last, layer,
             address=common, heads=num_kv_heads, neighbors=neighbors, metric=metric,
         )  # fmt: skip
-    raise NotImplementedError
+    return reference_search_triton(
+        x, k_pages, v_pages, page_table, rows, starts, last, layer, address=common, heads=num_kv_heads,
+        neighbors=neighbors, metric=metric, tile=tile or default_tile(k_pages), interpret=interpret,
+    )  # fmt: skip
 
 
 def check_near(k_pages, v_pages, page_table, address: PageAddress, num_kv_heads: int) -> None:
@@ -158,24 +165,25 @@ def reference_search_reference(
     x, k_pages, v_pages, page_table, rows, starts, positions, *, address: PageAddress, num_kv_heads: int,
     neighbors: int, sinks: int, step: int, metric: str = "l2",
 ) -> jax.Array:  # fmt: skip
-    """The meaning of `reference_search`, one token after the other (arguments concrete)."""
+    """The meaning of `reference_search`, one token after the other in float64 (arguments concrete)."""
     keys_only = x.shape[1] == num_kv_heads * k_pages.shape[2]
-    found = []
-    of_token = token_rows(rows, starts, x.shape[0]).tolist()
-    for t, row in enumerate(of_token):
-        if not (t < int(starts[-1])):
-            found.append([0] * neighbors)
-            continue
-        count = int(center_ordinals(int(positions[t]), sinks=sinks, step=step)) + 1
-        centers = dense_centers(
-            k_pages, v_pages, page_table, row, address=address, heads=num_kv_heads, keys_only=keys_only
-        )[:count].astype(jnp.float32)
-        token = x[t].astype(k_pages.dtype).astype(jnp.float32)
-        score = (centers * token).sum(axis=1)
+    x = np.asarray(x.astype(k_pages.dtype), np.float64)
+    of_token = np.asarray(token_rows(rows, starts, x.shape[0])).tolist()
+    centers_of = {
+        row: np.asarray(
+            dense_centers(k_pages, v_pages, page_table, row, address=address, heads=num_kv_heads, keys_only=keys_only),
+            np.float64,
+        )
+        for row in set(of_token)
+    }
+    found = np.zeros((x.shape[0], neighbors), np.int32)
+    for t in range(int(starts[-1])):
+        centers = centers_of[of_token[t]][: center_ordinals(int(positions[t]), sinks=sinks, step=step) + 1]
+        score = centers @ x[t]
         if metric == "l2":
-            score = 2 * score - jnp.square(centers).sum(axis=1)
+            score = 2 * score - np.square(centers).sum(axis=1)
         elif metric == "cosine":
-            score = score / jnp.linalg.norm(centers, axis=1)
-        order = jnp.argsort(-score, stable=True)[:neighbors].tolist()
-        found.append(order + order[:1] * (neighbors - len(order)))
-    return jnp.asarray(found, jnp.int32)
+            score = score / np.linalg.norm(centers, axis=1)
+        order = np.argsort(-score, kind="stable")[:neighbors]
+        found[t] = np.concatenate([order, np.repeat(order[:1], neighbors - order.size)])
+    return jnp.asarray(found)

@@ -11,13 +11,33 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels import BlockTile, DecodeTile, PrefillTile, RecordTile, SpanLimits
+from pallas_kernels import (
+    BlockTile,
+    CompressTile,
+    DecodeTile,
+    PrefillTile,
+    ReconstructTile,
+    RecordTile,
+    SearchTile,
+    SpanLimits,
+)
+from sparsejax.bench import delta_shapes, kernel_shapes
 from sparsejax.bench.ceilings import Ceilings, measure
-from sparsejax.bench.kernel_shapes import Case, Program, cases, tiny_cases
+from sparsejax.bench.kernel_shapes import Case, Program
 from sparsejax.bench.timing import Timing, device_seconds, time_calls
 from sparsejax.errors import InvalidArgumentError, nearest
 
 __all__ = ["Case", "Row", "cases", "format_table", "run", "tiny_cases", "tune"]
+
+
+def cases() -> list[Case]:
+    """All cases at production shapes."""
+    return [*kernel_shapes.cases(), *delta_shapes.cases()]
+
+
+def tiny_cases() -> list[Case]:
+    """One small case of each kernel, for tests."""
+    return [*kernel_shapes.tiny_cases(), *delta_shapes.tiny_cases()]
 
 
 @dataclass(frozen=True)
@@ -176,8 +196,32 @@ _CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "block_attention_mass": [
         {"tile": BlockTile(*tile)} for tile in ((64, 4, 2), (64, 8, 2), (128, 4, 2), (128, 8, 2), (128, 8, 3))
     ],
+    "delta_attention": [
+        {"tile": DecodeTile(*tile)}
+        for tile in (
+            (32, 4, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 3), (128, 8, 2), (128, 8, 3),
+        )
+    ],
+    "delta_work": [
+        {"limits": SpanLimits(wave=wave, min_span=128, wave_span=2048, max_span=1024)} for wave in (132, 264, 396, 528)
+    ],
+    "delta_reconstruct": [
+        {"tile": ReconstructTile(*tile)}
+        for tile in ((32, 4, 3), (64, 4, 2), (64, 4, 3), (64, 8, 3), (128, 8, 2), (128, 8, 3))
+    ],
+    "delta_compress": [
+        {"tile": CompressTile(*tile)}
+        for tile in ((32, 512, 8, 1), (64, 256, 4, 1), (64, 256, 8, 1), (64, 512, 8, 1), (128, 256, 8, 1))
+    ],
+    "reference_search": [
+        {"tile": SearchTile(*tile)}
+        for tile in (
+            (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+            (128, 128, 128, 8, 2), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3),
+        )
+    ],
 }  # fmt: skip
-_MEASURED_WITH = {"decode_work": "decode_attention"}
+_MEASURED_WITH = {"decode_work": "decode_attention", "delta_work": "delta_attention"}
 
 
 def tune(
@@ -191,8 +235,9 @@ def tune(
     """Times the candidates of `kernel` and reports them.
 
     Args:
-      kernel: "decode_attention", "prefill_attention", "record_attention" or "block_attention_mass" for their tiles,
-        "decode_work" for the limits of the spans.
+      kernel: "decode_attention", "prefill_attention", "record_attention", "block_attention_mass", "delta_attention",
+        "delta_reconstruct", "delta_compress" or "reference_search" for their tiles, "decode_work" or "delta_work" for
+        the limits of the spans of decode_attention or delta_attention.
       names: cases to weigh; None means all of this kernel.
       every: the cases to choose from; None means `cases()`.
       candidates: options of `Case.build`; None means the built-in ones.

@@ -1,11 +1,16 @@
 """The search for references through the slot table, and the latents made with what it finds."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import MODES, TOLERANCE, make_paged, normal
+from kernel_cases import MODES, TOLERANCE, make_address, make_paged, normal
+from lowering import lower_for_h200, triton_calls
 
 from pallas_kernels import (
+    SearchTile,
     delta_compress,
     delta_compress_reference,
     reference_mean,
@@ -17,7 +22,7 @@ from pallas_kernels.centers import center_count
 
 SINKS, STEP, NEIGHBORS = 3, 4, 4
 # First position and number of tokens of each segment; the last segment is empty.
-SEGMENTS = ((0, 21), (37, 16), (2, 3), (100, 0))
+SEGMENTS = ((0, 21), (137, 16), (2, 3), (100, 0))
 STARTS = jnp.array([0, 21, 37, 40, 40], jnp.int32)
 TOKENS = 43  # three of padding
 ROWS = jnp.array([2, 3, 1, 4], jnp.int32)
@@ -53,7 +58,8 @@ def test_finds_the_nearest_centers_before_each_token(mode, heads, dim, page, dty
         "address": case.address, "num_kv_heads": heads, "neighbors": NEIGHBORS, "sinks": SINKS, "step": STEP,
         "metric": metric,
     }  # fmt: skip
-    got = reference_search(*arguments, **options, **mode)
+    # Several blocks and parts of centers, several tiles of tokens.
+    got = reference_search(*arguments, **options, tile=SearchTile(16, 16, 16, 4, 1), **mode)
     np.testing.assert_array_equal(got, reference_search_reference(*arguments, **options))
 
 
@@ -104,6 +110,39 @@ def test_latents_are_projected_differences_from_the_mean(mode, heads, dim, size,
     assert z.dtype == jnp.float32
     expected = delta_compress_reference(x, *where, down, **options)
     np.testing.assert_allclose(z[:real], expected[:real], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "segments", "heads", "dim", "size", "dtype", "metric", "keys_only"),
+    [
+        (8192, 1, 8, 128, 512, jnp.bfloat16, "l2", False),
+        (1024, 8, 8, 128, 512, jnp.bfloat16, "dot", True),
+        (2048, 1, 4, 128, 256, jnp.bfloat16, "cosine", False),
+        (200, 3, 2, 80, 96, jnp.float32, "l2", False),
+    ],
+)
+def test_lowers_for_cuda_at_production_shapes(tokens, segments, heads, dim, size, dtype, metric, keys_only):
+    shape = jax.ShapeDtypeStruct
+    pool = shape((440 * 2 * heads, 32, dim), dtype)
+    features = 2 * heads * dim
+    address = make_address("shared", heads)
+    options = {"address": address, "num_kv_heads": heads}
+    where = (
+        pool,
+        pool,
+        shape((1, segments + 1, 1, 440), jnp.int32),
+        shape((segments,), jnp.int32),
+        shape((segments + 1,), jnp.int32),
+    )
+    search = functools.partial(reference_search, neighbors=4, sinks=16, step=10, metric=metric, **options)
+    text = lower_for_h200(
+        search, shape((tokens, features // (2 if keys_only else 1)), dtype), *where, shape((tokens,), jnp.int32)
+    )
+    assert triton_calls(text) == (1 if metric == "dot" else 2)
+    x, ids = shape((tokens, features), dtype), shape((tokens, 4), jnp.int32)
+    text = lower_for_h200(functools.partial(delta_compress, **options), x, *where, ids, shape((features, size), dtype))
+    assert triton_calls(text) == 1
+    assert triton_calls(lower_for_h200(functools.partial(reference_mean, **options), *where, ids)) == 1
 
 
 @pytest.mark.parametrize(
