@@ -11,9 +11,11 @@ from sparsejax.errors import InvalidArgumentError, unknown_key_error
 if TYPE_CHECKING:  # all bring JAX, which the command line's parser does not need
     from pallas_kernels import Implementation
     from sparsejax.cache import Granularity
+    from sparsejax.compressor import CompressorConfig
     from sparsejax.engine.sampling_params import CompressionParams
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LATENT_DTYPES = ("bfloat16", "float32", "int4")
 GRANULARITIES = ("shared", "per_layer", "per_head")
 
 
@@ -48,6 +50,16 @@ class EngineConfig:
       methods: sparse methods that requests may use. Default: any; the cache is then laid out for dense attention until
         the first request that evicts, when it is built anew (`LLM.enable_methods`).
       default_compression: the method of requests that name none.
+      compressor: for method "deltakv": folder or Hugging Face id of the compressor that was trained for the model, or a
+        pair (CompressorConfig, parameters) that is loaded already.
+      full_attention_layers: for method "deltakv": layers that keep every token as it is; each one that is followed by
+        another layer chooses for the layers behind it what they read. Layer 0 must be among them. Default: every fifth.
+      recent_tokens: for method "deltakv": tokens that are compressed at once; as many to twice as many of the last
+        tokens are always there as they are.
+      latent_dtype: for method "deltakv": how compressed tokens are stored: "bfloat16", "float32", or "int4" (one scale
+        for 32 numbers). Default: float32 if the model is, else bfloat16.
+      dense_cache_fraction: for method "deltakv": fraction of the KV cache that is laid out as dense requests need it,
+        in [0, 1). The rest is laid out for compressed ones, whose sparse layers have little room for dense ones.
       page_size: tokens in one page of the KV cache, a power of two.
       num_pages: physical pages in the pool (one KV head of one layer each). Default: what memory allows.
       table_granularity: "shared", "per_layer" or "per_head" slot tables. Default: the coarsest the methods allow.
@@ -72,6 +84,11 @@ class EngineConfig:
     max_resident_rows: int | None = None
     methods: tuple[str, ...] | None = None
     default_compression: CompressionParams | None = None
+    compressor: str | Path | tuple[CompressorConfig, Any] | None = None
+    full_attention_layers: tuple[int, ...] | None = None
+    recent_tokens: int = 128
+    latent_dtype: str | None = None
+    dense_cache_fraction: float = 0.0
     page_size: int = 32
     num_pages: int | None = None
     table_granularity: Granularity | None = None
@@ -80,7 +97,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_seqs", "num_pages")
-        for name in (*positive, "max_resident_rows", "max_mixed_tokens"):
+        for name in (*positive, "max_resident_rows", "max_mixed_tokens", "recent_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidArgumentError(f"{name} must be a positive whole number, got {value!r}.")
@@ -94,6 +111,10 @@ class EngineConfig:
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("table_granularity", self.table_granularity, (None, *GRANULARITIES))
         _require_choice("implementation", self.implementation, (None, "triton", "xla"))
+        share = self.dense_cache_fraction
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise InvalidArgumentError(f"dense_cache_fraction must be a number in [0, 1), got {share!r}.")
+        _require_choice("latent_dtype", self.latent_dtype, (None, *LATENT_DTYPES))
         _require_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
         _require_choice("warmup", self.warmup, (False, True, "greedy"))
         if self.tensor_parallel_size != 1:
@@ -123,8 +144,9 @@ class EngineConfig:
         for name in kwargs:
             if name not in valid:
                 raise unknown_key_error(name, valid, "LLM")
-        if isinstance(kwargs.get("methods"), list):
-            kwargs["methods"] = tuple(kwargs["methods"])
+        for name in ("methods", "full_attention_layers"):
+            if isinstance(kwargs.get(name), list):
+                kwargs[name] = tuple(kwargs[name])
         return cls(**kwargs)
 
 

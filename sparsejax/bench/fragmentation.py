@@ -143,7 +143,7 @@ class _Watch:
 
     def __init__(self, llm: LLM) -> None:
         self._engine = llm.engine
-        self._tables = llm.engine.runner.layout.entries_per_page_column
+        self._tables = llm.engine.scheduler.config.entries_per_page_column
         self._page_size = llm.engine.runner.layout.page_size
         self._reports: dict[tuple[str, int], tuple[int, int]] = {}
         self._evict_seconds = llm.engine.eviction_seconds

@@ -217,7 +217,7 @@ def serve(
         steps=len(served.timeline.seconds),
         max_running=max(served.timeline.running),
         max_pages=max(served.timeline.pages),
-        pool_pages=limits.num_free_entries * runner.layout.pages_per_entry,
+        pool_pages=runner.layout.pages_of(engine.scheduler.pool_entries),
         preemptions=engine.scheduler.num_preemptions - preempted,
         compilations=dict(runner.compilations - before),
         programs_compiled=len(compiled.programs),
@@ -315,11 +315,11 @@ class _Server:
         if ended:
             self._active = [i for i in self._active if not self.submissions[i].finished]
         scheduler = self.engine.scheduler
-        used = scheduler.config.num_free_entries - scheduler.available_entries
+        pages_of = self.engine.runner.layout.pages_of
         self.timeline.seconds.append(now)
         self.timeline.running.append(scheduler.num_running)
         self.timeline.waiting.append(scheduler.num_waiting)
-        self.timeline.pages.append(used * self.engine.runner.layout.pages_per_entry)
+        self.timeline.pages.append(pages_of(scheduler.pool_entries) - pages_of(scheduler.available_entries))
         return ended
 
 

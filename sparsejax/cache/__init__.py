@@ -26,6 +26,20 @@ from .allocate import allocate, release
 from .append import add_scores, append, rotate_and_append, slot_mapping, slots_at, stamp
 from .compact import compact
 from .dead import drop_dead_pages, live_slots
+from .delta import (
+    DeltaCache,
+    DeltaCacheLayout,
+    Entries,
+    LatentCache,
+    allocate_delta,
+    free_delta_entries,
+    init_delta_cache,
+    latent_slots,
+    near_slots,
+    read_near,
+    release_delta,
+    store_near,
+)
 from .fork import fork
 from .layout import CacheLayout, Granularity
 from .repack import repack
@@ -34,27 +48,39 @@ from .usage import RowUsage, row_usage
 
 __all__ = [
     "CacheLayout",
+    "DeltaCache",
+    "DeltaCacheLayout",
+    "Entries",
     "FreeList",
     "Granularity",
     "KVCache",
     "KVPool",
+    "LatentCache",
     "RowUsage",
     "SlotMapping",
     "SlotTable",
     "add_scores",
     "allocate",
+    "allocate_delta",
     "append",
     "compact",
     "drop_dead_pages",
     "fork",
+    "free_delta_entries",
     "free_entries",
     "init_cache",
+    "init_delta_cache",
+    "latent_slots",
     "live_slots",
+    "near_slots",
+    "read_near",
     "release",
+    "release_delta",
     "repack",
     "rotate_and_append",
     "row_usage",
     "slot_mapping",
     "slots_at",
     "stamp",
+    "store_near",
 ]

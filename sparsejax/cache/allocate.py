@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from . import free_list
-from .state import KVCache, SlotTable
+from .state import Paged, SlotTable
 
 
 def allocate(
-    cache: KVCache, rows: jax.Array, count: jax.Array, *, max_count: int | None = None
-) -> tuple[KVCache, jax.Array]:
+    cache: Paged, rows: jax.Array, count: jax.Array, *, max_count: int | None = None
+) -> tuple[Paged, jax.Array]:
     """Makes room for more tokens at the end of each row: as many in all layers and heads, or a number for each.
 
     Pure bookkeeping: it changes table, lengths and free list, and touches no array of the pool. The page that a row's
@@ -19,7 +19,7 @@ def allocate(
     here.
 
     Args:
-      cache: the cache.
+      cache: a `KVCache`, or another that has its table, free list and layout.
       rows: i32[K], distinct, except that the null row 0 may repeat; its `count` is ignored.
       count: i32[K], new tokens of each row in every layer and head, or i32[Lt, K, Ht], new tokens of each table of it
         (0 where a token takes the slot of an evicted one), >= 0.
@@ -39,7 +39,7 @@ def allocate(
         raise ValueError(f"count must have shape [K] = {rows.shape} or [Lt, K, Ht] = {lanes}, got {count.shape}")
     if max_count is not None and max_count < 1:
         raise ValueError(f"max_count must be positive or None, got {max_count}")
-    capacity = layout.max_entries_per_row * layout.page_size
+    capacity: int = layout.max_entries_per_row * layout.page_size
     max_count = capacity if max_count is None else min(max_count, capacity)
     width = -(-max_count // layout.page_size)
 
@@ -66,11 +66,11 @@ def allocate(
     return dataclasses.replace(cache, table=table, free=free), ok
 
 
-def release(cache: KVCache, rows: jax.Array) -> KVCache:
+def release(cache: Paged, rows: jax.Array) -> Paged:
     """Empties rows: every entry loses the row's reference, and entries that have none left become free.
 
     Args:
-      cache: the cache.
+      cache: as `allocate` takes it.
       rows: i32[K]. Empty rows, the null row and repetitions have no effect.
     """
     repeated = jnp.any(jnp.tril(rows[:, None] == rows[None, :], k=-1), axis=1)

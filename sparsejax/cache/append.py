@@ -10,7 +10,7 @@ from pallas_kernels.page_bounds import update_page_bounds
 from pallas_kernels.rotate_and_store import rotate_and_store
 from pallas_kernels.store_kv import store_kv
 
-from .state import KVCache, SlotMapping
+from .state import KVCache, Paged, SlotMapping
 
 
 def slot_mapping(cache: KVCache, rows: jax.Array, back: jax.Array) -> SlotMapping:
@@ -28,7 +28,7 @@ def slot_mapping(cache: KVCache, rows: jax.Array, back: jax.Array) -> SlotMappin
     return slots_at(cache, rows, cache.table.length[:, rows] - back[:, None])
 
 
-def slots_at(cache: KVCache, rows: jax.Array, slot: jax.Array) -> SlotMapping:
+def slots_at(cache: Paged, rows: jax.Array, slot: jax.Array) -> SlotMapping:
     """Where given slots of rows live.
 
     Args:

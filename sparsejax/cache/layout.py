@@ -140,12 +140,23 @@ class CacheLayout:
             head_stride=0 if self.granularity == "per_head" else 1,
         )
 
+    def pages_of(self, entries: int) -> int:
+        """Pages of so many table entries."""
+        return entries * self.pages_per_entry
+
+    def bytes_of(self, entries: int) -> int:
+        """Device memory of the K and V of so many table entries."""
+        return entries * self.pages_per_entry * 2 * self.page_size * self.head_dim * jnp.dtype(self.dtype).itemsize
+
+    def table_bytes(self) -> int:
+        """Device memory of table and lengths."""
+        return 4 * self.entries_per_page_column * self.num_rows * (self.max_entries_per_row + 1)
+
     def bytes(self) -> int:
         """Device memory of the whole cache: pool, scores, positions, bounds, table, lengths and free list."""
         slots = self.num_pages * self.page_size
         pool = 2 * slots * self.head_dim * jnp.dtype(self.dtype).itemsize
         per_slot = 4 * slots * (int(self.with_score) + int(self.with_position))
-        table = 4 * self.entries_per_page_column * self.num_rows * (self.max_entries_per_row + 1)
         free = 4 * (2 * self.num_entries + 1)
         bounds = 2 * self.num_pages * self.head_dim * jnp.dtype(self.dtype).itemsize if self.with_bounds else 0
-        return pool + per_slot + bounds + table + free
+        return pool + per_slot + bounds + self.table_bytes() + free

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,9 @@ class KVCache:
     layout: CacheLayout
 
 
+Paged = TypeVar("Paged", bound=Any)  # any of the caches that have a table, a free list and a layout
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["entry", "slot"], meta_fields=[])
 @dataclass(frozen=True)
 class SlotMapping:
@@ -95,8 +99,6 @@ class SlotMapping:
 def init_cache(layout: CacheLayout) -> KVCache:
     """An empty cache: no row holds a token, every entry but the null one is free, low entries are handed out first."""
     slots = (layout.num_pages, layout.page_size)
-    rows = (layout.table_layers, layout.num_rows, layout.table_heads)
-    entries = layout.num_entries
     return KVCache(
         pool=KVPool(
             k=jnp.zeros((*slots, layout.head_dim), layout.dtype),
@@ -105,16 +107,28 @@ def init_cache(layout: CacheLayout) -> KVCache:
             position=jnp.zeros(slots, jnp.int32) if layout.with_position else None,
             bounds=jnp.zeros((layout.num_pages, 2, layout.head_dim), layout.dtype) if layout.with_bounds else None,
         ),
-        table=SlotTable(
-            pages=jnp.zeros((*rows, layout.max_entries_per_row), jnp.int32),
-            length=jnp.zeros(rows, jnp.int32),
-        ),
-        free=FreeList(
-            stack=jnp.arange(entries - 1, -1, -1, dtype=jnp.int32),
-            count=jnp.asarray(entries - 1, jnp.int32),
-            references=jnp.zeros(entries, jnp.int32),
-        ),
+        table=init_table(layout),
+        free=init_free_list(layout),
         layout=layout,
+    )
+
+
+def init_table(layout: CacheLayout) -> SlotTable:
+    """The table of empty rows."""
+    rows = (layout.table_layers, layout.num_rows, layout.table_heads)
+    return SlotTable(
+        pages=jnp.zeros((*rows, layout.max_entries_per_row), jnp.int32),
+        length=jnp.zeros(rows, jnp.int32),
+    )
+
+
+def init_free_list(layout: CacheLayout) -> FreeList:
+    """The list with every entry but the null one."""
+    entries = layout.num_entries
+    return FreeList(
+        stack=jnp.arange(entries - 1, -1, -1, dtype=jnp.int32),
+        count=jnp.asarray(entries - 1, jnp.int32),
+        references=jnp.zeros(entries, jnp.int32),
     )
 
 

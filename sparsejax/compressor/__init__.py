@@ -21,6 +21,7 @@ from sparsejax.compressor.modules import Compressor, Projection, abstract_params
 from sparsejax.compressor.positional import positional_references
 from sparsejax.compressor.reconstruct import reconstruct, references_of
 from sparsejax.compressor.search import reference_mean, reference_search, soft_weights
+from sparsejax.compressor.store_geometry import StoreGeometry
 
 __all__ = [
     "DOWN_UP_TYPES",
@@ -31,6 +32,7 @@ __all__ = [
     "CompressorConfigError",
     "CompressorMismatchError",
     "Projection",
+    "StoreGeometry",
     "abstract_params",
     "center_count",
     "center_ordinals",

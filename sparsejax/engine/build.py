@@ -9,9 +9,10 @@ import jax
 from tqdm import tqdm
 
 from sparsejax import methods as methods_registry
-from sparsejax.cache import CacheLayout, Granularity
+from sparsejax.cache import CacheLayout, DeltaCacheLayout, Entries, Granularity
 from sparsejax.config import EngineConfig
 from sparsejax.engine import memory
+from sparsejax.engine.build_store import load_store
 from sparsejax.engine.engine import Engine
 from sparsejax.engine.recording import CHUNK_RECORDS, idle_record
 from sparsejax.engine.runner import Runner
@@ -63,11 +64,18 @@ def build_engine(
         )
     max_resident_rows = _max_resident_rows(model_config, config, max_num_seqs)
     decoder = Decoder(model_config, params["embed"].dtype)
+    methods = tuple(methods)
+    check_methods(methods)
     allowed = {name: methods_registry.get(name) for name in methods}
+    store = None
+    if any(method.family == "store" for method in allowed.values()):
+        store = load_store(model_config, config, dtype=decoder.dtype)
+        max_resident_rows = 0  # what compressed rows hold is not shared
+        params = {**params, "compressor": store.params}
     evicting = [method for method in allowed.values() if method.family == "evict"]
     selecting = sorted(name for name, method in allowed.items() if method.family == "select")
     granularity = _granularity(config, evicting)
-    layout = CacheLayout(
+    dense = CacheLayout(
         num_layers=model_config.num_layers,
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
@@ -81,6 +89,17 @@ def build_engine(
         with_position=bool(evicting),
         with_bounds=any(method.needs_page_bounds for method in allowed.values()),
     )
+    sizes = {"max_rows": dense.max_rows, "max_slots": dense.max_slots, "page_size": dense.page_size}
+
+    def fit(num_pages: int) -> CacheLayout | DeltaCacheLayout:
+        if store is None:
+            return memory.fit_pool(dense, num_pages, needed_tokens=1)
+        budget = num_pages * dense.bytes_of(1) // dense.pages_per_entry
+        return store.fit(model_config, budget, max_model_len=max_model_len, dtype=decoder.dtype, **sizes)
+
+    smallest = (
+        dense if store is None else store.layout(model_config, entries=Entries(2, 2, 2), dtype=decoder.dtype, **sizes)
+    )
     records: frozenset[str] = frozenset().union(*(method.records for method in evicting))
     num_pages = config.num_pages
     if num_pages is None:
@@ -89,27 +108,28 @@ def build_engine(
             scratch = memory.scratch_bytes(
                 decoder,
                 params,
-                layout,
+                smallest,
                 decode_batch=max_num_seqs,
                 prefill_tokens=max_num_batched_tokens,
                 prefill_seqs=config.max_prefill_seqs,
                 implementation=config.implementation,
                 records=records & CHUNK_RECORDS,
+                store=None if store is None else store.spec,
                 selecting=selecting,
             )
         state = jax.eval_shape(
             lambda: init_state(
-                layout.num_rows,
+                dense.num_rows,
                 model_config.vocab_size,
-                idle_record(layout, model_config, records, config.max_prefill_seqs),
+                idle_record(dense, model_config, records, config.max_prefill_seqs),
+                stores=store is not None,
                 selects=bool(selecting),
             )
         )
-        tables = 4 * layout.entries_per_page_column * layout.num_rows * (layout.max_entries_per_row + 1)
         num_pages = memory.pages_that_fit(
-            layout, device=device, scratch=scratch, other=memory.tree_bytes([state]) + tables
+            dense, device=device, scratch=scratch, other=memory.tree_bytes([state]) + smallest.table_bytes()
         )
-    layout = memory.fit_pool(layout, num_pages, needed_tokens=1)
+    layout = fit(num_pages)
     with memory.explain_out_of_memory(f"allocating a KV cache of {layout.bytes() / 2**30:.1f} GiB"):
         runner = Runner(
             decoder,
@@ -125,6 +145,7 @@ def build_engine(
             may_evict_per_step=any(method.evicts_per_step for method in evicting),
             selecting=selecting,
             instructions=_instructions(tokenizer),
+            store=None if store is None else store.spec,
         )
     if config.warmup:
         runner.warm_up(
@@ -140,10 +161,13 @@ def build_engine(
             max_mixed_tokens=max_mixed_tokens,
             max_prefill_seqs=config.max_prefill_seqs,
             page_size=layout.page_size,
-            num_free_entries=layout.num_entries - 1,
-            entries_per_page_column=layout.entries_per_page_column,
+            num_free_entries=layout.num_entries - 1 if isinstance(layout, CacheLayout) else layout.full.num_entries - 1,
+            entries_per_page_column=dense.entries_per_page_column,
             max_model_len=max_model_len,
             max_resident_rows=max_resident_rows,
+            store=store.limits(layout, max_mixed_tokens)
+            if store is not None and isinstance(layout, DeltaCacheLayout)
+            else None,
         )
     )
     return Engine(runner, scheduler, tokenizer=tokenizer, seed=config.seed)
@@ -153,6 +177,22 @@ def named_methods(config: EngineConfig) -> tuple[str, ...]:
     """The methods that a configuration names; an engine is built for them from the start."""
     default = () if config.default_compression is None else (config.default_compression.method,)
     return (*(config.methods or ()), *default)
+
+
+def check_methods(names: Iterable[str]) -> None:
+    """Refuses methods that no one cache serves.
+
+    Raises:
+      InvalidArgumentError: some evict, others store compressed.
+    """
+    families = {name: methods_registry.get(name).family for name in names}
+    stores = [name for name, family in families.items() if family == "store"]
+    others = [name for name, family in families.items() if family not in ("store", "full")]
+    if stores and others:
+        raise InvalidArgumentError(
+            f"methods {stores[0]!r} and {others[0]!r} need different caches: an engine that stores requests compressed "
+            "serves dense ones beside them, and no others."
+        )
 
 
 def _instructions(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

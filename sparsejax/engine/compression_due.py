@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sparsejax.engine.plan import Compress, Evict
+from sparsejax.engine.plan import Compress, Evict, FullRing
 from sparsejax.engine.request import Request
+from sparsejax.engine.store_limits import StoreLimits
 
 
 def due_now(requests: Iterable[Request]) -> list[Compress]:
@@ -29,3 +30,12 @@ def due_now(requests: Iterable[Request]) -> list[Compress]:
         else:
             due.append(Compress(request, length, budget, held))
     return due
+
+
+def full_rings(requests: Iterable[Request], limits: StoreLimits) -> list[FullRing]:
+    """Of the requests that a plan decodes, those whose newest token fills the ring of a compressed row."""
+    return [
+        FullRing(request, request.num_computed)
+        for request in requests
+        if request.compression.compresses and limits.geometry.due(request.num_computed)
+    ]

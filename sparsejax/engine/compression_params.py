@@ -149,6 +149,11 @@ class CompressionParams:
         return self.policy.family == "evict"
 
     @property
+    def compresses(self) -> bool:
+        """Whether tokens are stored compressed, and so read back as something else."""
+        return self.policy.family == "store"
+
+    @property
     def selects(self) -> bool:
         """Whether decoding reads a part of what is kept."""
         return self.policy.family == "select"
@@ -156,7 +161,7 @@ class CompressionParams:
     @property
     def decodes_again(self) -> bool:
         """Whether K and V of decoded tokens depend on more than the text, so that a replay must decode them again."""
-        return self.selects
+        return self.selects or self.compresses
 
     def prefilled(self, prompt_length: int) -> int:
         """Tokens of a prompt that are computed at once; those behind them are decoded one by one."""
@@ -279,6 +284,8 @@ class CompressionParams:
     def _check_keeps_everything(self) -> None:
         """Refuses what only evicting has a use for."""
         taken, hint = {"method"}, ""
+        if self.compresses:
+            taken.add("options")
         if self.selects:
             taken |= {"sink_tokens", "recent_tokens", "context_tokens", "options"}
             hint = " How much is read is top_tokens, a number or a fraction."

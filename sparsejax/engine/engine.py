@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
+import jax
 
 from sparsejax.engine.detokenizer import decode_function
 from sparsejax.engine.eviction import EvictReport
@@ -74,13 +74,6 @@ class Engine:
         self.eviction_observer: Callable[[Sequence[Evict], EvictReport], None] | None = None
         self._in_flight: InFlight | None = None
         self._answers: dict[str, tuple[Submission, Answer]] = {}  # by request id of each answer, unfinished
-        self._bytes_per_entry = (
-            runner.layout.pages_per_entry
-            * 2
-            * runner.layout.page_size
-            * runner.layout.head_dim
-            * np.dtype(runner.layout.dtype).itemsize
-        )
 
     @property
     def has_unfinished(self) -> bool:
@@ -195,7 +188,7 @@ class Engine:
         self.eviction_seconds += results.seconds
         counts: Any = results.measured.usage  # on the host by now
         expected = self.scheduler.settle(flight.balance, counts)
-        free = int(results.measured.free_entries)
+        free = jax.tree.map(int, results.measured.free_entries)
         if not results.ok or free != expected:
             raise SchedulingError(
                 f"the device has {free} free table entries where the scheduler counted {expected}"
@@ -219,10 +212,14 @@ class Engine:
         record = found[1].compression
         record.count += 1
         record.seconds += compressed.seconds
-        record.bytes_before = compressed.entries_before * self._bytes_per_entry
-        record.bytes_after = compressed.entries_after * self._bytes_per_entry
+        record.bytes_before = self._bytes_of(compressed.entries_before)
+        record.bytes_after = self._bytes_of(compressed.entries_after)
         record.kept_tokens = None if compressed.kept is None else compressed.kept.tolist()
         found[1].kv_bytes = max(found[1].kv_bytes, record.bytes_before)
+
+    def _bytes_of(self, entries: Any) -> int:
+        """Device memory of table entries, as the layout of the cache counts them; 0 of none."""
+        return self.runner.layout.bytes_of(entries) if entries else 0
 
     def _take_token(self, request: Request, lane: int, sample: SampleOutput) -> None:
         token = int(sample.token[lane])
@@ -280,11 +277,11 @@ class Engine:
         self, submission: Submission, answer: Answer, reason: str, stop_reason: int | str | None = None
     ) -> None:
         request = answer.request
-        entries = self.scheduler.held_entries(request)
+        held = [self.scheduler.held_entries(request)]
         if request.num_preemptions:
             # While it waits to be replayed it holds nothing, but it did hold its whole replay.
-            entries = max(entries, self.scheduler.entries_for(request.prefill_target))
-        answer.kv_bytes = max(answer.kv_bytes, entries * self._bytes_per_entry)
+            held.append(self.scheduler.replayed_entries(request))
+        answer.kv_bytes = max(answer.kv_bytes, *map(self._bytes_of, held))
         answer.read_tokens = self.runner.read_tokens(request)
         self.scheduler.finish(request, reason, stop_reason)
         if answer.detokenizer is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from sparsejax.engine.compression import CompressOutput, EvictOutput, Measured
-from sparsejax.engine.plan import Chunk, Compress, Evict, Fork, Plan, Release
+from sparsejax.engine.delta_compress import StoreOutput
+from sparsejax.engine.plan import Chunk, Compress, Evict, Fork, FullRing, Plan, Release
 from sparsejax.engine.request import Request
 from sparsejax.engine.runner import Runner
 from sparsejax.engine.state import StepOutput
@@ -82,6 +83,7 @@ class InFlight:
       steps: the model's runs, in order.
       evictions, compressions: (entries, output) of each call, in the order of dispatch.
       entries_before: table entries of the rows that are compressed, as counted before, by request id.
+      rings: (entries, output) of each compression of full rings.
       forked: bool[] values that must be true.
       measured: counts after the whole plan, if its last program gives none.
       balance: what the scheduler counted then.
@@ -90,7 +92,8 @@ class InFlight:
     steps: Sequence[ModelStep]
     evictions: Sequence[tuple[Sequence[Evict], EvictOutput]]
     compressions: Sequence[tuple[Sequence[Compress], CompressOutput]]
-    entries_before: dict[str, int]
+    entries_before: Mapping[str, Any]
+    rings: Sequence[tuple[Sequence[FullRing], StoreOutput]]
     forked: list[jax.Array]
     measured: Measured | None
     balance: Balance
@@ -101,9 +104,10 @@ class InFlight:
         start = time.perf_counter()
         evictions = [(entries, jax.device_get(output)) for entries, output in self.evictions]
         compressions = [(entries, jax.device_get(output)) for entries, output in self.compressions]
+        rings = [(entries, jax.device_get(output)) for entries, output in self.rings]
         seconds = time.perf_counter() - start
         forked, measured = jax.device_get((self.forked, self.measured))
-        outputs = [*(step.output for step in steps), *(output for _, output in (*evictions, *compressions))]
+        outputs = [*(step.output for step in steps), *(output for _, output in (*evictions, *compressions, *rings))]
         last = measured if measured is not None else outputs[-1]
         bulk = [(entries, output) for entries, output in evictions if any(entry.bulk for entry in entries)]
         rows = sum(len(entries) for entries, _ in (*bulk, *compressions))
@@ -127,7 +131,7 @@ class InFlight:
         )
 
 
-def dispatch(runner: Runner, plan: Plan, entries_before: dict[str, int]) -> InFlight | None:
+def dispatch(runner: Runner, plan: Plan, entries_before: Mapping[str, Any]) -> InFlight | None:
     """Dispatches a plan; None if it runs nothing that could be read.
 
     Args:
@@ -141,10 +145,11 @@ def dispatch(runner: Runner, plan: Plan, entries_before: dict[str, int]) -> InFl
     _start_copies([step.output for step in steps])
     evictions = runner.evict(plan.evict)
     compressions = runner.compress(plan.compress)
+    rings = runner.compress_rings(plan.rings)
     forked += runner.fork(plan.snapshots)
     measured = runner.measure() if plan.snapshots else None
-    _start_copies(([output for _, output in (*evictions, *compressions)], forked, measured))
-    return InFlight(steps, evictions, compressions, entries_before, forked, measured, plan.balance)
+    _start_copies(([output for _, output in (*evictions, *compressions, *rings)], forked, measured))
+    return InFlight(steps, evictions, compressions, entries_before, rings, forked, measured, plan.balance)
 
 
 def _start_copies(values: Any) -> None:

@@ -6,6 +6,7 @@ from sparsejax.engine.compression_schedule import CompressionSchedule
 from sparsejax.engine.footprint import Footprint, footprint_of
 from sparsejax.engine.request import Request
 from sparsejax.engine.scheduler_config import SchedulerConfig
+from sparsejax.engine.store_limits import StoreLimits
 from sparsejax.errors import EmptyPromptError, InvalidArgumentError, PromptTooLongError
 
 
@@ -29,6 +30,9 @@ def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Foo
             f"must fit into max_model_len={config.max_model_len}. Shorten the prompt or raise max_model_len."
         )
     params = request.compression
+    if config.store is not None:
+        _check_store(request, config.store, name)
+        return None
     if params.prefilled(length) < length:
         _check_decoded_prompt(request, name)
     if not params.evicts:
@@ -59,6 +63,21 @@ def _check_decoded_prompt(request: Request, name: str) -> None:
             )
 
 
+def _check_store(request: Request, store: StoreLimits, name: str) -> None:
+    """Refuses what the pools of an engine that stores compressed cannot hold or do."""
+    params, length = request.compression, len(request.prompt_token_ids)
+    if not params.compresses and params.method != "full":
+        raise InvalidArgumentError(
+            f"method {params.method!r} needs another cache than method 'deltakv', for which this engine is built."
+        )
+    if not store.fits(length, compressed=params.compresses):
+        most = store.most_tokens(length, compressed=params.compresses)
+        raise PromptTooLongError(
+            f"{name} has {length} tokens, but with method {params.method!r} the KV cache holds {most}. Shorten the "
+            "prompt, or give the cache more memory (num_pages, gpu_memory_utilization)."
+        )
+
+
 def _check_alignment(footprint: Footprint, config: SchedulerConfig) -> None:
     """Refuses a text that has to be cut where its method cannot be."""
     schedule, room = footprint.schedule, config.least_prompt_room
@@ -76,6 +95,9 @@ def most_tokens(request: Request, footprint: Footprint | None, config: Scheduler
     length = len(request.prompt_token_ids)
     most = min(request.max_tokens, config.max_model_len - length)
     # The last generated token never enters the cache, hence the + 1.
+    if config.store is not None:
+        fitting = config.store.most_tokens(length + most - 1, compressed=request.compression.compresses)
+        return min(most, fitting - length + 1)
     if footprint is None:
         return min(most, config.max_tokens_in_pool - length + 1)
     return footprint.most_decoded(most - 1) + 1

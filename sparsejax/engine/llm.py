@@ -17,7 +17,8 @@ from sparsejax.assets import tiny_model_path
 from sparsejax.checkpoint import load_config, load_model, load_tokenizer, resolve
 from sparsejax.config import EngineConfig
 from sparsejax.engine import inputs, memory
-from sparsejax.engine.build import build_engine, named_methods
+from sparsejax.engine.build import build_engine, check_methods, named_methods
+from sparsejax.engine.build_store import load_store
 from sparsejax.engine.engine import Engine
 from sparsejax.engine.inputs import Prompt, TokenizedPrompt
 from sparsejax.engine.outputs import RequestOutput
@@ -86,6 +87,7 @@ class LLM:
     ) -> None:
         self.config = config
         self.model_config = model_config
+        self._dtype = params["embed"].dtype
         self._tokenizer = tokenizer
         self._request_ids = itertools.count()
         self._build = functools.partial(
@@ -109,6 +111,9 @@ class LLM:
             methods.get(name)
         if wanted <= self._methods:
             return
+        check_methods(self._methods | wanted)
+        if any(methods.get(name).family == "store" for name in wanted):
+            load_store(self.model_config, self.config, dtype=self._dtype)  # refused before anything is given up
         if self.engine.has_unfinished:
             raise InvalidArgumentError(
                 f"method {min(wanted - self._methods)!r} needs another layout of the KV cache, and requests are "

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Implementation
-from sparsejax.cache import CacheLayout, init_cache
+from sparsejax.cache import CacheLayout, DeltaCacheLayout, init_cache, init_delta_cache
 from sparsejax.engine.compression_params import CompressionParams
+from sparsejax.engine.delta_ops import StoreSpec
+from sparsejax.engine.delta_parts import StoreOptions
 from sparsejax.engine.packing import pack
 from sparsejax.engine.recording import idle_record
 from sparsejax.engine.selection_plan import Selections
@@ -25,6 +27,7 @@ from sparsejax.models import Decoder
 
 # A CPU run is for trying things out: enough for tens of thousands of tokens of a small model.
 CPU_POOL_BYTES = 512 << 20
+ANALYSED_TOP = 2048  # tokens read by a decode, in the steps whose memory is analysed
 MARGIN = 0.01  # of the device's memory, left for allocator rounding
 
 
@@ -55,13 +58,14 @@ def reserve_device_memory(fraction: float) -> None:
 def scratch_bytes(
     decoder: Decoder,
     params,
-    layout: CacheLayout,
+    layout: CacheLayout | DeltaCacheLayout,
     *,
     decode_batch: int,
     prefill_tokens: int,
     prefill_seqs: int,
     implementation: Implementation | None,
     records: frozenset[str] = frozenset(),
+    store: StoreSpec | None = None,
     selecting: Sequence[str] = (),
 ) -> int:
     """Temporary memory of the largest steps, from XLA's own analysis of the compiled programs.
@@ -69,23 +73,33 @@ def scratch_bytes(
     Scratch does not grow with the pool (steps update it in place), so a small layout is analysed.
     """
     shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
-    cache = jax.eval_shape(functools.partial(init_cache, layout))
+    init = init_delta_cache if isinstance(layout, DeltaCacheLayout) else init_cache
+    cache = jax.eval_shape(functools.partial(init, layout))  # pyright: ignore[reportArgumentType]
     state = jax.eval_shape(
         lambda: init_state(
             layout.num_rows,
             decoder.config.vocab_size,
-            idle_record(layout, decoder.config, records, prefill_seqs),
+            idle_record(layout, decoder.config, records, prefill_seqs) if isinstance(layout, CacheLayout) else None,
             selects=bool(selecting),
+            stores=store is not None,
         )
     )
     evicts = layout.with_score
-    selections = select = None
-    if selecting:
+    selections = select = most = None
+    if selecting and isinstance(layout, CacheLayout):
         selections = Selections(decoder.config, max_slots=layout.max_slots, page_size=layout.page_size)
         asked = [CompressionParams(method=name) for name in selecting]
         select = selections.warm_options(asked, mixed=True, uniform=False)[-1]  # the one that serves them all
+    if store is not None:
+        most = StoreOptions(store, chunk=True, compressed=True, top=ANALYSED_TOP)
     options = StepOptions(
-        plain=False, logprobs=True, records=records, watch=evicts, select=select, implementation=implementation
+        plain=False,
+        logprobs=True,
+        records=records,
+        watch=evicts,
+        select=select,
+        store=most,
+        implementation=implementation,
     )
     packed = pack(
         [],
@@ -94,10 +108,11 @@ def scratch_bytes(
         eos_token_ids=(),
         moment_slots={} if evicts else None,
         selections=selections,
+        stores=store is not None,
     )
     batch = shape(packed)
     rows = jax.ShapeDtypeStruct((decode_batch,), jnp.int32)
-    decodes = (rows, rows) if evicts or selecting else (rows,)
+    decodes = (rows, rows) if evicts or selecting or store is not None else (rows,)
     peak = 0
     # A mixed step does all that a prefill step does, and more.
     for step, work in ((mixed_step, (batch, *decodes)), (decode_step, decodes)):

@@ -8,10 +8,12 @@ import numpy as np
 
 from sparsejax.engine.plan import Chunk
 from sparsejax.engine.recording import chunk_record
+from sparsejax.engine.request import Request
 from sparsejax.engine.sampling import to_rows
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.selection_plan import Selections
-from sparsejax.engine.state import PrefillBatch
+from sparsejax.engine.state import PrefillBatch, StoreState
+from sparsejax.methods import DeltaKV
 
 IDLE = SamplingParams(temperature=0.0)  # parameters of segments that hold no request
 
@@ -23,6 +25,7 @@ def pack(
     segments: int,
     eos_token_ids: tuple[int, ...],
     moment_slots: Mapping[str, int] | None = None,
+    stores: bool = False,
     selections: Selections | None = None,
 ) -> PrefillBatch:
     """Packs the chunks' tokens behind one another (numpy).
@@ -33,6 +36,7 @@ def pack(
       segments: S, the padded number of segments.
       eos_token_ids: tokens that `min_tokens` holds back.
       moment_slots: where the query moments of requests go, by request id; None: the cache cannot evict.
+      stores: requests can be stored compressed.
       selections: the roles of requests that select; None: all read everything.
     """
     requests = [chunk.request for chunk in chunks]
@@ -81,5 +85,17 @@ def pack(
         num_output=num_output,
         sampling=sampling,
         record=None if moment_slots is None else chunk_record(chunks, starts, moment_slots),
+        store=_stored(requests, segments) if stores else None,
         select=None if selections is None else selections.of_chunks(chunks, segments),
     )
+
+
+def _stored(requests: Sequence[Request], segments: int) -> StoreState:
+    """How each request's row is stored; that of idle segments, dense."""
+    store = StoreState(np.zeros(segments, bool), np.zeros(segments, np.int32), np.zeros(segments, np.float32))
+    for i, request in enumerate(requests):
+        method = request.compression.policy
+        if isinstance(method, DeltaKV):
+            store.compressed[i] = True
+            (store.top_tokens if isinstance(method.top_tokens, int) else store.top_fraction)[i] = method.top_tokens
+    return store

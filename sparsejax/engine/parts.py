@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Implementation, block_attention_mass, decode_attention
-from sparsejax.cache import KVCache, SlotMapping, add_scores, allocate
+from sparsejax.cache import KVCache, add_scores, allocate
 from sparsejax.engine.recording import add_moments, attend_chunk, unrotate
-from sparsejax.engine.selection import LaneSelection, Selecting, View
+from sparsejax.engine.selection import LaneSelection, Selecting
 from sparsejax.engine.state import DecodeState, PrefillBatch
 from sparsejax.models import ModelConfig
 
@@ -25,22 +25,47 @@ class Carry(NamedTuple):
     """What the layers hand on.
 
     Attributes:
-      cache: with the K and V of the layers so far.
+      cache: with the K and V of the layers so far: a `KVCache` or a `DeltaCache`.
       moments: of queries, if the step records them.
-      view: what decodes read in layers that follow, once a layer has chosen.
+      view: what decodes read in layers that follow, once a layer has chosen: a `View`, or in a `DeltaCache` a
+        `DeltaView`.
     """
 
-    cache: KVCache
+    cache: Any
     moments: jax.Array | None
-    view: View | None = None
+    view: Any = None
 
 
 class PartAttend(Protocol):
     """Attention of one layer over a part. The K and V of all its tokens have been stored, where `mapping` says."""
 
     def __call__(
-        self, layer: int, q: jax.Array, k: Any, v: Any, carry: Carry, mapping: SlotMapping, /
+        self,
+        layer: int,
+        q: jax.Array,
+        k: Any,
+        v: Any,
+        k_pre_rope: Any,
+        carry: Carry,
+        mapping: Any,
+        /,
     ) -> tuple[jax.Array, Carry]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NearTokens:
+    """Where tokens go in the sparse layers of a `DeltaCache`. N tokens.
+
+    Attributes:
+      rows: i32[N], row of the near table; 0 for nowhere.
+      slots: i32[N], slot in it.
+      pre_rope: bool[N], their keys are stored before RoPE.
+    """
+
+    rows: jax.Array
+    slots: jax.Array
+    pre_rope: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +79,7 @@ class Tokens:
       rows: table row that a token's K and V belong to; 0 for padding.
       back: how far from the end of its row the token is, as `slot_mapping` takes it.
       hole: i32[N, Lt, Ht], the slot of an evicted token that the token takes instead, or -1; None if none does.
+      near: where they go in the sparse layers; None unless the cache is a `DeltaCache`.
     """
 
     tokens: jax.Array
@@ -62,6 +88,7 @@ class Tokens:
     rows: jax.Array
     back: jax.Array
     hole: jax.Array | None = None
+    near: NearTokens | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -132,7 +159,8 @@ def prefill_part(
         back=jnp.append(starts, num_tokens)[segment + 1] - jnp.arange(num_tokens, dtype=jnp.int32),
     )
 
-    def attend(layer, q, k, v, carry, mapping):
+    def attend(layer, q, k, v, k_pre_rope, carry, mapping):
+        del k_pre_rope
         record, moments = batch.record, carry.moments
         wanted: dict[str, Any] = {}
         if record is not None and "attention" in records:
@@ -224,8 +252,8 @@ def decode_part(
         )
         return out, replace(cache, pool=replace(cache.pool, score=score))
 
-    def attend(layer, q, k, v, carry, mapping):
-        del k, v, mapping
+    def attend(layer, q, k, v, k_pre_rope, carry, mapping):
+        del k, v, k_pre_rope, mapping
         if selection is None:
             out, cache = read_all(layer, q, rows, carry.cache)
             return out, carry._replace(cache=cache)
@@ -275,9 +303,9 @@ def join(prefill: Part, decode: Part, first_free: jax.Array) -> Part:
     def put(into: jax.Array, values: jax.Array) -> jax.Array:
         return into.at[place].set(values, mode="drop", unique_indices=True)
 
-    def attend(layer, q, k, v, carry, mapping):
-        out, carry = prefill.attend(layer, q, k, v, carry, mapping)
-        decoded, carry = decode.attend(layer, q[source], k[source], v[source], carry, mapping)
+    def attend(layer, q, k, v, k_pre_rope, carry, mapping):
+        out, carry = prefill.attend(layer, q, k, v, k_pre_rope, carry, mapping)
+        decoded, carry = decode.attend(layer, q[source], k[source], v[source], k_pre_rope[source], carry, mapping)
         return put(out, decoded), carry
 
     assert prefill.ends is not None, "a chunk names the tokens that end its segments"

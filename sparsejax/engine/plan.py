@@ -82,6 +82,19 @@ class Evict(Compress):
 
 
 @dataclass(frozen=True)
+class FullRing:
+    """Compress the oldest recent tokens of a request's row.
+
+    Attributes:
+      request: the request; it keeps its row.
+      text_length: tokens of its text that have been given to the row by now.
+    """
+
+    request: Request
+    text_length: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """One step, in the order it is to be dispatched. No request is in both `prefill` and `decode`.
 
@@ -95,6 +108,7 @@ class Plan:
         sample. They have been recorded long ago, and are not recorded again.
       compress: after decode and prefill. The first token of a prompt that is compressed is sampled before.
       evict: likewise, per-step evictions. No request is in both.
+      rings: likewise, compressions of rows of a `DeltaCache`.
       snapshots: at last, forks that keep what was just compressed for others.
       balance: what the host counts then, for `Scheduler.settle`.
     """
@@ -107,6 +121,7 @@ class Plan:
     compress: list[Compress] = field(default_factory=list)
     evict: list[Evict] = field(default_factory=list)
     snapshots: list[Fork] = field(default_factory=list)
+    rings: list[FullRing] = field(default_factory=list)
     balance: Balance = field(default_factory=lambda: Balance(free_entries=0))
 
     @property

@@ -34,6 +34,15 @@ class Rows:
         self._transient = 0
 
     @property
+    def free_entries(self) -> int:
+        """Entries that no row holds."""
+        return self.table.free_entries
+
+    def balance(self) -> Balance:
+        """What is counted now."""
+        return self.table.balance()
+
+    @property
     def unclaimed_entries(self) -> int:
         """Entries that requests can count on: not held by one, nor needed by evictions while they run."""
         return self.table.unclaimed_entries - self._transient

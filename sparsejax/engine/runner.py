@@ -17,10 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Implementation
-from sparsejax.cache import CacheLayout, KVCache, fork, init_cache, release
+from sparsejax.cache import (
+    CacheLayout,
+    DeltaCache,
+    DeltaCacheLayout,
+    KVCache,
+    fork,
+    init_cache,
+    init_delta_cache,
+    release,
+    release_delta,
+)
 from sparsejax.engine import buckets
 from sparsejax.engine.compression import CompressOutput, EvictOutput, Measured, compress_rows, evict_rows, measure
 from sparsejax.engine.compression_params import CompressionParams
+from sparsejax.engine.delta_compress import StoreOutput, compress_full_rings
+from sparsejax.engine.delta_ops import StoreSpec
+from sparsejax.engine.delta_parts import StoreOptions
 from sparsejax.engine.eviction_batches import (
     EvictionShapes,
     Members,
@@ -30,7 +43,7 @@ from sparsejax.engine.eviction_batches import (
     idle_evict_calls,
 )
 from sparsejax.engine.packing import pack
-from sparsejax.engine.plan import Chunk, Compress, Evict, Fork
+from sparsejax.engine.plan import Chunk, Compress, Evict, Fork, FullRing
 from sparsejax.engine.reconstruction import Reconstruction, reconstruct
 from sparsejax.engine.recording import (
     CHUNK_RECORDS,
@@ -45,13 +58,15 @@ from sparsejax.engine.selection_plan import Selections
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, init_state
 from sparsejax.engine.steps import StepOptions, decode_step, mixed_step, options_for, prefill_step
 from sparsejax.errors import InvalidArgumentError
-from sparsejax.methods import KVzip
+from sparsejax.methods import DeltaKV, KVzip
 from sparsejax.models import Decoder
 
 # Rematerialisation counts a donated pool twice, and so spends compile time on saving memory that is not short.
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 RELEASE_ROWS = 8  # rows one release call takes; more are released by more calls
 FORK_ROWS = 8  # likewise, forks of one call
+SMALLEST_TOP = 256  # bound on the tokens that a decode selects; larger ones are powers of two
+RING_ROWS = (1, 8)  # rows whose rings one call may compress
 NONE_FORCED: Mapping[Request, int] = {}
 
 
@@ -68,6 +83,7 @@ class CompiledSteps:
       reconstruct: (params, cache, batch, implementation) -> cache; cache donated.
       evict: (cache, record, batch, spec) -> (cache, record, output); cache and record donated.
       measure: (cache, hole) -> output.
+      compress_rings: (params, cache, (rows, lengths), spec, implementation) -> (cache, output); cache donated.
       compilations: how often each was traced, by name. While serving after a warm-up these stay constant.
     """
 
@@ -80,6 +96,7 @@ class CompiledSteps:
     reconstruct: Callable[..., KVCache]
     evict: Callable[..., tuple[KVCache, RecordState, EvictOutput]]
     measure: Callable[..., Measured]
+    compress_rings: Callable[..., tuple[DeltaCache, StoreOutput]]
     compilations: Counter[str]
 
 
@@ -115,11 +132,17 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
     def run_evict(cache, record, batch, spec):
         return evict_rows(cache, record, batch, spec=spec)
 
+    def run_release(cache, rows):
+        return release_delta(cache, rows) if isinstance(cache, DeltaCache) else release(cache, rows)
+
+    def run_rings(params, cache, work, spec, implementation):
+        return compress_full_rings(params, cache, *work, spec=spec, implementation=implementation)
+
     return CompiledSteps(
         prefill=model_step("prefill", prefill_step),
         decode=model_step("decode", decode_step),
         mixed=model_step("mixed", mixed_step),
-        release=counted("release", release, donate_argnums=0),
+        release=counted("release", run_release, donate_argnums=0),
         fork=counted("fork", run_fork, static_argnums=4, donate_argnums=0),
         compress=counted("compress", run_compress, static_argnums=4, donate_argnums=1),
         reconstruct=counted(
@@ -127,6 +150,13 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
         ),
         evict=counted("evict", run_evict, static_argnums=3, donate_argnums=(0, 1)),
         measure=counted("measure", measure),
+        compress_rings=counted(
+            "compress_rings",
+            run_rings,
+            static_argnums=(3, 4),
+            donate_argnums=1,
+            compiler_options=COMPILER_OPTIONS,
+        ),
         compilations=compilations,
     )
 
@@ -139,13 +169,15 @@ class Runner:
       may_evict_per_step: some method evicts at every decode step.
       selecting: methods that select what decoding reads, which requests may use.
       instructions: token ids that ask for the first part of a text, and for the others, in reconstruction passes.
+      store: how requests are stored compressed; given with the layout of a `DeltaCache`, and params that have the
+        compressor's.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         params,
-        layout: CacheLayout,
+        layout: CacheLayout | DeltaCacheLayout,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -157,6 +189,7 @@ class Runner:
         may_evict_per_step: bool = False,
         selecting: Sequence[str] = (),
         instructions: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+        store: StoreSpec | None = None,
     ) -> None:
         self.decoder = decoder
         self.params = params
@@ -167,23 +200,24 @@ class Runner:
         self.decode_buckets = buckets.decode_buckets(max_num_seqs)
         self.prefill_buckets = buckets.prefill_buckets(max_num_batched_tokens)
         self.mixed_shapes = buckets.mixed_shapes(max_mixed_tokens, max_num_seqs)
+        self.store = store
         self.can_evict = layout.with_score
         self.records = records & CHUNK_RECORDS
         self.may_watch = "decode" in records or may_evict_per_step
         self.selecting = tuple(selecting)
         self.selections: Selections | None = None
-        if selecting:
+        if selecting and isinstance(layout, CacheLayout):
             slots = layout.max_entries_per_row * layout.page_size
             self.selections = Selections(decoder.config, max_slots=slots, page_size=layout.page_size)
         self._eviction_shapes = EvictionShapes(
-            layout=layout,
+            layout=layout.full if isinstance(layout, DeltaCacheLayout) else layout,
             num_query_heads=decoder.config.num_heads,
             compress_rows=max_prefill_seqs,
             evict_rows=self.decode_buckets,
             implementation=implementation,
         )
         self._reconstruction = Reconstruction(*instructions, longest=self._eviction_shapes.slots[-1])
-        self.cache: KVCache
+        self.cache: Any  # KVCache or DeltaCache
         self.state: DecodeState
         self.reset()
         self._steps = compiled_steps(decoder)  # pyright: ignore[reportArgumentType]
@@ -193,12 +227,18 @@ class Runner:
     def reset(self) -> None:
         """An empty cache and an idle state, whatever became of those before."""
         self.close()  # first, for there is no room for two
-        self.cache = init_cache(self.layout)
+        layout, record = self.layout, None
+        if isinstance(layout, DeltaCacheLayout):
+            self.cache = init_delta_cache(layout)
+        else:
+            self.cache = init_cache(layout)
+            record = idle_record(layout, self.decoder.config, self.records, self.max_prefill_seqs)
         self.state = init_state(
-            self.layout.num_rows,
+            layout.num_rows,
             self.decoder.config.vocab_size,
-            idle_record(self.layout, self.decoder.config, self.records, self.max_prefill_seqs),
+            record,
             selects=self.selections is not None,
+            stores=self.store is not None,
         )
         self._moment_slots: dict[str, int] = {}  # of requests whose prompt is being computed
 
@@ -210,7 +250,7 @@ class Runner:
     @property
     def can_force(self) -> bool:
         """Whether decodes may be told what they yield: replays of requests whose K and V depend on how they decoded."""
-        return self.can_evict or self.selections is not None
+        return self.can_evict or self.selections is not None or self.store is not None
 
     @property
     def compilations(self) -> Counter[str]:
@@ -328,6 +368,23 @@ class Runner:
             outputs.append((members, output))
         return outputs
 
+    def compress_rings(self, entries: Sequence[FullRing]) -> list[tuple[Sequence[FullRing], StoreOutput]]:
+        """Dispatches the compression of full rings."""
+        outputs = []
+        for first in range(0, len(entries), RING_ROWS[-1]):
+            some = entries[first : first + RING_ROWS[-1]]
+            work = np.zeros((2, buckets.bucket(len(some), RING_ROWS)), np.int32)
+            work[:, : len(some)] = np.transpose([(each.request.row or 0, each.text_length) for each in some])
+            outputs.append((some, self._compress_rings(work)))
+        return outputs
+
+    def _compress_rings(self, work: np.ndarray) -> StoreOutput:
+        steps = self._steps
+        self.cache, output = steps.compress_rings(
+            self.params, self.cache, (work[0], work[1]), self.store, self.implementation
+        )
+        return output
+
     def measure(self) -> Measured:
         """Dispatches a count of what is free and what every row holds."""
         return self._steps.measure(self.cache, self.state.record.hole if self.state.record else None)
@@ -386,9 +443,12 @@ class Runner:
         self.release([0])
         if forks:
             self.fork([Fork(0, 0, 0)])
+        if self.store is not None:
+            for rows in RING_ROWS:
+                self._compress_rings(np.zeros((2, rows), np.int32))
         if compression is not None and compression.evicts:
             self._warm_up_eviction(compression, texts)
-        jax.block_until_ready(self.cache.free.count)
+        jax.block_until_ready(jax.tree.leaves(self.cache)[-1])
 
     def _shapes(self) -> list[tuple[Callable, Any]]:
         """Every model step with an idle batch of every size."""
@@ -429,6 +489,7 @@ class Runner:
             segments=self.max_prefill_seqs,
             eos_token_ids=self.eos_token_ids,
             moment_slots=self._moment_slots if self.can_evict else None,
+            stores=self.store is not None,
             selections=self.selections,
         )
 
@@ -466,8 +527,30 @@ class Runner:
             # One variant for all that methods may ask for: lanes that do not ask cost next to nothing.
             records=self.records if recording else frozenset(),
             watch=self.can_evict and any(watched(request.compression) for request in requests),
+            store=self._store_options([chunk.request.compression for chunk in chunks], requests),
             select=None if self.selections is None else self.selections.step_options(requests, mixed=bool(chunks)),
         )
+
+    def _store_options(self, chunks: Sequence[CompressionParams], requests: Sequence[Request]) -> StoreOptions | None:
+        """Whom a step serves. chunks: what the requests of its chunk ask for."""
+        if self.store is None:
+            return None
+        decodes = [request.compression for request in requests]
+        return StoreOptions(
+            spec=self.store,
+            chunk=any(each.compresses for each in chunks),
+            dense=not decodes or not all(each.compresses for each in decodes),
+            compressed=any(each.compresses for each in decodes),
+            top=max((self._top(each) for each in decodes if each.compresses), default=0),
+        )
+
+    def _top(self, compression: CompressionParams) -> int:
+        """Bound on the history tokens that a decode reads, whatever its text: one of few."""
+        method = compression.policy
+        assert isinstance(method, DeltaKV)
+        assert isinstance(self.layout, DeltaCacheLayout)
+        most = max(method.wanted(self.layout.full.max_slots), SMALLEST_TOP)
+        return 1 << (most - 1).bit_length()
 
     def _variants(
         self, *, with_chunk: bool, with_decode: bool, asked: CompressionParams, uniform: bool
@@ -488,11 +571,12 @@ class Runner:
             watch = watch[-1:] if watched(asked) else watch[:1]
         select = self._select_variants(with_chunk, asked, uniform) if with_decode else [None]
         return [
-            StepOptions(implementation=self.implementation, **detail, records=r, watch=w, select=s)
+            StepOptions(implementation=self.implementation, **detail, records=r, watch=w, select=s, store=kind)
             for detail in details
             for r in records
             for w in watch
             for s in select
+            for kind in self._store_variants(with_chunk, with_decode, asked, uniform)
         ]
 
     def _select_variants(self, mixed: bool, asked: CompressionParams, uniform: bool) -> list[Selecting | None]:
@@ -503,6 +587,24 @@ class Runner:
         wanted = [*([asked] if asked.selects else []), *(CompressionParams(method=name) for name in names)]
         variants = self.selections.warm_options(wanted, mixed=mixed, uniform=uniform)
         return variants if uniform else [None, *variants]
+
+    def _store_variants(
+        self, with_chunk: bool, with_decode: bool, asked: CompressionParams, uniform: bool
+    ) -> list[StoreOptions | None]:
+        """Whom steps over a `DeltaCache` may serve; see `_variants`."""
+        if self.store is None:
+            return [None]
+        store = asked if asked.compresses else CompressionParams(method="deltakv")
+        kinds = [(True, False), (False, True), (True, True)] if with_decode else [(True, False)]
+        chunks = [False, True] if with_chunk else [False]
+        if uniform:
+            kinds = [(not asked.compresses, asked.compresses)] if with_decode else kinds
+            chunks = [asked.compresses] if with_chunk else chunks
+        return [
+            StoreOptions(self.store, chunk, dense, compressed, self._top(store) if compressed else 0)
+            for chunk in chunks
+            for dense, compressed in kinds
+        ]
 
 
 def _prompt_logprobs(chunks: Sequence[Chunk]) -> bool:

@@ -49,9 +49,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from sparsejax.engine.buckets import prompt_room
-from sparsejax.engine.compression_due import due_now
+from sparsejax.engine.compression_due import due_now, full_rings
 from sparsejax.engine.contexts import context_key
 from sparsejax.engine.footprint import Footprint
 from sparsejax.engine.limits import check_limits, most_tokens
@@ -60,12 +61,14 @@ from sparsejax.engine.prefix_cache import Hit, PrefixCacheStats
 from sparsejax.engine.request import Request, Status
 from sparsejax.engine.rows import Rows
 from sparsejax.engine.scheduler_config import SchedulerConfig
+from sparsejax.engine.store_rows import StoreRows
 from sparsejax.engine.usage import Balance, RowCounts
 from sparsejax.errors import DuplicateRequestError, InvalidArgumentError, SchedulingError
 
 __all__ = ["FINISH_REASONS", "Scheduler", "SchedulerConfig"]
 
 FINISH_REASONS = ("stop", "length", "abort")
+EntryCount = Any  # an int; of a `DeltaCache` `Entries`
 WORTH_WAITING = 0.25  # wait for another's prefill if it saves this fraction of the tokens still to compute
 
 
@@ -76,27 +79,34 @@ class Scheduler:
         self.config = config
         self.clock = clock
         self.num_preemptions = 0
-        self._rows = Rows(config)
+        self._rows: Rows | StoreRows = Rows(config) if config.store is None else StoreRows(config, config.store)
         self._waiting: deque[Request] = deque()  # by arrival
         self._admitted: list[Request] = []  # by arrival, all older than those waiting
         self._requests: dict[str, Request] = {}  # unfinished
         self._arrivals = 0
 
     @property
-    def free_entries(self) -> int:
-        """Entries free once all dispatched steps and the pending changes have run."""
-        return self._rows.table.free_entries
+    def free_entries(self) -> EntryCount:
+        """Entries free once all dispatched steps and the pending changes have run; of a `DeltaCache` of each pool."""
+        return self._rows.free_entries
 
     @property
-    def available_entries(self) -> int:
+    def pool_entries(self) -> EntryCount:
+        """Entries of the empty pool."""
+        return self.config.num_free_entries if self.config.store is None else self.config.store.entries
+
+    @property
+    def available_entries(self) -> EntryCount:
         """Entries that no request holds: free, or only kept for reuse. What requests can count on."""
-        return self._rows.table.unclaimed_entries
+        return self._rows.unclaimed_entries if isinstance(self._rows, StoreRows) else self._rows.table.unclaimed_entries
 
     @property
     def prefix_cache_stats(self) -> PrefixCacheStats:
         """What prefix caching did and holds; all zero if it is off."""
-        resident_entries = self.available_entries - self.free_entries
-        return PrefixCacheStats() if self._rows.cache is None else self._rows.cache.stats(resident_entries)
+        rows = self._rows
+        if isinstance(rows, StoreRows) or rows.cache is None:
+            return PrefixCacheStats()
+        return rows.cache.stats(rows.table.unclaimed_entries - rows.table.free_entries)
 
     @property
     def num_waiting(self) -> int:
@@ -112,7 +122,8 @@ class Scheduler:
         return bool(self._requests)
 
     def entries_for(self, num_tokens: int) -> int:
-        """Entries that `num_tokens` tokens of one request hold, shared ones included."""
+        """Entries that `num_tokens` tokens of one request hold, shared ones included; not for a `DeltaCache`."""
+        assert isinstance(self._rows, Rows)
         return self._rows.table.entries_for(num_tokens)
 
     def check(self, request: Request, *, name: str | None = None) -> None:
@@ -204,6 +215,8 @@ class Scheduler:
         What compressed rows hold is counted too high until it is read, so reading alone may answer it with no.
         """
         rows, prefilling = self._rows, self._prefilling
+        if isinstance(rows, StoreRows):
+            return False  # what a request can come to hold was reserved when it was admitted
         most = len(self._admitted) * self.config.entries_per_page_column
         most += 0 if prefilling is None else self.entries_for(self.config.max_num_batched_tokens)
         if most <= rows.unclaimed_entries:
@@ -236,6 +249,7 @@ class Scheduler:
         prefill = self._plan_prefill(self._prompt_room(len(decode)), admit=not preempted)
         due = due_now([*decode, *(chunk.request for chunk in prefill)])
         snapshots = self._rows.compress(due)
+        rings = [] if self.config.store is None else full_rings(decode, self.config.store)
         self._rows.advance(prefill)
         return Plan(
             changes=self._rows.take_changes(),
@@ -246,10 +260,11 @@ class Scheduler:
             compress=[each for each in due if not isinstance(each, Evict)],
             evict=[each for each in due if isinstance(each, Evict)],
             snapshots=snapshots,
-            balance=self._rows.table.balance(),
+            rings=rings,
+            balance=self._rows.balance(),
         )
 
-    def settle(self, balance: Balance, counts: RowCounts | None = None) -> int:
+    def settle(self, balance: Balance, counts: RowCounts | None = None) -> EntryCount:
         """Takes over what the device measured when it had run a plan. To be called for every plan that did work.
 
         Args:
@@ -261,9 +276,16 @@ class Scheduler:
         """
         return self._rows.settle(balance, counts)
 
-    def held_entries(self, request: Request) -> int:
+    def held_entries(self, request: Request) -> EntryCount:
         """Table entries that the request's row is counted to hold, shared ones included; 0 if it has no row."""
         return 0 if request.row is None else self._rows.of(request).weight
+
+    def replayed_entries(self, request: Request) -> EntryCount:
+        """Table entries of a request's row once its prompt and known outputs are computed, as a replay does."""
+        if self.config.store is not None:
+            known = len(request.prompt_token_ids) + max(len(request.output_token_ids) - 1, 0)
+            return self.config.store.held(known, compressed=request.compression.compresses)
+        return self.entries_for(request.prefill_target)
 
     @property
     def _prefilling(self) -> Request | None:
@@ -314,6 +336,8 @@ class Scheduler:
         # Nobody is admitted behind a prefill that did not end, so at most one is under way.
         while admit and self._waiting and len(chunks) < self.config.max_prefill_seqs and self._prefilling is None:
             request = self._waiting[0]
+            if chunks and (request.compression.compresses or chunks[-1].request.compression.compresses):
+                break  # a chunk that is compressed is computed by itself
             if len(self._admitted) == self.config.max_num_seqs:
                 break
             hit = self._rows.find(request)
@@ -329,6 +353,9 @@ class Scheduler:
 
     def _can_admit(self, request: Request, hit: Hit, budget: int) -> bool:
         """Whether the pool holds the request beside everyone's growth until, and one token beyond, its last chunk."""
+        rows = self._rows
+        if isinstance(rows, StoreRows):
+            return rows.can_admit(request)
         # Of a uniform row only whole pages are certain: there may be no room for a copy.
         reused = hit.count if hit.compressed else hit.count // self.config.page_size * self.config.page_size
         # Nobody else is admitted meanwhile, so that at least this many of its tokens go into each further step.
@@ -340,8 +367,8 @@ class Scheduler:
         spare = self.config.page_size if request.num_preemptions else 0
         needed = self._entries_needed(request, reused, 1 + spare)
         if hit.source is not None:
-            needed -= self._rows.table.claimed_entries(hit.source, reused)
-        unclaimed = self._rows.unclaimed_entries
+            needed -= rows.table.claimed_entries(hit.source, reused)
+        unclaimed = rows.unclaimed_entries
         # ceil(a + b) <= ceil(a) + ceil(b): with that much room there is no need to look at everyone.
         if needed + len(self._admitted) * self.entries_for(steps + spare) <= unclaimed:
             return True
@@ -357,6 +384,7 @@ class Scheduler:
 
     def _growth(self, request: Request, num_tokens: int) -> int:
         """Most entries that an admitted request takes while it decodes so many tokens."""
+        assert isinstance(self._rows, Rows)
         most = max(request.peak_tokens - request.num_computed, 0)
         return self._rows.table.entries_to_grow(self._rows.of(request), min(num_tokens, most))
 
@@ -371,6 +399,8 @@ class Scheduler:
     def _chunk_tokens(self, request: Request, room: int, *, start: int | None = None) -> int:
         """Tokens of the request's next chunk in a step with room for so many; 0: none that may be cut there."""
         start, stop = request.num_computed if start is None else start, request.prefill_target
+        if self.config.store is not None and request.compression.compresses:
+            return self.config.store.chunk(start, stop, room)
         if request.footprint is None:
             return min(stop - start, room)
         return request.footprint.schedule.chunk(start, stop, room)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from sparsejax.engine.buckets import prompt_room
 from sparsejax.engine.footprint import Pool
+from sparsejax.engine.store_limits import StoreLimits
 from sparsejax.errors import InvalidArgumentError
 
 
@@ -25,6 +26,7 @@ class SchedulerConfig:
       max_model_len: most tokens of prompt and answer.
       max_resident_rows: rows beyond max_num_seqs, so that at least as many can stay resident; 0 turns prefix caching
         off. Rows are numbered 1 to max_num_seqs + max_resident_rows.
+      store: limits of an engine that stores requests compressed, which replace those of the pool; None: it is none.
     """
 
     max_num_seqs: int
@@ -36,9 +38,12 @@ class SchedulerConfig:
     entries_per_page_column: int
     max_model_len: int
     max_resident_rows: int = 0
+    store: StoreLimits | None = None
 
     def __post_init__(self) -> None:
         for each in fields(self):
+            if each.name == "store":
+                continue
             least = 0 if each.name == "max_resident_rows" else 1
             if getattr(self, each.name) < least:
                 raise InvalidArgumentError(f"{each.name} must be at least {least}, got {getattr(self, each.name)!r}.")

@@ -8,11 +8,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.cache import RowUsage
+from sparsejax.cache import Entries, RowUsage
 from sparsejax.engine.recording import ChunkRecord, RecordState, start_record
 from sparsejax.engine.sampling import RowSampling, SampleOutput, to_rows
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.selection import RowSelection, no_selection
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StoreState:
+    """Which rows are stored compressed, and how much of their history a decode reads. R rows, or S segments.
+
+    Attributes:
+      compressed: bool[R].
+      top_tokens: i32[R], tokens of the history to read; 0: by `top_fraction`.
+      top_fraction: f32[R], fraction of the history to read.
+    """
+
+    compressed: jax.Array | np.ndarray
+    top_tokens: jax.Array | np.ndarray
+    top_fraction: jax.Array | np.ndarray
+
+    def wanted(self, history: jax.Array) -> jax.Array:
+        """i32[R]: tokens to read of a history of i32[R] tokens, which may be fewer."""
+        share = jnp.ceil(jnp.asarray(self.top_fraction) * history.astype(jnp.float32)).astype(jnp.int32)
+        return jnp.minimum(jnp.where(jnp.asarray(self.top_tokens) > 0, self.top_tokens, share), history)
+
+
+def idle_store(num_rows: int) -> StoreState:
+    """No row is compressed."""
+    return StoreState(jnp.zeros(num_rows, bool), jnp.zeros(num_rows, jnp.int32), jnp.zeros(num_rows, jnp.float32))
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +55,7 @@ class DecodeState:
       output_count: i32[R, V], how often each token was generated (presence and frequency penalty).
         Both count tables are kept only by steps compiled with `plain=False`.
       record: what eviction needs beside the cache; None if the cache cannot evict.
+      store: which rows are stored compressed; None if the cache can store none so.
       select: what each row reads; None if all read everything.
     """
 
@@ -39,6 +66,7 @@ class DecodeState:
     prompt_seen: jax.Array
     output_count: jax.Array
     record: RecordState | None = None
+    store: StoreState | None = None
     select: RowSelection | None = None
 
 
@@ -62,6 +90,7 @@ class PrefillBatch:
         less the tokens of the prompt behind it.
       sampling: parameters of each segment's request, arrays of leading size S.
       record: what eviction wants recorded of each segment; None if the cache cannot evict.
+      store: how each segment is stored; None if the cache can compress none.
       select: what each segment's request reads once it decodes; None if all read everything.
     """
 
@@ -78,6 +107,7 @@ class PrefillBatch:
     num_output: jax.Array | np.ndarray
     sampling: RowSampling
     record: ChunkRecord | None = None
+    store: StoreState | None = None
     select: RowSelection | None = None
 
     @property
@@ -95,25 +125,26 @@ class StepOutput:
     Attributes:
       sample: tokens (and log-probabilities where asked for) of the step's lanes.
       ok: bool[], false if the pool was out of pages: what did not fit was not stored, and the sample means nothing.
-      free_entries: i32[], table entries left in the pool.
+      free_entries: table entries left, i32[]; of a `DeltaCache` those of each pool.
       prompt: log-probabilities of the chunk's own tokens (prefill steps that were asked for them), else None.
       usage: entries of every row after the step, R lanes; None if the cache cannot evict, where the host knows them.
     """
 
     sample: SampleOutput
     ok: jax.Array
-    free_entries: jax.Array
+    free_entries: jax.Array | Entries
     prompt: SampleOutput | None = None
     usage: RowUsage | None = None
 
 
 def init_state(
-    num_rows: int, vocab_size: int, record: RecordState | None = None, *, selects: bool = False
+    num_rows: int, vocab_size: int, record: RecordState | None = None, *, selects: bool = False, stores: bool = False
 ) -> DecodeState:
     """An idle state of `num_rows` rows, the null row included.
 
     Args:
       record: the idle state of eviction, if there is any.
+      stores: rows can be stored compressed.
       selects: rows may select what they read.
     """
 
@@ -129,6 +160,7 @@ def init_state(
         prompt_seen=jnp.zeros((num_rows, vocab_size), bool),
         output_count=jnp.zeros((num_rows, vocab_size), jnp.int32),
         record=record,
+        store=idle_store(num_rows) if stores else None,
         select=jax.tree.map(jnp.asarray, no_selection(num_rows)) if selects else None,
     )
 
@@ -144,6 +176,9 @@ def start_rows(state: DecodeState, batch: PrefillBatch, *, plain: bool) -> Decod
     state = replace(state, sampling=sampling)
     if state.record is not None and batch.record is not None:
         state = replace(state, record=start_record(state.record, batch.record, rows, jnp.asarray(batch.starts)))
+    if state.store is not None and batch.store is not None:
+        store = jax.tree.map(lambda old, new: old.at[rows].set(new), state.store, batch.store)
+        state = replace(state, store=store)
     if state.select is not None and batch.select is not None:
         # Unused segments name the null row, and say that it reads everything.
         select = jax.tree.map(lambda old, new: old.at[rows].set(new), state.select, batch.select)

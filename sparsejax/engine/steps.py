@@ -19,24 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Implementation
-from sparsejax.cache import (
-    KVCache,
-    SlotMapping,
-    append,
-    free_entries,
-    rotate_and_append,
-    row_usage,
-    slot_mapping,
-    slots_at,
-    stamp,
-)
-from sparsejax.engine.parts import Carry, Part, Tokens, decode_part, join, prefill_part
+from sparsejax.cache import DeltaCache, KVCache, SlotMapping, rotate_and_append, row_usage
+from sparsejax.engine.delta_parts import StoreOptions, delta_decode_part, delta_prefill_part
+from sparsejax.engine.parts import Carry, Part, decode_part, join, prefill_part
+from sparsejax.engine.placing import entries_left, place, store
 from sparsejax.engine.sampling import SampleOutput, greedy, sample, token_logprobs
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.selection import Selecting
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, emit, start_rows
 from sparsejax.models import AttendFromProjection, Decoder
 
+Cache = Any  # a KVCache, or a DeltaCache
 PROMPT_LOGPROB_BLOCK = 64  # prompt positions whose logits exist at once: [64, V] rather than [T, V]
 
 
@@ -51,6 +44,7 @@ class StepOptions:
       prompt_logprobs: return those of the chunk's prompt tokens too (steps with a chunk only, with logprobs).
       records: what a chunk records for eviction (`recording`); none for a decode step.
       watch: some decoding rows record attention, or have dead slots.
+      store: what the step serves of a `DeltaCache`; None: the cache is none.
       select: how decoding rows select what they read; None: they read everything.
       implementation: "triton", "xla" or None, handed to the kernels.
     """
@@ -60,6 +54,7 @@ class StepOptions:
     prompt_logprobs: bool = False
     records: frozenset[str] = frozenset()
     watch: bool = False
+    store: StoreOptions | None = None
     select: Selecting | None = None
     implementation: Implementation | None = None
 
@@ -71,6 +66,7 @@ def options_for(
     prompt_logprobs: bool = False,
     records: frozenset[str] = frozenset(),
     watch: bool = False,
+    store: StoreOptions | None = None,
     select: Selecting | None = None,
 ) -> StepOptions:
     """The cheapest step variant that serves every request of a batch.
@@ -78,7 +74,7 @@ def options_for(
     Args:
       prompt_logprobs: a request of the step's chunk wants log-probabilities of its prompt. (One that decodes by now may
         have wanted them.)
-      records, watch, select: as in StepOptions.
+      records, watch, select, store: as in StepOptions.
     """
     logprobs = prompt_logprobs or any(p.logprobs is not None for p in params)
     return StepOptions(
@@ -87,6 +83,7 @@ def options_for(
         prompt_logprobs=prompt_logprobs,
         records=records,
         watch=watch,
+        store=store,
         select=select,
         implementation=implementation,
     )
@@ -103,40 +100,46 @@ def _takes_argmax(params: SamplingParams) -> bool:
 
 
 def prefill_step(
-    params, cache: KVCache, state: DecodeState, batch: PrefillBatch, *, decoder: Decoder, options: StepOptions
-) -> tuple[KVCache, DecodeState, StepOutput]:
+    params,
+    cache: Cache,
+    state: DecodeState,
+    batch: PrefillBatch,
+    *,
+    decoder: Decoder,
+    options: StepOptions,
+) -> tuple[Cache, DecodeState, StepOutput]:
     """Computes a packed chunk of prompts: stores its K/V and samples a first token where a prompt ends.
 
     The output has a lane for each of the S segments; only those with `batch.last` and no `batch.newest` count.
     """
-    cache, part = _prefill_part(cache, batch, decoder, options)
+    cache, part = _prefill_part(params, cache, batch, decoder, options)
     state = start_rows(state, batch, plain=options.plain)
     return _run(params, cache, state, part, decoder=decoder, options=options, targets=batch.targets)
 
 
 def decode_step(
     params,
-    cache: KVCache,
+    cache: Cache,
     state: DecodeState,
     rows: jax.Array,
     forced: jax.Array | None = None,
     *,
     decoder: Decoder,
     options: StepOptions,
-) -> tuple[KVCache, DecodeState, StepOutput]:
+) -> tuple[Cache, DecodeState, StepOutput]:
     """Feeds each row's newest token to the model and samples the next.
 
     Args:
       rows: i32[B], 0 for idle lanes.
       forced: i32[B], the token that follows, where it is known already (a replay), else -1; None: nowhere.
     """
-    cache, part = _decode_part(cache, state, rows, forced, options)
+    cache, part = _decode_part(params, cache, state, rows, forced, options)
     return _run(params, cache, state, part, decoder=decoder, options=options)
 
 
 def mixed_step(
     params,
-    cache: KVCache,
+    cache: Cache,
     state: DecodeState,
     batch: PrefillBatch,
     rows: jax.Array,
@@ -144,7 +147,7 @@ def mixed_step(
     *,
     decoder: Decoder,
     options: StepOptions,
-) -> tuple[KVCache, DecodeState, StepOutput]:
+) -> tuple[Cache, DecodeState, StepOutput]:
     """What `decode_step(rows)` and then `prefill_step(batch)` do, with one pass over the weights.
 
     Args:
@@ -155,22 +158,37 @@ def mixed_step(
     Returns:
       The output has the S lanes of the chunk and then the B lanes of the rows.
     """
-    cache, decode = _decode_part(cache, state, jnp.asarray(rows), forced, options)
-    cache, prefill = _prefill_part(cache, batch, decoder, options)
+    cache, decode = _decode_part(params, cache, state, jnp.asarray(rows), forced, options)
+    cache, prefill = _prefill_part(params, cache, batch, decoder, options)
     state = start_rows(state, batch, plain=options.plain)
     part = join(prefill, decode, jnp.asarray(batch.starts)[-1])
     return _run(params, cache, state, part, decoder=decoder, options=options, targets=batch.targets)
 
 
-def _prefill_part(cache: KVCache, batch: PrefillBatch, decoder: Decoder, options: StepOptions) -> tuple[KVCache, Part]:
-    return prefill_part(
-        cache, batch, config=decoder.config, records=options.records, implementation=options.implementation
-    )
+def _prefill_part(
+    params, cache: Cache, batch: PrefillBatch, decoder: Decoder, options: StepOptions
+) -> tuple[Cache, Part]:
+    common = {"config": decoder.config, "implementation": options.implementation}
+    if isinstance(cache, DeltaCache):
+        assert options.store is not None, "a step over a DeltaCache says whom it serves"
+        return delta_prefill_part(cache, batch, params=params, options=options.store, **common)
+    return prefill_part(cache, batch, records=options.records, **common)
 
 
 def _decode_part(
-    cache: KVCache, state: DecodeState, rows: jax.Array, forced: jax.Array | None, options: StepOptions
-) -> tuple[KVCache, Part]:
+    params,
+    cache: Cache,
+    state: DecodeState,
+    rows: jax.Array,
+    forced: jax.Array | None,
+    options: StepOptions,
+) -> tuple[Cache, Part]:
+    implementation = options.implementation
+    if isinstance(cache, DeltaCache):
+        assert options.store is not None, "a step over a DeltaCache says whom it serves"
+        return delta_decode_part(
+            cache, state, rows, forced, params=params, options=options.store, implementation=implementation
+        )
     return decode_part(
         cache,
         state,
@@ -178,38 +196,37 @@ def _decode_part(
         forced,
         watch=options.watch,
         select=options.select,
-        implementation=options.implementation,
+        implementation=implementation,
     )
 
 
 def _run(
     params,
-    cache: KVCache,
+    cache: Cache,
     state: DecodeState,
     part: Part,
     *,
     decoder: Decoder,
     options: StepOptions,
     targets: jax.Array | np.ndarray | None = None,
-) -> tuple[KVCache, DecodeState, StepOutput]:
+) -> tuple[Cache, DecodeState, StepOutput]:
     """One run of the model: stores K/V, samples every lane, makes the samples the rows' newest tokens.
 
     Args:
       targets: i32[T], the token after each one; needed for the log-probabilities of prompts.
     """
     tokens, lanes, ends = part.tokens, part.lanes, part.ends
-    mapping = _mapping(cache, tokens)
-    cache = stamp(cache, mapping, tokens.positions)
+    cache, mapping = place(cache, tokens)
 
     def attend(layer, q, k, v, k_pre_rope, carry):
-        del k_pre_rope
         # Storing first keeps the pool's one live version: reading the old pool after it would force a copy.
-        cache = append(carry.cache, layer, mapping, k, v, implementation=options.implementation)
-        return part.attend(layer, q, k, v, carry._replace(cache=cache), mapping)
+        cache = store(carry.cache, layer, mapping, k, v, k_pre_rope, implementation=options.implementation)
+        return part.attend(layer, q, k, v, k_pre_rope, carry._replace(cache=cache), mapping)
 
     def attend_from_projection(layer, qkv, cos, sin, carry):
+        assert isinstance(mapping, SlotMapping), "parts over other caches read what is new"
         q, cache = rotate_and_append(carry.cache, layer, mapping, qkv, cos, sin, implementation=options.implementation)
-        return part.attend(layer, q, None, None, carry._replace(cache=cache), mapping)
+        return part.attend(layer, q, None, None, None, carry._replace(cache=cache), mapping)
 
     moments = state.record.moments if state.record is not None and "moments" in options.records else None
     hidden, carry = apply_decoder(
@@ -247,20 +264,11 @@ def _run(
     output = StepOutput(
         sample=sampled,
         ok=part.ok,
-        free_entries=free_entries(cache),
+        free_entries=entries_left(cache),
         prompt=prompt,
-        usage=row_usage(cache) if state.record is not None else None,
+        usage=row_usage(cache) if state.record is not None and isinstance(cache, KVCache) else None,
     )
     return cache, state, output
-
-
-def _mapping(cache: KVCache, tokens: Tokens) -> SlotMapping:
-    """Where the tokens' K and V go: the end of their rows, or the slot of an evicted token."""
-    if tokens.hole is None:
-        return slot_mapping(cache, tokens.rows, tokens.back)
-    end = cache.table.length[:, tokens.rows] - tokens.back[:, None]  # [Lt, N, Ht]
-    hole = tokens.hole.swapaxes(0, 1)
-    return slots_at(cache, tokens.rows, jnp.where(hole >= 0, hole, end))
 
 
 def apply_decoder(decoder: Decoder, params, *args, method: str, **kwargs) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -83,9 +83,9 @@ class Balance(NamedTuple):
     """What the host counts once a plan has run.
 
     Attributes:
-      free_entries: entries that are free at least, and exactly if `rows` is empty.
+      free_entries: entries that are free at least, and exactly if `rows` is empty; in a `DeltaCache`, by pool.
       rows: rows whose usage has to be read.
     """
 
-    free_entries: int
+    free_entries: Any
     rows: tuple[Unmeasured, ...] = ()

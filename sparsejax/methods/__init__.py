@@ -11,6 +11,7 @@ from sparsejax.methods.budgets import BudgetRule, available_rules, get_rule, reg
 from sparsejax.methods.calibrated_ratio import CalibratedRatio
 from sparsejax.methods.compactor import Compactor
 from sparsejax.methods.criticalkv import CriticalKV
+from sparsejax.methods.deltakv import DeltaKV
 from sparsejax.methods.expected_attention import ExpectedAttention
 from sparsejax.methods.full import Full
 from sparsejax.methods.global_pages import GlobalPages
@@ -34,6 +35,7 @@ __all__ = [
     "CalibratedRatio",
     "Compactor",
     "CriticalKV",
+    "DeltaKV",
     "ExpectedAttention",
     "Full",
     "GlobalPages",
