@@ -74,8 +74,8 @@ def measure_coverage(
         size = max(SHORTEST, 1 << (len(text) - 1).bit_length())
         tokens = np.zeros(size, np.int32)
         tokens[: len(text)] = text
-        decoder = Decoder(config, params["embed"].dtype)
-        run = _coverage(decoder, queries, implementation)  # pyright: ignore[reportArgumentType]
+        decoder: Any = Decoder(config, params["embed"].dtype)
+        run = _coverage(decoder, queries, implementation)
         counted = (top_tokens, 0.0) if isinstance(top_tokens, int) else (0, top_tokens)
         total += np.asarray(run(params, tokens, len(text), sinks, recent, *counted), np.float64)
         count += 1
