@@ -3,6 +3,7 @@ reference; prefill attention has a Mosaic GPU kernel for Hopper, too. Nothing he
 methods.
 """
 
+from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm
 from pallas_kernels.block_attention import BlockTile, block_attention_mass, block_attention_mass_reference
 from pallas_kernels.decode_attention import decode_attention, decode_attention_reference
 from pallas_kernels.decode_work import DecodeTile, SpanLimits, WorkList, decode_work_list
@@ -62,6 +63,8 @@ __all__ = [
     "SearchTile",
     "SpanLimits",
     "WorkList",
+    "add_rms_norm",
+    "add_rms_norm_reference",
     "block_attention_mass",
     "block_attention_mass_reference",
     "decode_attention",
@@ -93,6 +96,7 @@ __all__ = [
     "reference_search",
     "reference_search_reference",
     "resolve",
+    "rms_norm",
     "rotate",
     "rotate_and_store",
     "rotate_and_store_reference",

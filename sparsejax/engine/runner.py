@@ -78,7 +78,7 @@ class CompiledSteps:
       prefill, decode, mixed: (params, cache, state, work, options) -> (cache, state, output), cache and state donated;
         work is the batch, the rows, or (batch, rows).
       release: (cache, rows) -> cache; cache donated.
-      fork: (cache, source, target, count, implementation) -> (cache, ok); cache donated.
+      fork: (cache, hole, source, target, count, implementation) -> (cache, hole, ok); cache and hole donated.
       compress: (params, cache, record, batch, spec) -> (cache, output); cache donated.
       reconstruct: (params, cache, batch, implementation) -> cache; cache donated.
       evict: (cache, record, batch, spec) -> (cache, record, output); cache and record donated.
@@ -91,7 +91,7 @@ class CompiledSteps:
     decode: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
     mixed: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
     release: Callable[[KVCache, jax.Array], KVCache]
-    fork: Callable[..., tuple[KVCache, jax.Array]]
+    fork: Callable[..., tuple[KVCache, jax.Array | None, jax.Array]]
     compress: Callable[..., tuple[KVCache, CompressOutput]]
     reconstruct: Callable[..., KVCache]
     evict: Callable[..., tuple[KVCache, RecordState, EvictOutput]]
@@ -120,8 +120,10 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
 
         return counted(name, run, static_argnums=4, donate_argnums=(1, 2), compiler_options=COMPILER_OPTIONS)
 
-    def run_fork(cache, source, target, count, implementation):
-        return fork(cache, source, target, count, implementation=implementation)
+    def run_fork(cache, hole, source, target, count, implementation):
+        cache, ok = fork(cache, source, target, count, implementation=implementation)
+        # Whoever had the target row before may have left a dead slot to fill.
+        return cache, None if hole is None else hole.at[:, target].set(-1), ok
 
     def run_compress(params, cache, record, batch, spec):
         return compress_rows(params, cache, record, batch, decoder=decoder, spec=spec)
@@ -143,7 +145,7 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
         decode=model_step("decode", decode_step),
         mixed=model_step("mixed", mixed_step),
         release=counted("release", run_release, donate_argnums=0),
-        fork=counted("fork", run_fork, static_argnums=4, donate_argnums=0),
+        fork=counted("fork", run_fork, static_argnums=5, donate_argnums=(0, 1)),
         compress=counted("compress", run_compress, static_argnums=4, donate_argnums=1),
         reconstruct=counted(
             "reconstruct", run_reconstruct, static_argnums=3, donate_argnums=1, compiler_options=COMPILER_OPTIONS
@@ -403,7 +405,11 @@ class Runner:
             some = list(forks[first : first + FORK_ROWS])
             lanes = np.zeros((3, FORK_ROWS), np.int32)
             lanes[:, : len(some)] = np.transpose([(each.source, each.target, each.count) for each in some])
-            self.cache, ok = self._steps.fork(self.cache, *lanes, self.implementation)
+            record = self.state.record
+            hole = None if record is None else record.hole
+            self.cache, hole, ok = self._steps.fork(self.cache, hole, *lanes, self.implementation)
+            if record is not None and hole is not None:
+                self.state = replace(self.state, record=replace(record, hole=hole))
             succeeded.append(ok)
         return succeeded
 

@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import add_rms_norm, rms_norm
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.rope import apply_rope, rope_cos_sin
 
@@ -115,9 +116,10 @@ class Decoder(nn.Module):
         """The residual stream after the final norm, [T, d] in `dtype`, and the cache. Arguments as `__call__`."""
         cos, sin = rope_cos_sin(self.config.rope, self.config.head_dim, positions, rope_lengths)
         x = self.embed[tokens].astype(self.dtype)  # [T, d]
+        delta = None
         for layer in self.layers:
-            x, cache = layer(x, cos, sin, cache, attend)
-        return rms_norm(x, self.final_norm, self.config.rms_norm_eps), cache
+            x, delta, cache = layer.stream(x, delta, cos, sin, cache, attend)
+        return add_rms_norm(x, delta, self.final_norm, eps=self.config.rms_norm_eps)[1], cache
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Logits f32[N, V] of final hidden states x [N, d]."""
@@ -138,10 +140,23 @@ class DecoderLayer(nn.Module):
     dtype: Any
     index: int
 
-    @nn.compact
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, attend: Attend | AttendFromProjection
     ) -> tuple[jax.Array, Any]:
+        x, delta, cache = self.stream(x, None, cos, sin, cache, attend)
+        return x + delta, cache
+
+    @nn.compact
+    def stream(
+        self,
+        x: jax.Array,
+        delta: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        cache: Any,
+        attend: Attend | AttendFromProjection,
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """The layer of x + delta, as (x, delta, cache): whoever norms the sum next does the addition, too."""
         config = self.config
         num_tokens = x.shape[0]
 
@@ -156,12 +171,18 @@ class DecoderLayer(nn.Module):
                 name=name,
             )
 
-        def norm(name: str, x: jax.Array) -> jax.Array:
-            weight = self.param(name, nn.initializers.ones, (x.shape[-1],), self.dtype)
-            return rms_norm(x, weight, config.rms_norm_eps)
+        def norm_weight(name: str, size: int) -> jax.Array:
+            return self.param(name, nn.initializers.ones, (size,), self.dtype)
+
+        def add_norm(name: str, x: jax.Array, delta: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            return add_rms_norm(x, delta, norm_weight(name, x.shape[-1]), eps=config.rms_norm_eps)
+
+        def head_norm(name: str, x: jax.Array) -> jax.Array:
+            return rms_norm(x, norm_weight(name, config.head_dim), config.rms_norm_eps)
 
         heads = config.num_heads + 2 * config.num_kv_heads
-        qkv = linear("qkv", heads * config.head_dim, config.qkv_bias)(norm("attn_norm", x))
+        x, normed = add_norm("attn_norm", x, delta)
+        qkv = linear("qkv", heads * config.head_dim, config.qkv_bias)(normed)
         qkv = qkv.reshape(num_tokens, heads, config.head_dim)
         if isinstance(attend, AttendFromProjection):
             assert not config.qk_norm, "what normalises q and k must come between their projection and RoPE"
@@ -169,21 +190,14 @@ class DecoderLayer(nn.Module):
         else:
             q, k, v = jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
             if config.qk_norm:
-                q, k = norm("q_norm", q), norm("k_norm", k)
+                q, k = head_norm("q_norm", q), head_norm("k_norm", k)
             out, cache = attend(self.index, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, k, cache)
         out = out.reshape(num_tokens, config.num_heads * config.head_dim)
-        x = x + linear("o", config.hidden_size, config.o_bias)(out)
+        x, normed = add_norm("mlp_norm", x, linear("o", config.hidden_size, config.o_bias)(out))
 
-        gate_up = linear("gate_up", 2 * config.intermediate_size, config.mlp_bias)(norm("mlp_norm", x))
+        gate_up = linear("gate_up", 2 * config.intermediate_size, config.mlp_bias)(normed)
         gate, up = jnp.split(gate_up, 2, axis=-1)  # [T, F] each
-        return x + linear("down", config.hidden_size, config.mlp_bias)(jax.nn.silu(gate) * up), cache
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) over the last axis, times weight; the mean square is taken in float32 (arXiv:1910.07467)."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * weight.astype(x.dtype)
+        return x, linear("down", config.hidden_size, config.mlp_bias)(jax.nn.silu(gate) * up), cache
 
 
 def abstract_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:

@@ -277,7 +277,7 @@ def test_steps_hold_no_copy_of_the_pool(make_llm):
         lowered = step.lower(runner.params, runner.cache, runner.state, work, StepOptions(implementation="xla"))
         analyses.append(lowered.compile().memory_analysis())
     lanes = [jnp.zeros(8, jnp.int32)] * 3
-    analyses.append(runner._steps.fork.lower(runner.cache, *lanes, "xla").compile().memory_analysis())
+    analyses.append(runner._steps.fork.lower(runner.cache, None, *lanes, "xla").compile().memory_analysis())
     for analysis in analyses:
         assert analysis.alias_size_in_bytes >= 2 * pool
         assert analysis.temp_size_in_bytes < pool

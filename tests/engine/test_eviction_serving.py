@@ -280,6 +280,16 @@ def test_random_arrivals_and_cancellations(make_llm, scarce_alone, data):
     assert_all_free(scarce)
 
 
+def test_a_copy_of_a_compressed_row_does_not_fill_the_holes_of_who_had_its_row_before(make_llm):
+    engine = limited(make_llm(**ENGINE), **SCARCE).engine
+    for batch in ((3, 2), (10,)):  # the copy of a context takes the row whose request evicted into holes
+        for i in batch:
+            prompt, asked = SCARCE_REQUESTS[i]
+            engine.add(str(i), TokenizedPrompt(None, prompt), LONGER, asked)
+        finish(engine)  # raises if host and device count differently
+    assert engine.scheduler.prefix_cache_stats.resident_rows == 1
+
+
 @pytest.mark.parametrize(
     ("asked", "seqs"),
     [(compression("kvzip", context_tokens=40, chunk_tokens=2048), 2), (compression("h2o"), 1)],
