@@ -29,6 +29,12 @@ from pallas_kernels.invert_spd import invert_spd, invert_spd_reference
 from pallas_kernels.latents import LatentPages, dequantise, init_latents, quantise, store_latents
 from pallas_kernels.move_slots import move_slots, move_slots_reference
 from pallas_kernels.online_softmax import EMPTY_LSE
+from pallas_kernels.page_bounds import (
+    page_upper_bounds,
+    page_upper_bounds_reference,
+    update_page_bounds,
+    update_page_bounds_reference,
+)
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.prefill_attention import PrefillTile, prefill_attention, prefill_attention_reference
 from pallas_kernels.record_attention import record_attention, record_attention_reference
@@ -73,6 +79,8 @@ __all__ = [
     "invert_spd_reference",
     "move_slots",
     "move_slots_reference",
+    "page_upper_bounds",
+    "page_upper_bounds_reference",
     "prefill_attention",
     "prefill_attention_reference",
     "quantise",
@@ -93,5 +101,7 @@ __all__ = [
     "store_kv",
     "store_kv_reference",
     "store_latents",
+    "update_page_bounds",
+    "update_page_bounds_reference",
     "view_positions",
 ]

@@ -24,6 +24,7 @@ from pallas_kernels import (
 from sparsejax.bench import delta_shapes, kernel_shapes
 from sparsejax.bench.ceilings import Ceilings, measure
 from sparsejax.bench.kernel_shapes import Case, Program
+from sparsejax.bench.selection_shapes import selection_cases, tiny_selection_cases
 from sparsejax.bench.timing import Timing, device_seconds, time_calls
 from sparsejax.errors import InvalidArgumentError, nearest
 
@@ -32,12 +33,12 @@ __all__ = ["Case", "Row", "cases", "format_table", "run", "tiny_cases", "tune"]
 
 def cases() -> list[Case]:
     """All cases at production shapes."""
-    return [*kernel_shapes.cases(), *delta_shapes.cases()]
+    return [*kernel_shapes.cases(), *selection_cases(), *delta_shapes.cases()]
 
 
 def tiny_cases() -> list[Case]:
     """One small case of each kernel, for tests."""
-    return [*kernel_shapes.tiny_cases(), *delta_shapes.tiny_cases()]
+    return [*kernel_shapes.tiny_cases(), *tiny_selection_cases(), *delta_shapes.tiny_cases()]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.page_bounds import update_page_bounds
 from pallas_kernels.store_kv import store_kv
 
-from .state import KVCache, KVPool, Paged, SlotMapping
+from .state import KVCache, Paged, SlotMapping
 
 
 def slot_mapping(cache: KVCache, rows: jax.Array, back: jax.Array) -> SlotMapping:
@@ -59,6 +60,9 @@ def append(
 ) -> KVCache:
     """Writes one layer's keys and values of T tokens, in place when the cache is donated.
 
+    Tokens of a row follow one another, in the order of their slots. If the layout keeps bounds, those of the pages that
+    they go to are taken anew.
+
     Args:
       cache: the cache.
       layer: which layer, static.
@@ -68,7 +72,7 @@ def append(
       implementation: "triton", "xla" or None, as the kernels take it.
       interpret: as the kernels take it.
     """
-    pool = cache.pool
+    pool, address = cache.pool, cache.layout.address(layer)
     k_pages, v_pages = store_kv(
         pool.k,
         pool.v,
@@ -76,11 +80,25 @@ def append(
         v,
         mapping.entry,
         mapping.slot,
-        address=cache.layout.address(layer),
+        address=address,
         implementation=implementation,
         interpret=interpret,
     )
-    return dataclasses.replace(cache, pool=dataclasses.replace(pool, k=k_pages, v=v_pages))
+    bounds = pool.bounds
+    if bounds is not None:
+        entry, slot = mapping.entry[address.table_layer], mapping.slot[address.table_layer]  # [T, Ht]
+        is_last = jnp.pad(entry[1:] != entry[:-1], ((0, 1), (0, 0)), constant_values=True)
+        bounds = update_page_bounds(
+            bounds,
+            k_pages,
+            entry,
+            jnp.where(is_last & (entry > 0), slot + 1, 0),
+            address=address,
+            num_kv_heads=cache.layout.num_kv_heads,
+            implementation=implementation,
+            interpret=interpret,
+        )
+    return dataclasses.replace(cache, pool=dataclasses.replace(pool, k=k_pages, v=v_pages, bounds=bounds))
 
 
 def stamp(cache: KVCache, mapping: SlotMapping, position: jax.Array) -> KVCache:
@@ -106,7 +124,7 @@ def stamp(cache: KVCache, mapping: SlotMapping, position: jax.Array) -> KVCache:
         score = score.at[page, slot].set(0.0, mode="drop")
     if positions is not None:
         positions = positions.at[page, slot].set(position[:, None, None], mode="drop")
-    return dataclasses.replace(cache, pool=KVPool(k=pool.k, v=pool.v, score=score, position=positions))
+    return dataclasses.replace(cache, pool=dataclasses.replace(pool, score=score, position=positions))
 
 
 def add_scores(cache: KVCache, layer: int, mapping: SlotMapping, values: jax.Array) -> KVCache:

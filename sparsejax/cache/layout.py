@@ -38,6 +38,7 @@ class CacheLayout:
       dtype: of K and V, a floating type.
       with_score: keep an f32 score per slot.
       with_position: keep the i32 position of the token in each slot.
+      with_bounds: keep the smallest and largest value of each dimension of a page's keys.
 
     Raises:
       ValueError: a size is not positive, page_size is no power of two, granularity is unknown, dtype is not floating,
@@ -55,6 +56,7 @@ class CacheLayout:
     dtype: DTypeLike = jnp.bfloat16
     with_score: bool = False
     with_position: bool = False
+    with_bounds: bool = False
 
     def __post_init__(self):
         for name in ("num_layers", "num_kv_heads", "head_dim", "num_pages", "max_rows", "max_slots", "page_size"):
@@ -151,9 +153,10 @@ class CacheLayout:
         return 4 * self.entries_per_page_column * self.num_rows * (self.max_entries_per_row + 1)
 
     def bytes(self) -> int:
-        """Device memory of the whole cache: pool, scores, positions, table, lengths and free list."""
+        """Device memory of the whole cache: pool, scores, positions, bounds, table, lengths and free list."""
         slots = self.num_pages * self.page_size
         pool = 2 * slots * self.head_dim * jnp.dtype(self.dtype).itemsize
         per_slot = 4 * slots * (int(self.with_score) + int(self.with_position))
         free = 4 * (2 * self.num_entries + 1)
-        return pool + per_slot + self.table_bytes() + free
+        bounds = 2 * self.num_pages * self.head_dim * jnp.dtype(self.dtype).itemsize if self.with_bounds else 0
+        return pool + per_slot + bounds + self.table_bytes() + free

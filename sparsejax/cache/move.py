@@ -1,5 +1,7 @@
 """Moving slots inside the pool: what `fork` and `compact` share."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -36,9 +38,8 @@ def move(
     source = jnp.where(live[..., None], _slot_ids(source, layout), 0).reshape(-1)
     target = jnp.where(live[..., None], _slot_ids(target, layout), sentinel).reshape(-1)
     k, v = move_slots(pool.k, pool.v, source, target, implementation=implementation, interpret=interpret)
-    return KVPool(
-        k=k, v=v, score=_move_scalars(pool.score, source, target), position=_move_scalars(pool.position, source, target)
-    )
+    score, position = (_move_scalars(values, source, target) for values in (pool.score, pool.position))
+    return dataclasses.replace(pool, k=k, v=v, score=score, position=position)
 
 
 def _slot_ids(entry_slot: jax.Array, layout: CacheLayout) -> jax.Array:

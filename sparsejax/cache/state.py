@@ -12,7 +12,7 @@ from .layout import CacheLayout
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "score", "position"],
+    data_fields=["k", "v", "score", "position", "bounds"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -24,12 +24,15 @@ class KVPool:
       v: dtype[P, page_size, D].
       score: f32[P, page_size], importance of each slot, or None if the layout keeps none.
       position: i32[P, page_size], position of each slot's token in its request, or None if the layout keeps none.
+      bounds: dtype[P, 2, D], the smallest and largest value of each dimension of the keys that a page got by appending;
+        or None if the layout keeps none. `fork` leaves that of a copied page to the token that is appended next.
     """
 
     k: jax.Array
     v: jax.Array
     score: jax.Array | None
     position: jax.Array | None
+    bounds: jax.Array | None = None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["pages", "length"], meta_fields=[])
@@ -102,6 +105,7 @@ def init_cache(layout: CacheLayout) -> KVCache:
             v=jnp.zeros((*slots, layout.head_dim), layout.dtype),
             score=jnp.zeros(slots, jnp.float32) if layout.with_score else None,
             position=jnp.zeros(slots, jnp.int32) if layout.with_position else None,
+            bounds=jnp.zeros((layout.num_pages, 2, layout.head_dim), layout.dtype) if layout.with_bounds else None,
         ),
         table=init_table(layout),
         free=init_free_list(layout),

@@ -7,10 +7,34 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sparsejax.cli import bench, chat, convert, demo, doctor, evaluate, generate, methods, pack_data, train_compressor
+from sparsejax.cli import (
+    bench,
+    calibrate_layers,
+    chat,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    methods,
+    pack_data,
+    train_compressor,
+)
 from sparsejax.errors import SparsejaxError
 
-COMMANDS = (generate, chat, convert, pack_data, train_compressor, methods, evaluate, bench, demo, doctor)
+COMMANDS = (
+    generate,
+    chat,
+    convert,
+    pack_data,
+    train_compressor,
+    methods,
+    calibrate_layers,
+    evaluate,
+    bench,
+    demo,
+    doctor,
+)
 
 EPILOG = """examples:
   sparsejax demo                                      answer long prompts with the embedded model
@@ -19,6 +43,7 @@ EPILOG = """examples:
   sparsejax convert meta-llama/Llama-3.1-8B-Instruct llama-8b
   sparsejax train-compressor --data packed --out run  train a DeltaKV compressor
   sparsejax methods                                   what can be done to the KV cache
+  sparsejax calibrate --model NAME                    choose the layers that read everything, for method omnikv
   sparsejax eval ruler --methods snapkv,random --budgets 0.25
   sparsejax doctor                                    what runs here, and what to do where it does not
 """

@@ -62,7 +62,7 @@ def add_parser(subparsers) -> None:
         metavar="DIR",
         help="profile some decode steps: GPU idle share and time by kernel; keep the trace in DIR if given",
     )
-    group = latency.add_argument_group("compressed prompts")
+    group = latency.add_argument_group("compressed prompts, or a part of them read")
     group.add_argument(
         "--compare-dense",
         nargs="?",

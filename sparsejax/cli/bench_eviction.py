@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from sparsejax.cli import bench_selection
 from sparsejax.cli.bench_options import (
     add_model,
     add_outputs,
@@ -69,8 +70,12 @@ def add_fragmentation(suites: Any) -> None:
 def run_latency(args: argparse.Namespace, wanted: list[tuple[int, int]]) -> int:
     """`sparsejax bench latency` with a method, or with several that are asked for the same."""
     asked = [compression_from(args, method=name) for name in args.method.split(",")]
+    if any(compression.selects for compression in asked):
+        if not all(compression.selects for compression in asked):
+            raise InvalidArgumentError("--method names methods that select and others: measure them apart.")
+        return bench_selection.run_latency(args, wanted, asked)
     if args.profile is not None:
-        raise InvalidArgumentError("--profile profiles dense steps: leave it or --method out.")
+        raise InvalidArgumentError("--profile profiles steps that evict nothing: leave it or --method out.")
     from sparsejax.engine.memory import reserve_device_memory
 
     reserve_device_memory(args.gpu_memory_utilization)

@@ -27,6 +27,9 @@ ARGUMENTS = (
     "budget_floor",
 )
 
+# Options of methods that have an option of the command line all the same.
+SELECTION_ARGUMENTS = ("top_tokens", "full_attention_layers")
+
 # Those that mean the same for all methods, whatever the budget.
 COMMON_ARGUMENTS = ("sink_tokens", "recent_tokens", "window_tokens", "budget_rule", "budget_floor")
 
@@ -39,7 +42,7 @@ def add_compression_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(name, type=int, metavar="N", help=text)
 
     group.add_argument(
-        "--method", default="full", metavar="NAME", help="what is kept of the KV cache (default: full, all of it)"
+        "--method", default="full", metavar="NAME", help="what is kept or read of the KV cache (default: full)"
     )
     whole("--budget-tokens", "tokens to keep per layer and KV head, on average")
     group.add_argument("--keep-fraction", type=float, metavar="F", help="or the fraction of the text to keep")
@@ -51,6 +54,7 @@ def add_compression_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="compress the prompt only, or go on while decoding (default: the method's)",
     )
+    add_selection_options(group)
     group.add_argument(
         "--strategy",
         metavar="NAME",
@@ -66,11 +70,32 @@ def add_compression_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_selection_options(group: Any) -> None:
+    """What methods that select are asked for; read it back with `selection_options`."""
+    group.add_argument(
+        "--top-tokens", metavar="N", help="methods that select: tokens to choose, or a fraction in (0, 1) of the text"
+    )
+    group.add_argument(
+        "--full-attention-layers",
+        metavar="N,N",
+        help="layers that read everything (default: those known for the model)",
+    )
+
+
+def selection_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the options of `add_selection_options`, as options of a method."""
+    given = {name: getattr(args, name, None) for name in SELECTION_ARGUMENTS}
+    own = {name: value for name, value in given.items() if value is not None}
+    if "top_tokens" in own:
+        own["top_tokens"] = _own_option(f"top_tokens={own['top_tokens']}")[1]
+    return own
+
+
 def add_common_arguments(group: Any) -> None:
     """The options of `COMMON_ARGUMENTS`, for a parser or a group of one; read them back with `common_arguments`."""
     for name, text in (
-        ("--sink-tokens", "first tokens that are always kept"),
-        ("--recent-tokens", "last tokens that are always kept"),
+        ("--sink-tokens", "first tokens that are always kept and read"),
+        ("--recent-tokens", "last tokens that are always kept and read"),
         ("--window-tokens", "last queries that the method looks at"),
     ):
         group.add_argument(name, type=int, metavar="N", help=f"{text} (default: the method's)")
@@ -99,7 +124,7 @@ def compression_from(args: argparse.Namespace, **overrides: Any) -> CompressionP
     given: dict[str, Any] = (
         {"method": args.method} | {name: getattr(args, name, None) for name in ARGUMENTS} | overrides
     )
-    return CompressionParams(**given, options=dict(map(_own_option, args.option)))
+    return CompressionParams(**given, options=dict(map(_own_option, args.option)) | selection_options(args))
 
 
 def method_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:

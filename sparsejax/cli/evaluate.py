@@ -18,7 +18,10 @@ must not be mixed:
   aware     compressed with the question in sight: after all of the prompt but its last token, so that every token of
             the answer is computed from what was kept
   agnostic  compressed before the question is seen
-A table has the dense line first, the bytes that were kept (measured, whole pages), and 95 % bootstrap intervals."""
+Methods that select keep everything; their budget is what their selecting layers read of the text:
+  reading   the last token of the prompt is decoded, so that every token of the answer is computed from what was read
+A table has the dense line first, the bytes that were kept (measured, whole pages) or the tokens that were read (mean
+over all layers), and 95 % bootstrap intervals."""
 
 EXAMPLES = """examples:
   sparsejax eval ruler --lengths 1024,4096 --samples 50 --json scores.json
@@ -52,7 +55,7 @@ def add_parser(subparsers) -> None:
         "--budgets",
         default="0.125,0.25,0.5",
         metavar="B,B",
-        help="with a point: fraction to keep, in (0, 1]; whole: tokens a layer and head (default: %(default)s)",
+        help="with a point: fraction to keep or read, in (0, 1]; whole: tokens (default: %(default)s)",
     )
     sweep.add_argument("--mode", choices=("aware", "agnostic", "both"), default="both", help="(default: %(default)s)")
     compression_options.add_common_arguments(sweep)

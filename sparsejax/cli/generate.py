@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsejax.cli import options
-from sparsejax.cli.compression_options import ARGUMENTS, add_compression_options, compression_from
+from sparsejax.cli.compression_options import ARGUMENTS, SELECTION_ARGUMENTS, add_compression_options, compression_from
 from sparsejax.engine.outputs import RequestMetrics
 from sparsejax.errors import InvalidArgumentError
 
@@ -78,7 +78,7 @@ def _calibration(args: argparse.Namespace) -> CalibratedRatio | None:
         if args.quality_target is not None:
             raise InvalidArgumentError("--quality-target needs --calibration.")
         return None
-    for name in ARGUMENTS:
+    for name in (*ARGUMENTS, *SELECTION_ARGUMENTS):
         if getattr(args, name) is not None:
             raise InvalidArgumentError(f"--{name.replace('_', '-')} has no meaning with --calibration, which sets it.")
     if args.method != "full" or args.option:

@@ -87,6 +87,7 @@ def build_engine(
         dtype=decoder.dtype,
         with_score=bool(evicting),
         with_position=bool(evicting),
+        with_bounds=any(method.needs_page_bounds for method in allowed.values()),
     )
     sizes = {"max_rows": dense.max_rows, "max_slots": dense.max_slots, "page_size": dense.page_size}
 

@@ -26,7 +26,7 @@ class CompressionParams:
 
     Attributes:
       method: name of a method in `sparsejax.methods`; "full" keeps everything, and takes no other argument. Methods
-        that select keep everything, too; they take sink_tokens, recent_tokens and options.
+        that select keep everything, too; they take sink_tokens, recent_tokens, context_tokens and options.
       budget_tokens: tokens to keep per layer and KV head, on average, protected ones included. Also called
         max_cache_tokens. A prompt of at most this many tokens is left as it is.
       keep_fraction: the budget as a fraction of the text that is compressed, in (0, 1]; at least what is protected.
@@ -38,7 +38,8 @@ class CompressionParams:
       compress_once: compress the prompt only. False: go on while decoding, at every step if the method evicts per step
         and `interval_tokens` is not given, else every `interval_tokens`. None: the method's default.
       context_tokens: compress after this many tokens of the prompt, before the rest (the question) is seen. None: after
-        the whole prompt.
+        the whole prompt. Methods that select compute so many tokens with dense attention, and then decode the rest of
+        the prompt token by token.
       interval_tokens: generated tokens between two compressions. None: 128, where it is needed.
       strategy: what evicting at every step does with memory. "reuse" (None means this): the next token takes the
         victim's slot; "free_block": pages are freed once all their tokens are evicted; "sparse_copy": survivors move to
@@ -162,6 +163,12 @@ class CompressionParams:
         """Whether K and V of decoded tokens depend on more than the text, so that a replay must decode them again."""
         return self.selects or self.compresses
 
+    def prefilled(self, prompt_length: int) -> int:
+        """Tokens of a prompt that are computed at once; those behind them are decoded one by one."""
+        if not self.decodes_again or self.context_tokens is None:
+            return prompt_length
+        return min(self.context_tokens, prompt_length)
+
     @property
     def sinks(self) -> int:
         """First tokens that are protected."""
@@ -278,9 +285,9 @@ class CompressionParams:
         """Refuses what only evicting has a use for."""
         taken, hint = {"method"}, ""
         if self.compresses:
-            taken.add("options")
+            taken |= {"context_tokens", "options"}
         if self.selects:
-            taken |= {"sink_tokens", "recent_tokens", "options"}
+            taken |= {"sink_tokens", "recent_tokens", "context_tokens", "options"}
             hint = " How much is read is top_tokens, a number or a fraction."
             for name, _ in self.options:
                 if name not in methods.get(self.method).option_names():

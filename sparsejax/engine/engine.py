@@ -282,6 +282,7 @@ class Engine:
             # While it waits to be replayed it holds nothing, but it did hold its whole replay.
             held.append(self.scheduler.replayed_entries(request))
         answer.kv_bytes = max(answer.kv_bytes, *map(self._bytes_of, held))
+        answer.read_tokens = self.runner.read_tokens(request)
         self.scheduler.finish(request, reason, stop_reason)
         if answer.detokenizer is not None:
             answer.detokenizer.finish()

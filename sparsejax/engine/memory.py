@@ -133,6 +133,7 @@ def pages_that_fit(layout: CacheLayout, *, device: Any, scratch: int, other: int
     """
     page_bytes = 2 * layout.page_size * layout.head_dim * jnp.dtype(layout.dtype).itemsize
     page_bytes += 4 * layout.page_size * (layout.with_score + layout.with_position)
+    page_bytes += 2 * layout.head_dim * jnp.dtype(layout.dtype).itemsize * layout.with_bounds
     if device.platform == "cpu":
         return CPU_POOL_BYTES // page_bytes
     stats = device.memory_stats() or {}

@@ -99,6 +99,8 @@ class RequestMetrics:
       kv_bytes_before_compression, kv_bytes_after_compression: KV cache around the last compression, whole pages.
       kept_tokens: tokens of each layer and KV head of the first answer after its last compression, [layer][head]; None
         if there was none, or if a method that evicts per step cut the prompt.
+      read_tokens: tokens that a decode step of the first answer read, mean over the layers and the steps; whole pages
+        where pages are chosen. None before it has ended, if it took no decode step, and if its method evicts.
     """
 
     arrival_time: float
@@ -112,6 +114,7 @@ class RequestMetrics:
     kv_bytes_before_compression: int = 0
     kv_bytes_after_compression: int = 0
     kept_tokens: list[list[int]] | None = None
+    read_tokens: float | None = None
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None

@@ -61,7 +61,7 @@ def pack(
         rows[i], first[i], last[i] = request.row, chunk.is_first, chunk.is_last
         num_output[i] = request.num_prefilled_outputs
         if chunk.is_last and request.is_replay:
-            newest[i] = request.output_token_ids[num_output[i] - 1]
+            newest[i] = text[request.prefill_target]
         at += chunk.count
         starts[i + 1] = at
     starts[len(chunks) + 1 :] = at

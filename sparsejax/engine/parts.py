@@ -243,6 +243,7 @@ def decode_part(
         )
         if record is None:
             return attention(), cache
+        assert cache.pool.score is not None, "caches that record keep scores"
         out, score = attention(
             position=cache.pool.position, score=cache.pool.score, power=jnp.where(ok, record.power[rows], 0)
         )
@@ -272,7 +273,7 @@ def decode_part(
         # A lane with a newest token says how many there are with it.
         num_output=jnp.where(newest >= 0, num_output + 1, num_output),
         newest=newest,
-        counted=jnp.ones_like(live),
+        counted=num_output >= 0,  # else it decodes its prompt
         live=live & ok,
     )
     return cache, Part(tokens=tokens, lanes=lanes, ends=None, attend=attend, ok=ok)

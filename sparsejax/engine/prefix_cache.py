@@ -84,7 +84,9 @@ def may_share(request: Request) -> bool:
 
 def known_text(request: Request) -> Sequence[int]:
     """The tokens whose K and V follow from them alone: what is decoded by reading a part does not."""
-    return request.prompt_token_ids if request.compression.decodes_again else request.tokens
+    if request.compression.decodes_again:
+        return request.prompt_token_ids[: request.prefill_target]
+    return request.tokens
 
 
 def most_reusable(request: Request) -> int:

@@ -101,29 +101,36 @@ class Request:
 
     @property
     def is_replay(self) -> bool:
-        """Whether a prefill has outputs to replay: it samples nothing, for its newest token is known."""
-        return bool(self.output_token_ids)
+        """Whether the token behind a prefill is known: then it samples nothing."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) > self.prefill_target
 
     @property
     def prefill_target(self) -> int:
-        """Tokens the cache must hold before it can decode: the prompt, and what `num_prefilled_outputs` says."""
-        return len(self.prompt_token_ids) + max(self.num_prefilled_outputs - 1, 0)
+        """Tokens the cache must hold before it can decode.
+
+        All that are known but the newest; but only the prompt, if decoding evicts, and only what
+        `CompressionParams.prefilled` says, if it selects: the others are then decoded (again), one by one.
+        """
+        prompt = len(self.prompt_token_ids)
+        if self.compression.decodes_again:
+            return self.compression.prefilled(prompt)
+        if self.footprint is not None and self.footprint.schedule.changes_while_decoding:
+            return prompt
+        return prompt + max(len(self.output_token_ids) - 1, 0)
 
     @property
     def num_prefilled_outputs(self) -> int:
-        """Known outputs that are in the cache after a prefill, or are the newest token then.
-
-        All of them; but only the first, if decoding evicts or selects: the others are then decoded again, one by one.
-        """
-        known = len(self.output_token_ids)
-        evicting = self.footprint is not None and self.footprint.schedule.changes_while_decoding
-        return min(known, 1) if evicting or self.compression.decodes_again else known
+        """Outputs that are in the cache after a prefill, or are the newest token then; less than 1 if that token is
+        one of the prompt."""
+        return self.prefill_target + 1 - len(self.prompt_token_ids) if self.is_replay else 0
 
     @property
     def forced_token(self) -> int | None:
-        """What the next decode must yield, if that output is known: it replays. None: it samples."""
-        index = self.num_computed - len(self.prompt_token_ids) + 1
-        return self.output_token_ids[index] if 0 < index < len(self.output_token_ids) else None
+        """What the next decode must yield, if that token is known: it replays. None: it samples."""
+        index = self.num_computed + 1 - len(self.prompt_token_ids)
+        if index < 0:
+            return self.prompt_token_ids[index]
+        return self.output_token_ids[index] if index < len(self.output_token_ids) else None
 
     @property
     def transient_entries(self) -> int:

@@ -16,10 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Implementation, PageAddress, decode_attention, select_top, slot_probabilities
+from pallas_kernels import (
+    Implementation,
+    PageAddress,
+    decode_attention,
+    page_upper_bounds,
+    select_top,
+    slot_probabilities,
+)
 from sparsejax.cache import KVCache
 from sparsejax.methods import LayerRoles
-from sparsejax.methods.selection import LayerRole, candidates, chosen_count
+from sparsejax.methods.selection import LayerRole, candidate_pages, candidates, chosen_count, chosen_pages
 
 READS_ALL = 0  # number of no roles: a row that reads everything
 
@@ -68,11 +75,11 @@ class View(NamedTuple):
 
     Attributes:
       slots: i32[B, width], logical slots in ascending order.
-      count: i32[B], how many of them.
+      length: i32[B], how many of them.
     """
 
     slots: jax.Array
-    count: jax.Array
+    length: jax.Array
 
 
 class LaneSelection:
@@ -131,8 +138,8 @@ class LaneSelection:
         Returns:
           (out [B, Hq, D], cache, view).
         """
-        observing, following = self.lanes(layer, "observe"), self.lanes(layer, "follow")
-        special = [lanes for lanes in (observing, following) if lanes is not None]
+        observing, following, paging = (self.lanes(layer, role) for role in ("observe", "follow", "pages"))
+        special = [lanes for lanes in (observing, following, paging) if lanes is not None]
         out = None
         if not (special and self.selecting.everyone):
             others = self.rows
@@ -145,6 +152,8 @@ class LaneSelection:
         if following is not None:
             assert view is not None, "layer 0 reads everything"
             out = _merge(following, self._follow(layer, q, cache, following, view), out)
+        if paging is not None:
+            out = _merge(paging, self._read_pages(layer, q, cache, paging), out)
         assert out is not None
         return out, cache, view
 
@@ -184,7 +193,7 @@ class LaneSelection:
     def _follow(self, layer: int, q: jax.Array, cache: KVCache, lanes: jax.Array, view: View) -> jax.Array:
         table, address = token_table(cache, layer, self.rows, view.slots)
         dim = cache.layout.head_dim
-        length = jnp.where(lanes, view.count, 0)[None, :, None]
+        length = jnp.where(lanes, view.length, 0)[None, :, None]
         return decode_attention(
             q,
             cache.pool.k.reshape(-1, 1, dim),
@@ -194,6 +203,53 @@ class LaneSelection:
             jnp.arange(q.shape[0], dtype=jnp.int32),
             address=address,
             num_kv_heads=cache.layout.num_kv_heads,
+            scale=q.shape[-1] ** -0.5,
+            implementation=self.implementation,
+        )
+
+    def _read_pages(self, layer: int, q: jax.Array, cache: KVCache, lanes: jax.Array) -> jax.Array:
+        """Chooses pages by the bounds of their keys, for each KV head, and attends to them."""
+        assert cache.pool.bounds is not None, "engines for such methods keep bounds"
+        layout, address = cache.layout, cache.layout.address(layer)
+        size, heads, columns = layout.page_size, layout.num_kv_heads, layout.max_entries_per_row
+        rows, length = jnp.where(lanes, self.rows, 0), jnp.where(lanes, self.length, 0)
+        first, last = candidate_pages(self.first, self.last, size)
+        first, last = jnp.where(lanes, first, 0), jnp.where(lanes, last, 0)
+        count = chosen_pages(last - first, self.count, size)
+        bounds = page_upper_bounds(
+            q,
+            cache.pool.bounds,
+            cache.table.pages,
+            cache.table.length,
+            rows,
+            address=address,
+            num_kv_heads=heads,
+            page_size=size,
+            implementation=self.implementation,
+        )
+        # Sinks, choice and recent tokens each begin or end inside a page.
+        width = min(columns, self.selecting.width // size + 4)
+        first, last, count, held = (jnp.repeat(x, heads) for x in (first, last, count, layout.pages_for(length)))
+        chosen = select_top(
+            bounds.reshape(-1, columns), first, last, count, k=width, implementation=self.implementation
+        )
+        view = view_of(chosen, first, last, count, held, width=width)
+        pages = view.slots.reshape(-1, heads, width)
+        head = jnp.arange(heads, dtype=jnp.int32)[:, None]
+        table_head = head if layout.table_heads > 1 else 0
+        entry = cache.table.pages[address.table_layer, rows[:, None, None], table_head, pages]
+        # Only the last page of a row is not full, and it is the last of the view.
+        missing = layout.pages_for(length) * size - length
+        tokens = jnp.maximum(view.length.reshape(-1, heads) * size - missing[:, None], 0)
+        return decode_attention(
+            q,
+            cache.pool.k,
+            cache.pool.v,
+            address.page(entry, head)[None],
+            tokens[None],
+            jnp.arange(q.shape[0], dtype=jnp.int32),
+            address=PageAddress(table_layer=0, entry_stride=1, layer_offset=0, head_stride=0),
+            num_kv_heads=heads,
             scale=q.shape[-1] ** -0.5,
             implementation=self.implementation,
         )

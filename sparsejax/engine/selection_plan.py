@@ -12,7 +12,7 @@ from sparsejax.engine.request import Request
 from sparsejax.engine.selection import READS_ALL, RowSelection, Selecting, no_selection
 from sparsejax.methods import LayerRoles, SelectionMethod
 from sparsejax.methods.known_layers import known_layers, spread_layers
-from sparsejax.methods.selection import candidates, chosen_count
+from sparsejax.methods.selection import candidate_pages, candidates, chosen_count, chosen_pages
 from sparsejax.models import ModelConfig
 
 SMALLEST_WIDTH = 1024
@@ -106,17 +106,25 @@ class Selections:
         """
         roles = self.roles_of(compression)
         whole = roles.reads_all / len(roles.roles)
-        return whole * lengths + (1 - whole) * self._read_by_layer(compression, lengths)
+        return whole * lengths + (1 - whole) * self._read_by_layer(compression, roles, lengths)
 
-    def _read_by_layer(self, compression: CompressionParams, lengths: np.ndarray) -> np.ndarray:
+    def _read_by_layer(self, compression: CompressionParams, roles: LayerRoles, lengths: np.ndarray) -> np.ndarray:
         """i32 like lengths: tokens that a layer which selects reads."""
         sinks, recent, count, fraction = _asked(compression)
         first, last = candidates(lengths, sinks, recent)
-        return lengths - (last - first) + chosen_count(last - first, np.int32(count), np.float32(fraction))
+        chosen = chosen_count(last - first, np.int32(count), np.float32(fraction))
+        if "pages" not in roles.roles:
+            return lengths - (last - first) + chosen
+        first, last = candidate_pages(first, last, self._page_size)
+        passed = last - first - chosen_pages(last - first, chosen, self._page_size)
+        return lengths - passed * self._page_size
 
     def _needed(self, request: Request) -> int:
-        """Tokens that a selecting layer reads of a request that is about to decode."""
-        return int(self._read_by_layer(request.compression, np.asarray([request.num_computed], np.int32))[0])
+        """Tokens that a selecting layer reads of a request that is about to decode, but for the rounding to pages."""
+        sinks, recent, count, fraction = _asked(request.compression)
+        first, last = candidates(np.asarray([request.num_computed], np.int32), sinks, recent)
+        chosen = chosen_count(last - first, np.int32(count), np.float32(fraction))
+        return int(request.num_computed - (last - first - chosen)[0])
 
     def _number(self, roles: LayerRoles) -> int:
         return self._numbers.setdefault(roles, READS_ALL + 1 + len(self._numbers))

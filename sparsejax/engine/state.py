@@ -85,8 +85,9 @@ class PrefillBatch:
       starts: i32[S + 1], segment s owns tokens starts[s] to starts[s + 1]; starts[S] is the number of live tokens.
       first: bool[S], the segment starts its request, so the row's state is set up anew.
       last: bool[S], the segment ends the prompt, so the row becomes ready to decode.
-      newest: i32[S], the token to decode from after a replay, or -1 to sample it from the last logits.
-      num_output: i32[S], tokens the request had generated before.
+      newest: i32[S], the token to decode from if it is known, or -1 to sample it from the last logits.
+      num_output: i32[S], tokens the request had generated before, `newest` included; if that is a token of the prompt,
+        less the tokens of the prompt behind it.
       sampling: parameters of each segment's request, arrays of leading size S.
       record: what eviction wants recorded of each segment; None if the cache cannot evict.
       store: how each segment is stored; None if the cache can compress none.
@@ -193,7 +194,8 @@ def start_rows(state: DecodeState, batch: PrefillBatch, *, plain: bool) -> Decod
     seen = seen.at[jnp.where(generated, nowhere, row), batch.tokens].set(True, mode="drop")
     count = count.at[jnp.where(generated, row, nowhere), batch.tokens].add(1, mode="drop")
     # The newest token of a replay is not part of the chunk (it is the next decode's input), but it was generated.
-    count = count.at[jnp.where(jnp.asarray(batch.newest) >= 0, rows, nowhere), batch.newest].add(1, mode="drop")
+    replayed = (jnp.asarray(batch.newest) >= 0) & (jnp.asarray(batch.num_output) > 0)
+    count = count.at[jnp.where(replayed, rows, nowhere), batch.newest].add(1, mode="drop")
     return replace(state, prompt_seen=seen, output_count=count)
 
 

@@ -33,6 +33,7 @@ class Answer:
       kv_bytes: most KV cache it held so far, whole pages.
       taken: tokens that an increment has handed out.
       compression: what compression did.
+      read_tokens: tokens that its decode steps read, as in `RequestMetrics`.
     """
 
     request: Request
@@ -42,6 +43,7 @@ class Answer:
     kv_bytes: int = 0
     taken: int = 0
     compression: CompressionRecord = field(default_factory=CompressionRecord)
+    read_tokens: float | None = None
 
     def output(self, *, increment: bool) -> CompletionOutput:
         """The answer so far, or what is new of it since the last increment."""
@@ -116,6 +118,7 @@ class Submission:
                 kv_bytes_before_compression=sum(answer.compression.bytes_before for answer in self.answers),
                 kv_bytes_after_compression=sum(answer.compression.bytes_after for answer in self.answers),
                 kept_tokens=self.answers[0].compression.kept_tokens,
+                read_tokens=self.answers[0].read_tokens,
                 first_scheduled_time=min(scheduled, default=None),
                 first_token_time=self.first_token_time,
                 finished_time=self.finished_time,

@@ -1,18 +1,23 @@
-"""Compares eviction methods on the retrieval tasks: accuracy and bytes kept, by budget, with and without the question.
+"""Compares methods on the retrieval tasks: accuracy and what is kept or read, by budget.
 
-A method sees one of two things before it compresses, and the two are never mixed:
+A method that evicts sees one of two things before it compresses, and the two are never mixed:
 
 * "aware": the whole prompt but its last token. That one, the mark where the answer begins, is computed over the
   compressed cache, so every token of the answer is. (Compressing after the very last token would leave the first
   token of the answer to dense attention; where answers are one word, nothing would be measured.)
 * "agnostic": the context only. The question comes when the context has been compressed.
 
-Every method compresses once, so that what differs is the choice and nothing else.
+Every such method compresses once, so that what differs is the choice and nothing else.
+
+A method that selects keeps everything. Its lines ("reading") are apart: their budget is the share of the text that its
+selecting layers read of it. The last token of the prompt is decoded, so every token of the answer is computed from what
+was read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,8 +32,8 @@ from sparsejax.evaluation.ruler import EncodedPrompt, build_samples, encode_samp
 from sparsejax.evaluation.scoring import bootstrap_interval, exact_match
 from sparsejax.evaluation.tasks import ANSWER_TOKENS
 
-Mode = Literal["dense", "aware", "agnostic"]
-MODES: tuple[Mode, ...] = ("aware", "agnostic")
+Mode = Literal["dense", "aware", "agnostic", "reading"]
+MODES: tuple[Mode, ...] = ("aware", "agnostic")  # of methods that evict
 ALL_TASKS = "all"
 
 
@@ -37,9 +42,9 @@ class Setting:
     """One line of a comparison.
 
     Attributes:
-      mode: what is seen before compressing; "dense" compresses nothing.
-      budget: tokens per layer and head (int), or fraction of the compressed text (float); None if dense.
-      compression: the parameters but for `context_tokens`, which depend on the prompt.
+      mode: what is seen before compressing; "dense" compresses nothing, "reading" reads a part.
+      budget: tokens per layer and head (int), or fraction of the text (float); None if dense.
+      compression: the parameters but for what depends on the prompt: `context_tokens`, and `top_tokens`.
     """
 
     mode: Mode
@@ -48,8 +53,14 @@ class Setting:
 
     def compression_of(self, prompt: EncodedPrompt) -> CompressionParams:
         """The parameters of one prompt."""
-        if self.mode == "dense":
+        if self.mode == "dense" or self.budget is None:
             return self.compression
+        if self.mode == "reading":
+            length = len(prompt.tokens)
+            budget = self.budget if isinstance(self.budget, int) else math.ceil(self.budget * length)
+            top = max(budget - self.compression.sinks - self.compression.recent_window, 1)
+            options = {**dict(self.compression.options), "top_tokens": top}
+            return dataclasses.replace(self.compression, context_tokens=length - 1, options=options)
         seen = prompt.context_tokens if self.mode == "agnostic" else len(prompt.tokens) - 1
         return dataclasses.replace(self.compression, context_tokens=seen)
 
@@ -66,6 +77,8 @@ class MethodRow:
       kv_bytes: cache after compression, whole pages, mean over the samples; of a prompt that was within its budget, and
         if dense: the most that it held.
       dense_kv_bytes: the most that the same prompts hold when dense.
+      read_tokens: tokens that decoding reads, mean over layers, steps and samples; None if the method evicts.
+      dense_read_tokens: the same of the dense line.
     """
 
     method: str
@@ -76,6 +89,8 @@ class MethodRow:
     hits: tuple[bool, ...]
     kv_bytes: float
     dense_kv_bytes: float
+    read_tokens: float | None = None
+    dense_read_tokens: float | None = None
 
     @property
     def score(self) -> float:
@@ -92,10 +107,24 @@ class MethodRow:
         """Share of the dense cache's bytes that is left."""
         return self.kv_bytes / self.dense_kv_bytes
 
+    @property
+    def read(self) -> float:
+        """Share of the dense line's tokens that decoding reads. A method that evicts reads what it keeps."""
+        if self.read_tokens is None or not self.dense_read_tokens:
+            return self.kept
+        return self.read_tokens / self.dense_read_tokens
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with what follows from the fields."""
         low, high = self.interval
-        return {**dataclasses.asdict(self), "score": self.score, "low": low, "high": high, "kept": self.kept}
+        return {
+            **dataclasses.asdict(self),
+            "score": self.score,
+            "low": low,
+            "high": high,
+            "kept": self.kept,
+            "read": self.read,
+        }
 
 
 def make_settings(
@@ -106,23 +135,24 @@ def make_settings(
     common: Mapping[str, Any] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Setting]:
-    """The dense line, then each mode, method and budget.
+    """The dense line, then each mode, method and budget; then the methods that select.
 
     Args:
       methods: names; "full" is the dense line, which is there in any case.
       budgets: a float is a fraction in (0, 1], an int a number of tokens.
-      modes: of `MODES`.
+      modes: of `MODES`, for methods that evict.
       common: arguments of `CompressionParams` for all methods.
       options: arguments for single methods, by method; they win over the common ones.
 
     Raises:
       InvalidArgumentError: parameters that do not fit a method; the message names method and budget.
     """
-    evicting = [name for name in dict.fromkeys(methods) if registry.get(name).family == "evict"]
+    families = {name: registry.get(name).family for name in dict.fromkeys(methods)}
+    evicting, selecting = ([name for name in families if families[name] == each] for each in ("evict", "select"))
     for name in options or {}:
-        if name not in evicting:
+        if name not in (*evicting, *selecting):
             raise InvalidArgumentError(f"options are given for method {name!r}, which is not among those compared.")
-    if evicting and not budgets:
+    if (evicting or selecting) and not budgets:
         raise InvalidArgumentError("budgets must have at least one number.")
     for mode in modes:
         if mode not in MODES:
@@ -138,6 +168,13 @@ def make_settings(
                 except SparsejaxError as error:
                     raise type(error)(f"method {name!r} at budget {budget}: {error}") from None
                 settings.append(Setting(mode, budget, compression))
+    for name in selecting:
+        shared = {key: value for key, value in (common or {}).items() if key in ("sink_tokens", "recent_tokens")}
+        try:
+            compression = CompressionParams(method=name, **shared | dict((options or {}).get(name, {})))
+        except SparsejaxError as error:
+            raise type(error)(f"method {name!r}: {error}") from None
+        settings += [Setting("reading", budget, compression) for budget in budgets]
     return settings
 
 
@@ -186,6 +223,7 @@ def compare_methods(
         metrics.kv_bytes_after_compression if metrics.num_compressions else metrics.kv_bytes
         for metrics in (output.metrics for output in outputs)
     ]
+    reads = [output.metrics.read_tokens for output in outputs]
     rows = []
     for place, setting in enumerate(settings):
         for length, task in dict.fromkeys((item.length, item.task) for item in items):
@@ -201,9 +239,17 @@ def compare_methods(
                     hits=tuple(hits[i] for i in there),
                     kv_bytes=float(np.mean([sizes[i] for i in there])),
                     dense_kv_bytes=float(np.mean([sizes[i] for i in chosen])),
+                    read_tokens=_mean([reads[i] for i in there]),
+                    dense_read_tokens=_mean([reads[i] for i in chosen]),
                 )
             )
     return rows
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are there; None if none is."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def over_tasks(rows: Sequence[MethodRow]) -> list[MethodRow]:
@@ -220,6 +266,8 @@ def over_tasks(rows: Sequence[MethodRow]) -> list[MethodRow]:
             dense_kv_bytes=float(
                 np.average([row.dense_kv_bytes for row in group], weights=[len(row.hits) for row in group])
             ),
+            read_tokens=_mean([row.read_tokens for row in group for _ in row.hits]),
+            dense_read_tokens=_mean([row.dense_read_tokens for row in group for _ in row.hits]),
         )
         for group in groups.values()
     ]
@@ -233,7 +281,11 @@ def format_budget(budget: float | None) -> str:
 def format_methods(rows: Sequence[MethodRow]) -> str:
     """Plain-text tables, one for each length and mode, the dense line first in each; scores in percent."""
     tasks = list(dict.fromkeys(row.task for row in rows))
-    titles = {"aware": "query-aware: compressed with the question", "agnostic": "query-agnostic: compressed before it"}
+    titles = {
+        "aware": "query-aware: compressed with the question",
+        "agnostic": "query-agnostic: compressed before it",
+        "reading": "reading a part: all is kept, and the budget is what selecting layers read",
+    }
     widths = [max(6, len(task)) + 2 for task in tasks]
     name_width = max([len(row.method) for row in rows] + [6]) + 2
 
@@ -248,7 +300,9 @@ def format_methods(rows: Sequence[MethodRow]) -> str:
         for mode in dict.fromkeys(row.mode for row in at_length if row.mode != "dense") or ("dense",):
             lines = [
                 f"{titles.get(mode, 'dense')}; {length} tokens, {samples} samples a task",
-                line("method", "budget", "KV MiB", "kept", tasks, "mean", "95% interval"),
+                line(
+                    "method", "budget", "KV MiB", "read" if mode == "reading" else "kept", tasks, "mean", "95% interval"
+                ),
             ]
             for row in over_tasks([row for row in at_length if row.mode in ("dense", mode)]):
                 scores = {
@@ -262,7 +316,7 @@ def format_methods(rows: Sequence[MethodRow]) -> str:
                         row.method,
                         format_budget(row.budget),
                         f"{row.kv_bytes / 2**20:.2f}",
-                        f"{100 * row.kept:.0f}%",
+                        f"{100 * (row.read if mode == 'reading' else row.kept):.0f}%",
                         [f"{100 * scores[task]:.1f}" for task in tasks],
                         f"{100 * row.score:.1f}",
                         f"{100 * low:.1f} - {100 * high:.1f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,17 +12,17 @@ from sparsejax.evaluation.calibration import CalibrationPoint
 from sparsejax.evaluation.method_sweep import MethodRow, over_tasks
 from sparsejax.methods.calibrated_ratio import CalibratedRatio
 
-_TITLES = {"aware": "query-aware", "agnostic": "query-agnostic"}
+_TITLES = {"aware": "query-aware", "agnostic": "query-agnostic", "reading": "reading a part"}
 _MARKERS = "osv^D<>pPX*h"
 # matplotlib's ten colours, then black and grey: as many as markers.
 _COLOURS = (*(f"C{i}" for i in range(10)), "black", "grey")
 
 
 def plot_methods(rows: Sequence[MethodRow], path: str | Path) -> None:
-    """Accuracy over the share of the cache that is kept: one line a method, one panel a mode and length.
+    """Accuracy over the share of the cache that is kept or read: one line a method, one panel a mode and length.
 
     Args:
-      rows: of `compare_methods`, with at least one mode that compresses.
+      rows: of `compare_methods`, with at least one mode beside dense.
       path: the file; its ending says the format.
     """
     from matplotlib.figure import Figure
@@ -40,18 +41,23 @@ def plot_methods(rows: Sequence[MethodRow], path: str | Path) -> None:
             for place, name in enumerate(names):
                 style = {"marker": _MARKERS[place % len(_MARKERS)], "color": _COLOURS[place % len(_COLOURS)]}
                 line = sorted(
-                    (100 * point.kept, 100 * point.score)
+                    (100 * (point.read if mode == "reading" else point.kept), 100 * point.score)
                     for point in points
                     if (point.length, point.mode, point.method) == (length, mode, name)
                 )
-                axis.plot(*zip(*line, strict=True), label=name, **style)
+                if line:
+                    axis.plot(*zip(*line, strict=True), label=name, **style)
             axis.set_title(f"{_TITLES[mode]}, {length} tokens")
-            axis.set_xlabel("KV cache kept, % of dense bytes")
+            what = "tokens read, % of dense" if mode == "reading" else "KV cache kept, % of dense bytes"
+            axis.set_xlabel(what)
             axis.set_xlim(left=0)
             axis.set_ylim(-3, 103)
             axis.grid(alpha=0.3)
         axes[i, 0].set_ylabel("exact answers, %")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+    handles: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
     figure.savefig(path, dpi=80)
 
 
@@ -92,4 +98,26 @@ def plot_calibration(
     axis.set_xlabel("fraction kept")
     axis.set_ylabel("quality relative to dense")
     axis.legend()
+    figure.savefig(path, dpi=80)
+
+
+def plot_coverage(coverage: np.ndarray, layers: Sequence[int], path: str | Path) -> None:
+    """A heat map of how much attention of each layer goes to what another chooses, and who follows whom.
+
+    Args:
+      coverage: f64[L, L] of `layer_choice.measure_coverage`.
+      layers: the full-attention layers.
+      path: the file; its ending says the format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 4.8), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(100 * np.where(np.tri(len(coverage), k=-1, dtype=bool), np.nan, coverage), vmin=0, vmax=100)
+    for first, after in zip(layers, (*layers[1:], len(coverage)), strict=True):
+        axis.plot([first - 0.5, after - 0.5], [first, first], color="tab:red", linewidth=2)
+    axis.set_title("full layers " + ", ".join(map(str, layers)))
+    axis.set_xlabel("layer")
+    axis.set_ylabel("layer that chooses")
+    figure.colorbar(image, label="attention kept, %")
     figure.savefig(path, dpi=80)

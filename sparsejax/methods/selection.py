@@ -47,8 +47,8 @@ class SelectionMethod(Method):
     """
 
     family: ClassVar[Family] = "select"
-    default_sink_tokens: ClassVar[int] = 8
-    recent_tokens: ClassVar[int] = 64
+    default_sink_tokens: ClassVar[int] = 4
+    recent_tokens: ClassVar[int] = 32
 
     top_tokens: int | float = DEFAULT_TOP_TOKENS
 
@@ -152,3 +152,18 @@ def chosen_count(num_candidates: Any, count: Any, fraction: Any) -> Any:
     """
     part = -(-(num_candidates.astype("float32") * fraction) // 1)
     return (count + part.astype("int32")).clip(max=num_candidates)
+
+
+def candidate_pages(first: Any, last: Any, page_size: int) -> tuple[Any, Any]:
+    """(first, last): the pages first .. last-1 lie among the candidates; int arrays of NumPy or JAX.
+
+    Args:
+      first, last: of `candidates`. A page that holds another token too is always read.
+    """
+    first_page = -(-first // page_size)
+    return first_page, (last // page_size).clip(min=first_page)
+
+
+def chosen_pages(num_pages: Any, count: Any, page_size: int) -> Any:
+    """How many of the candidate pages are chosen for `count` tokens; int arrays of NumPy or JAX."""
+    return (-(-count // page_size)).clip(max=num_pages)

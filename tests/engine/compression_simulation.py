@@ -57,6 +57,10 @@ class Params:
     rule: Rule = field(default_factory=Rule)
     method: str = "simulated"
     evicts: bool = True
+    decodes_again: bool = False
+
+    def prefilled(self, prompt_length: int) -> int:
+        return prompt_length
 
     def budget(self, text_length: int) -> int:
         if self.budget_tokens is not None:
