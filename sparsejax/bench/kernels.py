@@ -33,12 +33,12 @@ __all__ = ["Case", "Row", "cases", "format_table", "run", "tiny_cases", "tune"]
 
 def cases() -> list[Case]:
     """All cases at production shapes."""
-    return [*kernel_shapes.cases(), *delta_shapes.cases(), *selection_cases()]
+    return [*kernel_shapes.cases(), *selection_cases(), *delta_shapes.cases()]
 
 
 def tiny_cases() -> list[Case]:
     """One small case of each kernel, for tests."""
-    return [*kernel_shapes.tiny_cases(), *delta_shapes.tiny_cases(), *tiny_selection_cases()]
+    return [*kernel_shapes.tiny_cases(), *tiny_selection_cases(), *delta_shapes.tiny_cases()]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sparsejax.bench.ceilings import Ceilings
 from sparsejax.bench.latency import BatchRun, kv_bytes_per_token, run_batch, tokens_decoded, weight_bytes_read
 from sparsejax.bench.profile import Profile
 from sparsejax.bench.timing import summary
+from sparsejax.cache import CacheLayout
 from sparsejax.engine.llm import LLM
 from sparsejax.engine.sampling_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError
@@ -143,6 +144,7 @@ def _bounds_bytes(llm: LLM, compression: CompressionParams, length: int) -> int:
     """Bytes of the bounds that a step reads of a request with so many tokens."""
     selections, layout = llm.engine.runner.selections, llm.engine.runner.layout
     assert selections is not None
+    assert isinstance(layout, CacheLayout)
     layers = selections.roles_of(compression).roles.count("pages")
     page = 2 * layout.head_dim * np.dtype(layout.dtype).itemsize
     return layers * layout.num_kv_heads * layout.pages_for(length) * page

@@ -165,7 +165,7 @@ class CompressionParams:
 
     def prefilled(self, prompt_length: int) -> int:
         """Tokens of a prompt that are computed at once; those behind them are decoded one by one."""
-        if not self.selects or self.context_tokens is None:
+        if not self.decodes_again or self.context_tokens is None:
             return prompt_length
         return min(self.context_tokens, prompt_length)
 
@@ -285,7 +285,7 @@ class CompressionParams:
         """Refuses what only evicting has a use for."""
         taken, hint = {"method"}, ""
         if self.compresses:
-            taken.add("options")
+            taken |= {"context_tokens", "options"}
         if self.selects:
             taken |= {"sink_tokens", "recent_tokens", "context_tokens", "options"}
             hint = " How much is read is top_tokens, a number or a fraction."

@@ -30,11 +30,11 @@ def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Foo
             f"must fit into max_model_len={config.max_model_len}. Shorten the prompt or raise max_model_len."
         )
     params = request.compression
+    if params.prefilled(length) < length:
+        _check_decoded_prompt(request, name)
     if config.store is not None:
         _check_store(request, config.store, name)
         return None
-    if params.prefilled(length) < length:
-        _check_decoded_prompt(request, name)
     if not params.evicts:
         if pool.uniform(length) > pool.num_entries:
             raise PromptTooLongError(_too_long(name, length, config))
@@ -53,16 +53,6 @@ def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Foo
     return footprint
 
 
-def _check_decoded_prompt(request: Request, name: str) -> None:
-    """Refuses what needs all tokens of the prompt in chunks, for a request that decodes some of them."""
-    for argument, off in (("prompt_logprobs", None), ("repetition_penalty", 1.0)):
-        if getattr(request.params, argument) != off:
-            raise InvalidArgumentError(
-                f"{name} is decoded from its context_tokens={request.compression.context_tokens} on, where "
-                f"{argument} is not available: leave one of them out."
-            )
-
-
 def _check_store(request: Request, store: StoreLimits, name: str) -> None:
     """Refuses what the pools of an engine that stores compressed cannot hold or do."""
     params, length = request.compression, len(request.prompt_token_ids)
@@ -76,6 +66,16 @@ def _check_store(request: Request, store: StoreLimits, name: str) -> None:
             f"{name} has {length} tokens, but with method {params.method!r} the KV cache holds {most}. Shorten the "
             "prompt, or give the cache more memory (num_pages, gpu_memory_utilization)."
         )
+
+
+def _check_decoded_prompt(request: Request, name: str) -> None:
+    """Refuses what needs all tokens of the prompt in chunks, for a request that decodes some of them."""
+    for argument, off in (("prompt_logprobs", None), ("repetition_penalty", 1.0)):
+        if getattr(request.params, argument) != off:
+            raise InvalidArgumentError(
+                f"{name} is decoded from its context_tokens={request.compression.context_tokens} on, where "
+                f"{argument} is not available: leave one of them out."
+            )
 
 
 def _check_alignment(footprint: Footprint, config: SchedulerConfig) -> None:

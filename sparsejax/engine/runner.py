@@ -286,7 +286,19 @@ class Runner:
             return None
         if self.selections is not None and request.compression.selects:
             lengths = self.selections.read_tokens(request.compression, lengths)
+        elif self.store is not None and isinstance(request.compression.policy, DeltaKV):
+            lengths = self._tokens_read(request.compression.policy, lengths)
         return float(lengths.mean())
+
+    def _tokens_read(self, method: DeltaKV, lengths: np.ndarray) -> np.ndarray:
+        """f64 like lengths: tokens that a decode of a compressed request reads, mean over the layers."""
+        assert self.store is not None
+        assert isinstance(self.layout, DeltaCacheLayout)
+        history = np.asarray(self.store.geometry.history_at_query(lengths))
+        sinks = np.minimum(history, self.store.geometry.sinks)
+        sparse = lengths - history + sinks + [method.wanted(int(each)) for each in history - sinks]
+        whole = len(self.layout.full_layers) / self.layout.num_layers
+        return whole * lengths + (1 - whole) * sparse
 
     def prefill(self, chunks: Sequence[Chunk]) -> StepOutput:
         """Dispatches a prefill step; lane i of the output belongs to chunks[i], prompt lanes follow the packing."""

@@ -32,7 +32,7 @@ ENGINE = {
     "methods": ["full", "deltakv"],
     "full_attention_layers": (0, 2),
     "recent_tokens": 4,
-    "max_num_seqs": 4,
+    "max_num_seqs": 2,
     "max_num_batched_tokens": 32,
     "max_mixed_tokens": 32,
     "max_prefill_seqs": 2,
@@ -41,7 +41,7 @@ ENGINE = {
     "dense_cache_fraction": 0.4,
     "skip_tokenizer_init": True,
 }
-GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=1)
 
 
 @functools.cache
