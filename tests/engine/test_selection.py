@@ -50,13 +50,13 @@ def run(llm, requests, params=GREEDY):
     return llm.generate([prompt for prompt, _ in requests], params, [asked for _, asked in requests], use_tqdm=False)
 
 
+def finish(engine) -> None:
+    while engine.has_unfinished:
+        engine.step()
+
+
 def one_by_one(llm, requests, params=GREEDY):
     return [tokens(run(llm, [each], params))[0] for each in requests]
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    p = np.exp(x - x.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True)
 
 
 def seen(asked: CompressionParams, dense: Forward, position: int) -> np.ndarray:
@@ -180,10 +180,8 @@ def test_replayed_equals_uninterrupted(monkeypatch, llm, alone):
         engine.add(str(i), TokenizedPrompt(None, prompt), GREEDY, asked) for i, (prompt, asked) in enumerate(REQUESTS)
     ]
     with pytest.raises(ConnectionError):
-        while engine.has_unfinished:
-            engine.step()
-    while engine.has_unfinished:
-        engine.step()
+        finish(engine)
+    finish(engine)
     outputs = [submission.output() for submission in submissions]
     assert sum(output.metrics.num_preemptions for output in outputs) >= 3
     assert tokens(outputs) == alone
