@@ -30,7 +30,7 @@ _MIN_DOT_ROWS = 16  # the smallest tile of a tensor-core product
 _SUM_CHUNK = 128  # numbers of a latent that one weighted sum holds
 
 # By bytes per element of the near pool.
-_TILES = {2: DecodeTile(64, 4, 3), 4: DecodeTile(16, 4, 1)}
+_TILES = {2: DecodeTile(64, 8, 3), 4: DecodeTile(16, 8, 1)}
 
 
 def default_tile(k_pages: jax.Array) -> DecodeTile:

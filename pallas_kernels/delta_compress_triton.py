@@ -22,7 +22,8 @@ class CompressTile(NamedTuple):
 
 
 # By bytes per element of the pool.
-_TILES = {2: CompressTile(64, 512, 8, 1), 4: CompressTile(16, 64, 4, 1)}
+_TILES = {2: CompressTile(64, 256, 8, 1), 4: CompressTile(16, 64, 4, 1)}
+_CHUNK = 64  # numbers of a signal that one product takes
 _MEAN_BLOCK = 32  # tokens of a program that only takes means
 
 
@@ -85,17 +86,20 @@ def reference_mean_triton(k_pages, v_pages, page_table, row, ids, layer, *, addr
 def _compress_kernel(
     x_ref, k_ref, v_ref, table_ref, row_ref, id_ref, down_ref, layer_ref, out_ref, *, address, page_size, heads, tile
 ):
-    """Some numbers of the latents of a tile of tokens: a product over one KV head's keys, then values, at a time."""
+    """Some numbers of the latents of a tile of tokens: products over a few keys and values at a time."""
     address = address.join_layer(layer_ref)
     dim = k_ref.shape[1]
     token = pl.program_id(0) * tile.tokens + jnp.arange(tile.tokens, dtype=jnp.int32)
     number = pl.program_id(1) * tile.numbers + jnp.arange(tile.numbers, dtype=jnp.int32)
     real, exists = token < x_ref.shape[0], number < down_ref.shape[1]
     near = _find(table_ref, row_ref, id_ref, token, real, address=address, page_size=page_size)
-    column = jnp.arange(max(16, next_power_of_two(dim)), dtype=jnp.int32)
-    inside = column < dim
+    width = min(_CHUNK, max(16, next_power_of_two(dim)))
+    chunks = -(-dim // width)
 
-    def visit(head, total):
+    def visit(step, total):
+        head = step // chunks
+        column = (step - head * chunks) * width + jnp.arange(width, dtype=jnp.int32)
+        inside = column < dim
         rows_of_head = [row + head * address.head_stride * page_size for row in near]
         for half, pool in enumerate((k_ref, v_ref)):
             start = (half * heads + head) * dim
@@ -107,7 +111,7 @@ def _compress_kernel(
             total += exact_dot((x.astype(jnp.float32) - mean).astype(x.dtype), down)
         return total
 
-    total = jax.lax.fori_loop(0, heads, visit, jnp.zeros((tile.tokens, tile.numbers), jnp.float32))
+    total = jax.lax.fori_loop(0, heads * chunks, visit, jnp.zeros((tile.tokens, tile.numbers), jnp.float32))
     tokens, numbers = index_grid(token, number)
     plgpu.store(out_ref.at[tokens, numbers], total, mask=real[:, None] & exists[None, :])
 

@@ -30,7 +30,7 @@ class ReconstructTile(NamedTuple):
 
 
 # By bytes per element of the near pool.
-_TILES = {2: ReconstructTile(64, 4, 3), 4: ReconstructTile(16, 4, 1)}
+_TILES = {2: ReconstructTile(64, 8, 3), 4: ReconstructTile(16, 8, 1)}
 
 
 def default_tile(k_pages: jax.Array) -> ReconstructTile:

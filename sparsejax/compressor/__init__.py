@@ -16,7 +16,14 @@ from sparsejax.compressor.config import (
     CompressorConfigError,
     CompressorMismatchError,
 )
-from sparsejax.compressor.geometry import center_count, center_ordinals, center_positions, is_center
+from sparsejax.compressor.geometry import (
+    center_count,
+    center_ordinals,
+    center_positions,
+    is_center,
+    latent_count,
+    latent_ordinals,
+)
 from sparsejax.compressor.modules import Compressor, Projection, abstract_params, init_params
 from sparsejax.compressor.positional import positional_references
 from sparsejax.compressor.reconstruct import reconstruct, references_of
@@ -39,6 +46,8 @@ __all__ = [
     "center_positions",
     "init_params",
     "is_center",
+    "latent_count",
+    "latent_ordinals",
     "positional_references",
     "reconstruct",
     "reference_mean",
