@@ -10,7 +10,7 @@ import textwrap
 SAVES = {
     "full": "nothing",
     "evict": "memory: dropped tokens free their pages at once; and reading what was dropped",
-    "select": "reading: every token stays, few are read",
+    "select": "reading: every token stays in memory, few are read",
     "store": "memory: every token stays in less room",
 }
 NEEDS = {
@@ -20,6 +20,8 @@ NEEDS = {
     "moments": "means and covariances of the queries",
     "reconstruction": "passes that repeat the context, about two prefills of it",
 }
+OBSERVED = "attention probabilities of decoded tokens at the full layers that choose"
+BOUNDS = "smallest and largest keys of each page: 1 / page size on top of the cache's memory"
 
 
 def add_parser(subparsers) -> None:
@@ -70,22 +72,27 @@ def _facts(name: str) -> dict:
     from sparsejax import methods
 
     described, method = methods.describe(name), methods.get(name)
-    evicts = method.family == "evict"
+    evicts, selects = method.family == "evict", method.family == "select"
+    needs = [NEEDS[record] for record in sorted(method.records)]
+    if selects:
+        needs = [BOUNDS if method.needs_page_bounds else OBSERVED]
     sees = "the end of what it compresses, so ask first" if described.query_aware else "no question"
     times = ["between prefill chunks"] * method.between_chunks + ["at every decode step"] * method.evicts_per_step
     also = f"; may compress {' and '.join(times)}" if times else ""
-    defaults = [f"rule {described.budget_rule}"]
+    defaults = [f"rule {described.budget_rule}"] if evicts else []
     if method.default_sink_tokens:
         defaults.append(f"{method.default_sink_tokens} sink tokens")
     if method.default_window_tokens:
         defaults.append(f"a window of {method.default_window_tokens} queries")
+    if selects:
+        defaults.append(f"{method().default_recent_tokens(0, 0)} recent tokens")
     return {
         "summary": described.summary,
         "family": described.family,
         "saves": SAVES[described.family],
-        "needs": "; ".join(NEEDS[record] for record in sorted(method.records)) or ("keys and positions" * evicts),
+        "needs": "; ".join(needs) or ("keys and positions" * evicts),
         "sees": (sees + also) * evicts,
         "source": described.source,
-        "default": ", ".join(defaults) * evicts,
+        "default": ", ".join(defaults),
         "options": dict(described.options),
     }

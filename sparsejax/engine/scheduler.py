@@ -378,7 +378,9 @@ class Scheduler:
     def _entries_needed(self, request: Request, reused: int, growth: int) -> int:
         """Most entries of a waiting request until it has decoded `growth` tokens behind what it did before."""
         if request.footprint is None:
-            return self.entries_for(min(request.prefill_target + growth, request.peak_tokens))
+            # Outputs that are decoded again count too, or it would be preempted once more on the way.
+            known = len(request.prompt_token_ids) + len(request.output_token_ids) - 1
+            return self.entries_for(min(max(request.prefill_target, known) + growth, request.peak_tokens))
         decoded = min(max(len(request.output_token_ids) - 1, 0) + growth, request.max_tokens - 1)
         return request.footprint.peak(start=reused, decoded=decoded) + request.transient_entries
 

@@ -32,6 +32,40 @@ def test_full_keeps_everything():
             CompressionParams(**{name: value})
 
 
+def test_methods_that_select_keep_everything_and_read_a_part():
+    params = CompressionParams(method="omnikv", top_tokens=0.25, full_attention_layers="4,0,1", sink_tokens=3)
+    assert params.policy == methods.OmniKV(top_tokens=0.25, full_attention_layers=(0, 1, 4))
+    assert (params.selects, params.evicts, params.once, params.per_step) == (True, False, True, False)
+    assert (params.sinks, params.recent_window, params.budget(100)) == (3, methods.OmniKV.recent_tokens, 100)
+    assert (params.prefilled(100), params.decodes_again) == (100, True)
+    assert CompressionParams(method="quest", context_tokens=40, recent_tokens=0).prefilled(100) == 40
+    assert CompressionParams(method="quest", context_tokens=40).prefilled(30) == 30
+    assert not CompressionParams(method="snapkv", keep_fraction=0.5, context_tokens=40).selects
+    for name, value in {"budget_tokens": 3, "keep_fraction": 0.5, "strategy": "reuse", "budget_rule": "layer"}.items():
+        with pytest.raises(
+            InvalidArgumentError, match=f"method 'quest' keeps everything; it takes no {name}. How much"
+        ):
+            CompressionParams(method="quest", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "omnikv", "top_tokens": 0}, "top_tokens must be a whole number of at least 1"),
+        ({"method": "omnikv", "top_tokens": 1.0}, "or a fraction in \\(0, 1\\), got 1.0"),
+        ({"method": "quest", "top_tokens": "many"}, "top_tokens must be a whole number"),
+        ({"method": "omnikv", "full_attention_layers": (1, 2)}, "layer 0 among them"),
+        ({"method": "omnikv", "full_attention_layers": ()}, "full_attention_layers must be layer numbers"),
+        ({"method": "omnikv", "full_attention_layers": "0,x"}, "full_attention_layers must be layer numbers"),
+        ({"method": "quest", "dense_layers": -1}, "dense_layers must be a whole number of at least 0"),
+        ({"method": "quest", "full_attention_layers": (0,)}, "no argument 'full_attention_layers'"),
+    ],
+)
+def test_what_selecting_methods_refuse(arguments, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        CompressionParams(**arguments)
+
+
 def test_options_reach_the_method_and_the_rule():
     params = CompressionParams(method="pyramidkv", budget_tokens=100, pooling="avg", layer_ratios=[2, 1])
     assert params.policy == methods.PyramidKV(pooling="avg")

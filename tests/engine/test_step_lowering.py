@@ -1,26 +1,32 @@
-"""The prefill step as a GPU would get it, lowered on whatever machine the tests run on."""
+"""Steps as a GPU would get them, lowered on whatever machine the tests run on."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 from lowering import donated_arguments, lower_for_h200, mosaic_calls, triton_calls
 
 from sparsejax.bench.presets import model_config
 from sparsejax.cache import CacheLayout, init_cache
 from sparsejax.engine.packing import pack
+from sparsejax.engine.selection import Selecting
 from sparsejax.engine.state import init_state
-from sparsejax.engine.steps import StepOptions, prefill_step
+from sparsejax.engine.steps import StepOptions, decode_step, prefill_step
+from sparsejax.methods import LayerRoles
 from sparsejax.models import Decoder
 
+GREEDY = StepOptions(plain=True)
 
-def test_prefill_step_lowers_for_hopper_with_its_kernels_and_in_place():
+
+def lowered(step, make_work, *, options=GREEDY, selects=False, **layout_options):
+    """(text, arguments to be donated) of a step of two layers of Llama-3.1-8B."""
     config = dataclasses.replace(model_config("llama-3.1-8b"), num_layers=2)
     decoder = Decoder(config, jnp.bfloat16)
     layout = CacheLayout(
-        num_layers=2, num_kv_heads=8, head_dim=128, num_pages=2048, max_rows=8, max_slots=4096, page_size=32,
-        granularity="shared", dtype=jnp.bfloat16,
+        num_layers=2, num_kv_heads=8, head_dim=128, num_pages=1 << 17, max_rows=8, max_slots=131072, page_size=32,
+        granularity="shared", dtype=jnp.bfloat16, **layout_options,
     )  # fmt: skip
     token = jnp.zeros(512, jnp.int32)
     params = jax.eval_shape(
@@ -29,10 +35,34 @@ def test_prefill_step_lowers_for_hopper_with_its_kernels_and_in_place():
         )
     )["params"]
     cache = jax.eval_shape(lambda: init_cache(layout))
-    state = jax.eval_shape(lambda: init_state(layout.num_rows, config.vocab_size))
-    batch = pack([], size=512, segments=16, eos_token_ids=())
-    step = functools.partial(prefill_step, decoder=decoder, options=StepOptions(plain=True))
-    text = lower_for_h200(step, params, cache, state, batch, donate_argnums=(1, 2))
+    state = jax.eval_shape(lambda: init_state(layout.num_rows, config.vocab_size, selects=selects))
+    step = functools.partial(step, decoder=decoder, options=options)
+    text = lower_for_h200(step, params, cache, state, make_work(), donate_argnums=(1, 2))
+    return text, len(jax.tree.leaves((cache, state)))
+
+
+def test_prefill_step_lowers_for_hopper_with_its_kernels_and_in_place():
+    text, donated = lowered(prefill_step, lambda: pack([], size=512, segments=16, eos_token_ids=()))
     # All layers share one lowered kernel for attention and one for the K/V store.
     assert (mosaic_calls(text), triton_calls(text)) == (1, 1)
-    assert donated_arguments(text) == len(jax.tree.leaves((cache, state)))
+    assert donated_arguments(text) == donated
+
+
+@pytest.mark.parametrize(
+    ("roles", "everyone", "kernels"),
+    [
+        # The store; spans and merge of both layers; two more make probabilities, eight choose of a long row.
+        (("observe", "follow"), True, 1 + 2 * 2 + 2 + 8),
+        (("observe", "follow"), False, 1 + 2 * 2 + 2 + 8 + 2),
+        # Bounds are updated and read; a row of 4,096 pages is one program.
+        (("all", "pages"), True, 1 + 2 * 2 + 2 + 1),
+    ],
+)
+def test_decode_steps_that_select_lower_in_place(roles, everyone, kernels):
+    select = Selecting(((1, LayerRoles(roles)),), width=4096, everyone=everyone)
+    text, donated = lowered(
+        decode_step, lambda: jnp.zeros(8, jnp.int32), options=StepOptions(select=select), selects=True,
+        with_bounds="pages" in roles,
+    )  # fmt: skip
+    assert triton_calls(text) == kernels
+    assert donated_arguments(text) == donated

@@ -36,13 +36,21 @@ class KnowingModel:
         self.asked = compression_params
         return [self.answer(*each) for each in zip(prompts, compression_params, strict=True)]
 
+    @staticmethod
+    def read(length, compression):
+        if not compression.selects:
+            return None if compression.evicts else length
+        return compression.sinks + compression.recent_window + compression.policy.top_tokens
+
     def answer(self, prompt, compression):
         text = compression.context_tokens or len(prompt)
         budget = min(compression.budget(text), text)
         right = budget >= text / 2
+        if compression.selects:
+            right = self.read(len(prompt), compression) >= len(prompt) / 2
         metrics = SimpleNamespace(
             num_compressions=int(budget < text), kv_bytes=TOKEN_BYTES * len(prompt),
-            kv_bytes_after_compression=TOKEN_BYTES * budget,
+            kv_bytes_after_compression=TOKEN_BYTES * budget, read_tokens=self.read(len(prompt), compression),
         )  # fmt: skip
         said = self.answers[tuple(prompt)] if right else "wrong"
         return SimpleNamespace(outputs=[SimpleNamespace(text=said)], metrics=metrics)
@@ -96,6 +104,27 @@ def test_tables_keep_modes_apart_with_the_dense_line_first(tmp_path):
         assert [line.split()[:2] for line in table[2:]] == [["full", "-"], ["snapkv", "25%"], ["snapkv", "50%"]]
         assert table[2].split()[4:7] == ["100.0"] * 3
         assert table[3].split()[4:7] == ["0.0"] * 3
+    plot_methods(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_read_is_apart_from_what_is_kept(tmp_path):
+    model, rows = sweep(["omnikv", "snapkv"], (0.5, 48), modes=["aware"])
+    selecting = [each for each in model.asked if each.selects]
+    lengths = [len(prompt.tokens) for prompt in model.encoded]
+    assert [each.context_tokens for each in selecting] == [length - 1 for length in lengths] * 2
+    read = [model.read(length, each) for length, each in zip(lengths * 2, selecting, strict=True)]
+    assert read == [-(-length // 2) for length in lengths] + [48] * len(lengths)
+    reading = [row for row in rows if row.mode == "reading"]
+    assert {(row.method, row.budget, row.score) for row in reading} == {("omnikv", 0.5, 1.0), ("omnikv", 48, 0.0)}
+    for row in reading:
+        assert row.kept == 1.0
+        assert row.read == pytest.approx(0.5 if row.budget == 0.5 else 48 / row.length, abs=0.12)
+        assert row.as_dict()["read"] == row.read
+    assert all(row.read == row.kept for row in rows if row.method == "snapkv")
+    tables = [table.splitlines() for table in format_methods(rows).split("\n\n")]
+    assert [table[0].split(":")[0] for table in tables] == ["query-aware", "reading a part"] * 2
+    assert [table[1].split()[4] for table in tables] == ["kept", "read"] * 2
     plot_methods(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
