@@ -52,9 +52,9 @@ class DeltaLatency:
       prefill_rate: prompt tokens per second in that time.
       prefill_fraction: of the bf16 matmul rate, counting the model's and attention's products.
       added_share: prompt_seconds over those of the same prompt when dense, less one; None unless compared.
-      step_seconds: median wall time of a decode step, without the steps behind which rings are compressed.
+      step_seconds: median wall time of a decode step.
       step_spread: width of the middle half of the step times, as a fraction.
-      mean_step_seconds: mean of all, compression included.
+      mean_step_seconds: mean of all timed steps, those behind which rings are compressed among them.
       host_seconds: median time the host needs to plan and dispatch a step.
       bytes_read: what a step must read; see the module's docstring.
       step_fraction: of the limit: bytes_read over the read-only bandwidth, over step_seconds.
