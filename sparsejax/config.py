@@ -53,7 +53,8 @@ class EngineConfig:
       compressor: for method "deltakv": folder or Hugging Face id of the compressor that was trained for the model, or a
         pair (CompressorConfig, parameters) that is loaded already.
       full_attention_layers: for method "deltakv": layers that keep every token as it is; each one that is followed by
-        another layer chooses for the layers behind it what they read. Layer 0 must be among them. Default: every fifth.
+        another layer chooses for the layers behind it what they read. Layer 0 must be among them. Default: those known
+        for the model, or every sixth.
       recent_tokens: for method "deltakv": tokens that are compressed at once; as many to twice as many of the last
         tokens are always there as they are.
       latent_dtype: for method "deltakv": how compressed tokens are stored: "bfloat16", "float32", or "int4" (one scale

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsejax.cli import bench_eviction
+from sparsejax.cli import bench_delta, bench_eviction
 from sparsejax.cli.bench_options import (
     add_model,
     add_outputs,
@@ -74,6 +74,7 @@ def add_parser(subparsers) -> None:
     group.add_argument(
         "--prefills", type=int, default=2, metavar="N", help="timed prefills of one prompt (default: %(default)s)"
     )
+    bench_delta.add_options(latency)
     add_compression_options(latency)
     add_outputs(latency)
     add_model(latency)

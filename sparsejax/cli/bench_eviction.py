@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sparsejax.cli import bench_selection
+from sparsejax.cli import bench_delta, bench_selection
 from sparsejax.cli.bench_options import (
     add_model,
     add_outputs,
@@ -69,6 +69,8 @@ def add_fragmentation(suites: Any) -> None:
 
 def run_latency(args: argparse.Namespace, wanted: list[tuple[int, int]]) -> int:
     """`sparsejax bench latency` with a method, or with several that are asked for the same."""
+    if args.method == "deltakv":
+        return bench_delta.run_latency(args, wanted)
     asked = [compression_from(args, method=name) for name in args.method.split(",")]
     if any(compression.selects for compression in asked):
         if not all(compression.selects for compression in asked):

@@ -20,6 +20,8 @@ must not be mixed:
   agnostic  compressed before the question is seen
 Methods that select keep everything; their budget is what their selecting layers read of the text:
   reading   the last token of the prompt is decoded, so that every token of the answer is computed from what was read
+A method that stores tokens compressed (deltakv, by itself) is compared by what its cache takes:
+  storing   as reading; the budget is what is read of the compressed tokens
 A table has the dense line first, the bytes that were kept (measured, whole pages) or the tokens that were read (mean
 over all layers), and 95 % bootstrap intervals."""
 
@@ -65,6 +67,11 @@ def add_parser(subparsers) -> None:
         default=[],
         metavar="METHOD.NAME=VALUE",
         help="an option of one method, or an argument of CompressionParams for it (repeatable)",
+    )
+    sweep.add_argument(
+        "--full-attention-layers",
+        metavar="N,N",
+        help="for deltakv: layers that keep and read everything (default: those known for the model)",
     )
     sweep.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over what is kept")
     options.add_model_options(ruler)
@@ -116,7 +123,9 @@ def _sweep(args: argparse.Namespace, samples: dict) -> list[dict]:
     from sparsejax.evaluation.method_sweep import MODES, compare_methods, format_methods, make_settings
     from sparsejax.evaluation.plots import plot_methods
 
-    names = list(methods.available()) if args.methods == "all" else args.methods.split(",")
+    names = args.methods.split(",")
+    if args.methods == "all":  # of those that one cache serves
+        names = [name for name in methods.available() if methods.get(name).family != "store"]
     for name in names:
         if name not in methods.available():
             raise InvalidArgumentError(f"--methods has no method {name!r}; there are {', '.join(methods.available())}.")

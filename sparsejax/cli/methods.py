@@ -11,7 +11,7 @@ SAVES = {
     "full": "nothing",
     "evict": "memory: dropped tokens free their pages at once; and reading what was dropped",
     "select": "reading: every token stays in memory, few are read",
-    "store": "memory: every token stays in less room",
+    "store": "memory: every token stays in less room; and reading, for few are read",
 }
 NEEDS = {
     "attention": "attention probabilities of the prompt's queries",
@@ -21,6 +21,7 @@ NEEDS = {
     "reconstruction": "passes that repeat the context, about two prefills of it",
 }
 OBSERVED = "attention probabilities of decoded tokens at the full layers that choose"
+STORED = f"a compressor that was trained for the model; {OBSERVED}"
 BOUNDS = "smallest and largest keys of each page: 1 / page size on top of the cache's memory"
 
 
@@ -76,6 +77,8 @@ def _facts(name: str) -> dict:
     needs = [NEEDS[record] for record in sorted(method.records)]
     if selects:
         needs = [BOUNDS if method.needs_page_bounds else OBSERVED]
+    elif method.family == "store":
+        needs = [STORED]
     sees = "the end of what it compresses, so ask first" if described.query_aware else "no question"
     times = ["between prefill chunks"] * method.between_chunks + ["at every decode step"] * method.evicts_per_step
     also = f"; may compress {' and '.join(times)}" if times else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from sparsejax.config import DTYPES
+from sparsejax.config import DTYPES, LATENT_DTYPES
 
 if TYPE_CHECKING:  # brings JAX, which the parser does not need
     from sparsejax import SamplingParams
@@ -30,6 +30,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--page-size", type=int, metavar="N", help="tokens in a page of the KV cache (default: 32)")
     group.add_argument("--num-pages", type=int, metavar="N", help="physical pages in the pool (default: what fits)")
     group.add_argument("--implementation", choices=("triton", "xla"), help="kernels (default: triton on a GPU)")
+    add_store_options(group)
     group.add_argument("--engine-seed", type=int, metavar="N", help="seeds requests that bring no seed (default: 0)")
 
 
@@ -46,6 +47,35 @@ ENGINE_OPTIONS = (
 )
 
 
+def add_store_options(group: Any) -> None:
+    """How method deltakv stores what it compresses; read it back with `store_options`."""
+    group.add_argument(
+        "--compressor", metavar="NAME", help="for method deltakv: folder or id of its trained compressor"
+    )
+    group.add_argument("--latent-dtype", choices=LATENT_DTYPES, help="of compressed tokens (default: the model's)")
+    group.add_argument(
+        "--engine-recent-tokens",
+        type=int,
+        metavar="N",
+        help="for method deltakv: tokens compressed at once, and last ones that are not (default: 128)",
+    )
+
+
+def store_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword options of an LLM from those of `add_store_options`, and from --full-attention-layers if there is one."""
+    from sparsejax.methods.selection import full_layers
+
+    given = {
+        "compressor": args.compressor,
+        "latent_dtype": args.latent_dtype,
+        "recent_tokens": args.engine_recent_tokens,
+    }
+    layers = getattr(args, "full_attention_layers", None)
+    if layers is not None:
+        given["full_attention_layers"] = full_layers(layers)
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def make_llm(args: argparse.Namespace, **overrides: Any):
     """The LLM that the options of `add_model_options` describe."""
     from sparsejax import LLM
@@ -53,7 +83,7 @@ def make_llm(args: argparse.Namespace, **overrides: Any):
     kwargs = {name: getattr(args, name) for name in ENGINE_OPTIONS if getattr(args, name) is not None}
     if args.engine_seed is not None:
         kwargs["seed"] = args.engine_seed
-    return LLM(args.model, **(kwargs | overrides))
+    return LLM(args.model, **(kwargs | store_options(args) | overrides))
 
 
 def device_name(device: Any) -> str:

@@ -17,9 +17,10 @@ from sparsejax.config import EngineConfig
 from sparsejax.engine.delta_ops import StoreSpec
 from sparsejax.engine.store_limits import StoreLimits, cell_size
 from sparsejax.errors import InvalidArgumentError, OutOfMemoryError
+from sparsejax.methods import DeltaKV
+from sparsejax.methods.known_layers import known_layers, spread_layers
+from sparsejax.methods.selection import full_layers
 from sparsejax.models import ModelConfig
-
-DEFAULT_FULL_LAYERS = 5  # one layer in so many keeps everything, unless the configuration says which
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,22 @@ def _compressor(model: ModelConfig, config: EngineConfig, dtype: Any) -> tuple[C
 
 
 def full_attention_layers(model: ModelConfig, config: EngineConfig) -> tuple[int, ...]:
-    """Layers that keep everything: those that were given, or every fifth.
+    """Layers that keep everything: those that were given, or those known for the model, or an even spread.
 
     Raises:
       InvalidArgumentError: layers that the model does not have, without layer 0, or all of them.
     """
     count, given = model.num_layers, config.full_attention_layers
-    layers = tuple(range(0, count, DEFAULT_FULL_LAYERS)) if given is None else tuple(sorted(set(given)))
-    if not layers or layers[0] != 0 or layers[-1] >= count or len(layers) == count:
+    asked = None if config.default_compression is None else config.default_compression.policy
+    if given is None and isinstance(asked, DeltaKV):
+        given = asked.full_attention_layers
+    if given is None:
+        known = known_layers(count, model.hidden_size, model.num_heads, model.num_kv_heads)
+        given = spread_layers(count) if known is None else known.layers
+    layers = full_layers(given)
+    if layers[-1] >= count or len(layers) == count:
         raise InvalidArgumentError(
-            f"full_attention_layers must name layer 0 and some but not all others of the model's {count} layers "
-            f"(0 to {count - 1}), got {layers}."
+            f"full_attention_layers must name some but not all of the model's {count} layers (0 to {count - 1}), got "
+            f"{layers}."
         )
     return layers

@@ -265,6 +265,14 @@ class Runner:
         Raises:
           InvalidArgumentError: they are not, or the engine was not built for methods that select.
         """
+        own = compression.policy
+        if isinstance(own, DeltaKV) and isinstance(self.layout, DeltaCacheLayout):
+            layers = self.layout.full_layers
+            if own.full_attention_layers not in (None, layers):
+                raise InvalidArgumentError(
+                    f"full_attention_layers is {own.full_attention_layers}; the engine was built with {layers}, which "
+                    "decide how its pools are laid out."
+                )
         if not compression.selects:
             return
         if self.selections is None:

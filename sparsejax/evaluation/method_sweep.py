@@ -32,7 +32,7 @@ from sparsejax.evaluation.ruler import EncodedPrompt, build_samples, encode_samp
 from sparsejax.evaluation.scoring import bootstrap_interval, exact_match
 from sparsejax.evaluation.tasks import ANSWER_TOKENS
 
-Mode = Literal["dense", "aware", "agnostic", "reading"]
+Mode = Literal["dense", "aware", "agnostic", "reading", "storing"]
 MODES: tuple[Mode, ...] = ("aware", "agnostic")  # of methods that evict
 ALL_TASKS = "all"
 
@@ -42,7 +42,8 @@ class Setting:
     """One line of a comparison.
 
     Attributes:
-      mode: what is seen before compressing; "dense" compresses nothing, "reading" reads a part.
+      mode: what is seen before compressing; "dense" compresses nothing, "reading" reads a part, "storing" stores tokens
+        compressed and reads a part of them.
       budget: tokens per layer and head (int), or fraction of the text (float); None if dense.
       compression: the parameters but for what depends on the prompt: `context_tokens`, and `top_tokens`.
     """
@@ -55,6 +56,11 @@ class Setting:
         """The parameters of one prompt."""
         if self.mode == "dense" or self.budget is None:
             return self.compression
+        if self.mode == "storing":
+            length = len(prompt.tokens)
+            top = self.budget if self.budget < 1 else length if self.budget == 1.0 else self.budget
+            options = {**dict(self.compression.options), "top_tokens": top}
+            return dataclasses.replace(self.compression, context_tokens=length - 1, options=options)
         if self.mode == "reading":
             length = len(prompt.tokens)
             budget = self.budget if isinstance(self.budget, int) else math.ceil(self.budget * length)
@@ -148,11 +154,13 @@ def make_settings(
       InvalidArgumentError: parameters that do not fit a method; the message names method and budget.
     """
     families = {name: registry.get(name).family for name in dict.fromkeys(methods)}
-    evicting, selecting = ([name for name in families if families[name] == each] for each in ("evict", "select"))
+    evicting, selecting, storing = (
+        [name for name in families if families[name] == each] for each in ("evict", "select", "store")
+    )
     for name in options or {}:
-        if name not in (*evicting, *selecting):
+        if name not in (*evicting, *selecting, *storing):
             raise InvalidArgumentError(f"options are given for method {name!r}, which is not among those compared.")
-    if (evicting or selecting) and not budgets:
+    if (evicting or selecting or storing) and not budgets:
         raise InvalidArgumentError("budgets must have at least one number.")
     for mode in modes:
         if mode not in MODES:
@@ -168,6 +176,9 @@ def make_settings(
                 except SparsejaxError as error:
                     raise type(error)(f"method {name!r} at budget {budget}: {error}") from None
                 settings.append(Setting(mode, budget, compression))
+    for name in storing:
+        compression = CompressionParams(method=name, **dict((options or {}).get(name, {})))
+        settings += [Setting("storing", budget, compression) for budget in budgets]
     for name in selecting:
         shared = {key: value for key, value in (common or {}).items() if key in ("sink_tokens", "recent_tokens")}
         try:
@@ -285,6 +296,7 @@ def format_methods(rows: Sequence[MethodRow]) -> str:
         "aware": "query-aware: compressed with the question",
         "agnostic": "query-agnostic: compressed before it",
         "reading": "reading a part: all is kept, and the budget is what selecting layers read",
+        "storing": "storing compressed: the budget is what is read of the compressed tokens",
     }
     widths = [max(6, len(task)) + 2 for task in tasks]
     name_width = max([len(row.method) for row in rows] + [6]) + 2

@@ -12,7 +12,12 @@ from sparsejax.evaluation.calibration import CalibrationPoint
 from sparsejax.evaluation.method_sweep import MethodRow, over_tasks
 from sparsejax.methods.calibrated_ratio import CalibratedRatio
 
-_TITLES = {"aware": "query-aware", "agnostic": "query-agnostic", "reading": "reading a part"}
+_TITLES = {
+    "aware": "query-aware",
+    "agnostic": "query-agnostic",
+    "reading": "reading a part",
+    "storing": "stored compressed",
+}
 _MARKERS = "osv^D<>pPX*h"
 # matplotlib's ten colours, then black and grey: as many as markers.
 _COLOURS = (*(f"C{i}" for i in range(10)), "black", "grey")

@@ -9,7 +9,7 @@ import numpy as np
 
 from sparsejax.methods.base import Family, Method
 from sparsejax.methods.registry import register
-from sparsejax.validation import number, whole
+from sparsejax.methods.selection import DEFAULT_TOP_TOKENS, full_layers, top_tokens
 
 
 @register
@@ -19,11 +19,13 @@ class DeltaKV(Method):
     compressor, but for the sinks and every tenth or so; a decode reads the sinks, the recent tokens and, of the rest,
     those that the last full-attention layer before attended to most.
 
-    Which layers keep everything, how many tokens are recent and how latents are stored is the engine's, for its pools
-    are laid out by it: `LLM(methods=["deltakv"], compressor=..., full_attention_layers=...)`.
+    How many tokens are recent and how latents are stored is the engine's to say, for its pools are laid out by it, and
+    so is which layers keep everything: `LLM(methods=["deltakv"], compressor=..., full_attention_layers=...)`.
 
-    Options:
+    Attributes:
       top_tokens: compressed tokens to read in a decode step: a number of at least 1, or a fraction of them in (0, 1).
+      full_attention_layers: layers that keep everything, layer 0 among them; the engine must have been built with the
+        same. None: whatever it was built with.
     """
 
     name: ClassVar[str] = "deltakv"
@@ -31,13 +33,13 @@ class DeltaKV(Method):
     source: ClassVar[str] = "DeltaKV, arXiv:2602.08005; the selection is OmniKV's"
     family: ClassVar[Family] = "store"
 
-    top_tokens: int | float = 2048
+    top_tokens: int | float = DEFAULT_TOP_TOKENS
+    full_attention_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        value = self.top_tokens
-        is_share = isinstance(value, float) and 0 < value < 1
-        checked = number("top_tokens", value, 0.0, 1.0, above=True) if is_share else whole("top_tokens", value, 1)
-        object.__setattr__(self, "top_tokens", checked)
+        object.__setattr__(self, "top_tokens", top_tokens(self.top_tokens))
+        if self.full_attention_layers is not None:
+            object.__setattr__(self, "full_attention_layers", full_layers(self.full_attention_layers))
 
     def wanted(self, history: int) -> int:
         """Tokens to read of a history of so many."""

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from delta_engine import (
     CONFIG,
-    ENGINE,
     GREEDY,
     answers,
     assert_all_free,
@@ -19,18 +18,20 @@ from delta_engine import (
     identity,
     lossy,
     make_llm,
-    model_params,
     prompts,
     tokens,
 )
 
 from sparsejax import LLM, CompressionParams, SamplingParams
-from sparsejax.cache import Entries
+from sparsejax.cache import Entries, allocate_delta, init_delta_cache
 from sparsejax.compressor import CompressorMismatchError, init_params, reconstruct
+from sparsejax.config import EngineConfig
+from sparsejax.engine.build_store import load_store
+from sparsejax.engine.delta_compress import compress_chunk
 from sparsejax.engine.delta_ops import SparseLayer
+from sparsejax.engine.plan import Chunk
+from sparsejax.engine.request import Request
 from sparsejax.errors import InvalidArgumentError, PromptTooLongError
-from sparsejax.models import Decoder
-from sparsejax.models.dense_attention import dense_causal_attend
 from sparsejax.models.rope import apply_rope, rope_cos_sin
 
 TEXTS = prompts(2, 70, 33)
@@ -78,12 +79,6 @@ def test_requests_read_as_much_as_each_asks_for(coarse):
     assert len({tuple(answer) for answer in each}) > 1
 
 
-def test_cells_do_not_depend_on_how_much_a_step_computes(alone):
-    wide = make_llm(lossy(), max_num_batched_tokens=128)
-    assert wide.engine.scheduler.config.store.cell == 16
-    assert tokens([answers(wide, [text], delta(6))[0] for text in TEXTS]) == alone
-
-
 @pytest.mark.parametrize("steps", [3, 8, 19])
 def test_a_restarted_request_yields_what_it_would_have(coarse, alone, steps):
     submissions = coarse._submit([coarse_prompt(text) for text in TEXTS], GREEDY, delta(6))
@@ -128,73 +123,88 @@ def test_a_trace_of_arrivals_and_cancellations_leaves_everything_free(coarse):
     )
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp_gelu"])
-def test_what_training_reconstructs_is_what_serving_reads_back(kind):
-    """The first sparse layer, whose keys and values one chunk computes without anything compressed before them."""
+@pytest.mark.parametrize(
+    ("kind", "latent_dtype", "tolerance"), [("linear", None, 1e-5), ("mlp_gelu", None, 1e-5), ("linear", "int4", 0.4)]
+)
+def test_what_training_reconstructs_is_what_serving_reads_back(kind, latent_dtype, tolerance):
+    """Keys and values of a text through a sparse layer's cache, two chunks, against the whole text at once."""
+    length, first = 50, 19
     config, params = lossy()
     if kind == "mlp_gelu":
         config = compressor_config(32, kind)
         params = jax.tree.map(lambda x: 5 * x, init_params(config, jax.random.key(1)))
-    llm = make_llm((config, params), max_num_batched_tokens=128, max_mixed_tokens=128)
-    (text,) = prompts(50)
-    caught = {}
-
-    def attend(layer, q, k, v, k_pre_rope, cache):
-        caught[layer] = (k_pre_rope, v)
-        return dense_causal_attend(1)(layer, q, k, v, k_pre_rope, cache)
-
-    decoder = Decoder(CONFIG, jnp.float32)
-    positions = jnp.arange(50)
-    decoder.apply({"params": model_params()}, jnp.asarray(text), positions, None, attend)
-    k, v = caught[1]
-    x = jnp.concatenate([k.reshape(50, -1), v.reshape(50, -1)], axis=1)
-    expected = reconstruct(config, params["layers_1"], x[None])[0]
-
-    (submission,) = llm._submit([coarse_prompt(text)], GREEDY, delta(4))
-    llm.engine.step()
-    runner = llm.engine.runner
-    row, history = submission.answers[0].request.row, runner.store.geometry.history(50)
-    at = SparseLayer(runner.cache, 1, runner.store, runner.params["compressor"]["layers_1"], "xla")
-    cos, sin = rope_cos_sin(CONFIG.rope, CONFIG.head_dim, positions)
-    one = jnp.asarray([row], jnp.int32)
-    pages = at._read_back(
-        one, jnp.asarray([history]), jnp.asarray([50]), positions[None], cos[None], sin[None], listed=False
+    engine = EngineConfig(
+        compressor=(config, params), full_attention_layers=(0, 2), recent_tokens=4, latent_dtype=latent_dtype
     )
-    got = [page.reshape(-1, 2, 4, 16).swapaxes(1, 2).reshape(-1, 2, 16)[:50] for page in pages]
-    expected_k, expected_v = jnp.split(expected.reshape(50, 4, 16), 2, axis=1)
-    recent = (positions >= history)[:, None, None]
-    want_k, want_v = jnp.where(recent, k, expected_k), jnp.where(recent, v, expected_v)
-    np.testing.assert_allclose(got[0], apply_rope(want_k, cos, sin), atol=2e-5)
-    np.testing.assert_allclose(got[1], want_v, atol=2e-5)
+    store = load_store(CONFIG, engine, dtype=jnp.float32)
+    layout = store.layout(CONFIG, entries=Entries(40, 40, 40), dtype=jnp.float32, max_rows=2, max_slots=64, page_size=4)
+    geometry, row = store.spec.geometry, jnp.asarray(2)
+    k, v = jax.random.normal(jax.random.key(5), (2, length, 2, 16))
+    cache = init_delta_cache(layout)
+    for start, stop in ((0, first), (first, length)):
+        cache, ok = allocate_delta(
+            cache,
+            row[None],
+            near=jnp.asarray([geometry.centers(stop) - geometry.centers(start)]),
+            ring=jnp.asarray([geometry.ring if start == 0 else 0]),
+            latent=jnp.asarray([geometry.latents(stop) - geometry.latents(start)]),
+            max_count=Entries(64, 64, 64),
+        )
+        assert ok
+        at = SparseLayer(cache, 1, store.spec, store.params["layers_1"], "xla")
+        cache = compress_chunk(at, row, jnp.asarray(start), jnp.asarray(stop), k[start:stop], v[start:stop])
+
+    positions, history = jnp.arange(length), geometry.history(length)
+    cos, sin = rope_cos_sin(CONFIG.rope, CONFIG.head_dim, positions)
+    pages = replace(at, cache=cache)._read_back(
+        row[None].astype(jnp.int32),
+        jnp.asarray([history]),
+        jnp.asarray([length]),
+        positions[None],
+        cos[None],
+        sin[None],
+        listed=False,
+    )
+    got = [page.reshape(-1, 2, 4, 16).swapaxes(1, 2).reshape(-1, 2, 16)[:length] for page in pages]
+    x = jnp.concatenate([k.reshape(length, -1), v.reshape(length, -1)], axis=1)
+    expected = reconstruct(config, params["layers_1"], x[None])[0]
     assert float(jnp.abs(expected - x).max()) > 0.1, "something is lost"
-    llm.engine.cancel(submission)
+    expected_k, expected_v = jnp.split(expected.reshape(length, 4, 16), 2, axis=1)
+    recent = (positions >= history)[:, None, None]
+    np.testing.assert_allclose(got[0], apply_rope(jnp.where(recent, k, expected_k), cos, sin), atol=tolerance)
+    np.testing.assert_allclose(got[1], jnp.where(recent, v, expected_v), atol=tolerance)
 
 
-def test_int4_latents_are_close_and_take_less(exact):
-    few = replace(GREEDY, max_tokens=6)
-    narrow = make_llm(identity(), latent_dtype="int4")
-    (wide,), (got,) = (llm.generate([TEXTS[1]], few, delta(), use_tqdm=False) for llm in (exact, narrow))
-    assert got.outputs[0].cumulative_logprob == pytest.approx(wide.outputs[0].cumulative_logprob, abs=0.5)
-    assert got.metrics.kv_bytes < 0.75 * wide.metrics.kv_bytes
-
-
-def test_serving_after_warm_up_compiles_nothing():
-    model = replace(CONFIG, num_layers=2)
-    params = {name: leaf for name, leaf in model_params().items() if name not in ("layers_2", "layers_3")}
-    config, weights = lossy()
-    engine = {
-        "max_num_seqs": 1,
-        "max_num_batched_tokens": 16,
-        "max_mixed_tokens": 16,
-        "full_attention_layers": (0,),
-        "default_compression": delta(6),
-        "warmup": "greedy",
+def test_4_bit_latents_take_less():
+    held = Entries(23, 8, 17)
+    sizes = {}
+    for latent_dtype in ("float32", "bfloat16", "int4"):
+        engine = EngineConfig(compressor=identity(), full_attention_layers=(0,), latent_dtype=latent_dtype)
+        store = load_store(CONFIG, engine, dtype=jnp.float32)
+        layout = store.layout(
+            CONFIG, entries=Entries(9, 9, 9), dtype=jnp.float32, max_rows=2, max_slots=64, page_size=4
+        )
+        sizes[latent_dtype] = layout.bytes_of(held) - layout.bytes_of(held._replace(latent=0))
+    slots = 17 * 3 * 4
+    assert sizes == {
+        "float32": slots * (64 * 4 + 2 * 2),
+        "bfloat16": slots * (64 * 2 + 2 * 2),
+        "int4": slots * (64 // 2 + 2 * 2 + 2 * 2),
     }
-    llm = LLM.from_params(model, params, compressor=(replace(config, num_layers=2), weights), **(ENGINE | engine))
-    before = llm.engine.runner.compilations
-    plain = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    llm.generate([TEXTS[1], TEXTS[2]], plain, [delta(6), DENSE], use_tqdm=False)
-    assert llm.engine.runner.compilations == before
+
+
+def test_warm_up_knows_every_step_that_serving_needs(coarse):
+    runner = coarse.engine.runner
+    kinds = {name: Request(name, [1, 2], GREEDY, asked) for name, asked in (("delta", delta(6)), ("dense", DENSE))}
+    for names in ((), ("delta",), ("dense",), ("delta", "dense")):
+        for chunk in (None, "delta", "dense"):
+            if not names and chunk is None:
+                continue
+            chunks = [] if chunk is None else [Chunk(kinds[chunk], 0, 2, is_last=True)]
+            needed = runner._options(chunks, [kinds[name] for name in names])
+            warmed = runner._variants(with_chunk=bool(chunks), with_decode=bool(names), asked=delta(6), uniform=False)
+            assert needed in warmed
+            assert len(set(warmed)) == len(warmed)
 
 
 def test_metrics_count_the_pages_of_all_pools(coarse):
@@ -211,8 +221,8 @@ def test_metrics_count_the_pages_of_all_pools(coarse):
     [
         ({"compressor": None}, InvalidArgumentError, "needs a compressor"),
         ({"methods": ["deltakv", "snapkv"]}, InvalidArgumentError, "need different caches"),
-        ({"full_attention_layers": (1,)}, InvalidArgumentError, "must name layer 0"),
-        ({"full_attention_layers": (0, 1, 2, 3)}, InvalidArgumentError, "must name layer 0"),
+        ({"full_attention_layers": (1,)}, InvalidArgumentError, "layer 0 among them"),
+        ({"full_attention_layers": (0, 1, 2, 3)}, InvalidArgumentError, "not all of the model"),
         ({"latent_dtype": "int8"}, InvalidArgumentError, "latent_dtype"),
         ({"num_pages": 16}, Exception, "less than one request needs"),
     ],
@@ -241,5 +251,7 @@ def test_what_cannot_be_served_is_refused(coarse):
         answers(small, prompts(100), delta())
     with pytest.raises(InvalidArgumentError, match="top_tokens"):
         delta(1.5)
+    with pytest.raises(InvalidArgumentError, match="was built with"):
+        answers(coarse, [TEXTS[0]], CompressionParams(method="deltakv", full_attention_layers="0,1"))
     with pytest.raises(InvalidArgumentError, match="takes no budget_tokens"):
         CompressionParams(method="deltakv", budget_tokens=5)

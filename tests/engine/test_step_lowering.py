@@ -9,13 +9,19 @@ import pytest
 from lowering import donated_arguments, lower_for_h200, mosaic_calls, triton_calls
 
 from sparsejax.bench.presets import model_config
-from sparsejax.cache import CacheLayout, init_cache
+from sparsejax.cache import CacheLayout, Entries, init_cache, init_delta_cache
+from sparsejax.compressor import CompressorConfig, StoreGeometry, abstract_params
+from sparsejax.engine.build_store import Store
+from sparsejax.engine.delta_compress import compress_full_rings
+from sparsejax.engine.delta_ops import StoreSpec
+from sparsejax.engine.delta_parts import StoreOptions
 from sparsejax.engine.packing import pack
 from sparsejax.engine.selection import Selecting
 from sparsejax.engine.state import init_state
-from sparsejax.engine.steps import StepOptions, decode_step, prefill_step
+from sparsejax.engine.steps import StepOptions, decode_step, mixed_step, prefill_step
 from sparsejax.methods import LayerRoles
 from sparsejax.models import Decoder
+from sparsejax.models.decoder import abstract_params as model_params
 
 GREEDY = StepOptions(plain=True)
 
@@ -78,3 +84,37 @@ def test_decode_steps_that_select_lower_in_place(roles, everyone, kernels):
     )  # fmt: skip
     assert triton_calls(text) == PROJECTION + kernels
     assert donated_arguments(text) == donated
+
+
+def test_a_step_over_compressed_requests_lowers_with_its_kernels_and_in_place():
+    config = dataclasses.replace(model_config("llama-3.1-8b"), num_layers=2)
+    decoder = Decoder(config, jnp.bfloat16)
+    compressor = CompressorConfig(num_layers=2, kv_dim=2048, kv_compressed_size=512)
+    spec = StoreSpec(compressor, StoreGeometry(sinks=16, step=10, recent=128), config.rope)
+    store = Store(spec, (0,), {}, "int4")
+    layout = store.layout(
+        config, entries=Entries(9000, 4000, 8000), dtype=jnp.bfloat16, max_rows=8, max_slots=32768, page_size=32
+    )
+
+    def half(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), tree)
+
+    params = {
+        **half(model_params(config, jnp.bfloat16)),
+        "compressor": {"layers_1": half(abstract_params(compressor))["layers_1"]},
+    }
+    cache = jax.eval_shape(lambda: init_delta_cache(layout))
+    state = jax.eval_shape(lambda: init_state(layout.num_rows, config.vocab_size, stores=True))
+    batch = pack([], size=512, segments=16, eos_token_ids=(), stores=True)
+    rows = jax.ShapeDtypeStruct((8,), jnp.int32)
+    options = StepOptions(store=StoreOptions(spec, chunk=True, dense=True, compressed=True, top=2048))
+    step = functools.partial(mixed_step, decoder=decoder, options=options)
+    text = lower_for_h200(step, params, cache, state, batch, rows, rows, donate_argnums=(1, 2))
+    # Attention of the chunk in the full and in the sparse layer; the many others are Triton's.
+    assert mosaic_calls(text) == 2
+    assert triton_calls(text) > 10
+    assert donated_arguments(text) == len(jax.tree.leaves((cache, state)))
+    rings = functools.partial(compress_full_rings, spec=spec, implementation=None)
+    text = lower_for_h200(rings, params, cache, rows, rows, donate_argnums=1)
+    assert triton_calls(text) >= 3
+    assert donated_arguments(text) == len(jax.tree.leaves(cache))

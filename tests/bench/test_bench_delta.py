@@ -1,0 +1,55 @@
+"""The latency benchmark of compressed requests at a tiny size, through the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sparsejax.bench.ceilings import Ceilings
+from sparsejax.cli import main
+
+RAW = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 48,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+}
+
+
+def test_it_reports_times_limits_and_measured_bytes(tmp_path, monkeypatch, capsys):
+    ceilings = Ceilings(device="test", copy=1e12, read=1e12, matmul=1e15)
+    monkeypatch.setattr("sparsejax.bench.ceilings.measure", lambda: ceilings)
+    config, report = tmp_path / "config.json", tmp_path / "report.json"
+    config.write_text(json.dumps(RAW))
+    sizes = "--shapes 1x60 --steps 3 --chunk 32 --page-size 4 --num-pages 2000 --prefills 1"
+    store = "--kv-compressed-size 8 --cluster-ratio 0.25 --engine-recent-tokens 4 --full-attention-layers 0"
+    command = f"bench latency --method deltakv --top-tokens 8 --random-weights {config} {sizes} {store} --json {report}"
+    assert main(command.split()) == 0
+    (row,) = json.loads(report.read_text())["rows"]
+    assert "float32 x 8" in capsys.readouterr().out
+    assert row["added_share"] is None
+    assert 0.5 < row["kv_share"] < 0.9
+    # Weights, an up-projection with its bias, and of the cache at least one of two layers and no more than both.
+    cache = row["bytes_read"] - 4 * 17_568 - 4 * (8 * 32 + 32)
+    layer = 2 * 2 * 8 * 4 * 60
+    assert layer < cache < 2.5 * layer
+    assert row["step_fraction"] == pytest.approx(row["bytes_read"] / 1e12 / row["step_seconds"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("--compare-dense 64", "takes no N"), ("--budget-tokens 9", "takes no budget_tokens")],
+)
+def test_what_has_no_meaning_is_refused(options, message, capsys):
+    assert main(f"bench latency --method deltakv {options}".split()) != 0
+    assert message in capsys.readouterr().err
