@@ -26,6 +26,7 @@ from pallas_kernels.delta_store import DeltaLayout, DeltaStore, view_positions
 from pallas_kernels.delta_store_xla import read_latents
 from pallas_kernels.delta_work import delta_work_list
 from pallas_kernels.dispatch import Implementation, resolve
+from pallas_kernels.in_order import in_order
 from pallas_kernels.invert_spd import invert_spd, invert_spd_reference
 from pallas_kernels.latents import LatentPages, dequantise, init_latents, quantise, store_latents
 from pallas_kernels.move_slots import move_slots, move_slots_reference
@@ -78,6 +79,7 @@ __all__ = [
     "delta_reconstruct_reference",
     "delta_work_list",
     "dequantise",
+    "in_order",
     "init_latents",
     "invert_spd",
     "invert_spd_reference",

@@ -26,7 +26,7 @@ from sparsejax.cache import (
     store_near,
 )
 from sparsejax.compressor import Compressor
-from sparsejax.engine.delta_ops import SparseLayer, StoreSpec
+from sparsejax.engine.delta_ops import SparseLayer, StoreSpec, written_later
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +77,9 @@ def compress_full_rings(
     positions = positions.reshape(-1)  # [U * R]
     ring_rows = jnp.repeat(jnp.asarray(layout.ring_row(rows)), geometry.recent)
     for layer in layout.sparse_layers:
-        cache, (k, v) = take_near(cache, layout.index(layer), ring_rows, positions % geometry.ring)
+        cache, (k, v) = take_near(
+            cache, layout.index(layer), ring_rows, positions % geometry.ring, implementation=implementation
+        )
         at = SparseLayer(cache, layer, spec, params["compressor"][f"layers_{layer}"], implementation)
         cache = compress_tokens(at, rows, starts, positions, k, v)
     return cache, StoreOutput(ok=ok, free_entries=free_delta_entries(cache))
@@ -100,7 +102,13 @@ def compress_chunk(
     waited = (row > 0) & (positions < start)
     new = (row > 0) & (positions >= start) & (positions < stop)
     ring_row, ring_slot = layout.ring_row(row), positions % geometry.ring
-    cache, held = take_near(at.cache, index, jnp.where(waited, ring_row, 0), jnp.where(waited, ring_slot, 0))
+    cache, held = take_near(
+        at.cache,
+        index,
+        jnp.where(waited, ring_row, 0),
+        jnp.where(waited, ring_slot, 0),
+        implementation=at.implementation,
+    )
     place = jnp.clip(positions - start, 0, k.shape[0] - 1)
     k, v = (jnp.where(waited[:, None, None], old, fresh[place]) for old, fresh in zip(held, (k, v), strict=True))
     leaving = jnp.where(row > 0, geometry.history(stop) - first, 0)
@@ -161,14 +169,13 @@ def compress_tokens(
     pool = store_latents(
         cache.latent.pool, latent, ids, mapping.entry[0, :, 0], mapping.slot[0, :, 0], address=at.layout.latent
     )
-    return replace(cache, latent=replace(cache.latent, pool=pool))
+    cache = replace(cache, latent=replace(cache.latent, pool=pool))
+    # The next layer writes to the pools that the references have been searched in.
+    return written_later(cache, (), implementation=implementation)[0]
 
 
 def take_near(
-    cache: DeltaCache, index: int, rows: jax.Array, slots: jax.Array
+    cache: DeltaCache, index: int, rows: jax.Array, slots: jax.Array, *, implementation: Implementation | None
 ) -> tuple[DeltaCache, tuple[jax.Array, jax.Array]]:
     """`read_near` of slots that are overwritten next, in an order that XLA keeps without copying the pool."""
-    taken = read_near(cache, index, rows, slots)
-    pool = cache.near.pool
-    taken, (k_pages, v_pages) = jax.lax.optimization_barrier((taken, (pool.k, pool.v)))
-    return replace(cache, near=replace(cache.near, pool=replace(pool, k=k_pages, v=v_pages))), taken
+    return written_later(cache, read_near(cache, index, rows, slots), implementation=implementation)

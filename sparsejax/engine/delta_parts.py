@@ -101,8 +101,9 @@ def _compressing_chunk(
         if layout.is_full(layer):
             return _on_full(part, layer, q, k, v, k_pre_rope, carry, mapping)
         at = SparseLayer(carry.cache, layer, spec, params["compressor"][f"layers_{layer}"], implementation)
-        out = at.attend_chunk(q, k, v, owner, start, starts)
-        return out, carry._replace(cache=compress_chunk(at, owner, start, stop, k_pre_rope, v))
+        out, cache = at.attend_chunk(q, k, v, owner, start, starts)
+        cache = compress_chunk(replace(at, cache=cache), owner, start, stop, k_pre_rope, v)
+        return out, carry._replace(cache=cache)
 
     nowhere = jnp.zeros(num_tokens, jnp.int32)
     tokens = replace(
