@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.delta_tiles import mean_vectors
+from pallas_kernels.delta_tiles import load_references, mean
 from pallas_kernels.tiles import WHOLE, exact_dot, index_grid, next_power_of_two
 
 
@@ -54,11 +54,11 @@ def _mean_kernel(k_ref, v_ref, table_ref, row_ref, id_ref, layer_ref, out_ref, *
     column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
     near = [row + head * address.head_stride * page_size for row in near]
     for half, pool in enumerate((k_ref, v_ref)):
-        mean = mean_vectors(pool, near, real, column, column < dim)
+        vectors = load_references(pool, near, real, column, column < dim)
         tokens, columns = index_grid(token, column)
         mask = real[:, None] & (columns < dim)
         at = out_ref.at[tokens, (half * heads + head) * dim + columns]
-        plgpu.store(at, mean.astype(out_ref.dtype), mask=mask)
+        plgpu.store(at, mean(vectors).astype(out_ref.dtype), mask=mask)
 
 
 def _vectors(*pools: jax.Array) -> list[jax.Array]:
@@ -105,10 +105,10 @@ def _compress_kernel(
             start = (half * heads + head) * dim
             tokens, columns = index_grid(token, column)
             x = plgpu.load(x_ref.at[tokens, start + columns], mask=real[:, None] & inside[None, :], other=0.0)
-            mean = mean_vectors(pool, rows_of_head, real, column, inside)
+            references = load_references(pool, rows_of_head, real, column, inside)
             rows, numbers = index_grid(start + column, number)
             down = plgpu.load(down_ref.at[rows, numbers], mask=inside[:, None] & exists[None, :], other=0.0)
-            total += exact_dot((x.astype(jnp.float32) - mean).astype(x.dtype), down)
+            total += exact_dot((x.astype(jnp.float32) - mean(references)).astype(x.dtype), down)
         return total
 
     total = jax.lax.fori_loop(0, heads * chunks, visit, jnp.zeros((tile.tokens, tile.numbers), jnp.float32))
