@@ -36,8 +36,9 @@ class DeltaTile(NamedTuple):
 
     Attributes:
       block: tokens of a step.
-      resident: the columns of `up` that a head's keys need, d * D numbers, stay in shared memory for the whole span, and
-        with two stages what a step reads is fetched while the one before computes. Otherwise every step reads them again.
+      resident: the columns of `up` that a head's keys need, d * D numbers, stay in shared memory for the whole span,
+        and with two stages what a step reads is fetched while the one before computes. Otherwise every step reads them
+        again.
       num_warps, num_stages: of the compiled program.
     """
 
