@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, init_cache
-from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.packing import pack
 from sparsejax.engine.recording import idle_record
 from sparsejax.engine.selection_plan import Selections
@@ -82,8 +81,8 @@ def scratch_bytes(
     selections = select = None
     if selecting:
         selections = Selections(decoder.config, max_slots=layout.max_slots, page_size=layout.page_size)
-        asked = [CompressionParams(method=name) for name in selecting]
-        select = selections.warm_options(asked, mixed=True, uniform=False)[-1]  # the one that serves them all
+        variants = selections.warm_options(selections.defaults(selecting), mixed=True, uniform=False)
+        select = variants[-1] if variants else None  # the one that serves them all
     options = StepOptions(
         plain=False, logprobs=True, records=records, watch=evicts, select=select, implementation=implementation
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.plan import Chunk
 from sparsejax.engine.request import Request
 from sparsejax.engine.selection import READS_ALL, RowSelection, Selecting, no_selection
+from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import LayerRoles, SelectionMethod
 from sparsejax.methods.known_layers import known_layers, spread_layers
 from sparsejax.methods.selection import candidate_pages, candidates, chosen_count, chosen_pages
@@ -53,6 +55,15 @@ class Selections:
         policy = compression.policy
         assert isinstance(policy, SelectionMethod), "only requests that select have roles"
         return policy.layer_roles(self._config.num_layers, self.full_layers)
+
+    def defaults(self, names: Iterable[str]) -> list[CompressionParams]:
+        """What requests for these methods ask for if they say no more; without methods whose defaults do not fit."""
+        found = []
+        for name in names:
+            with contextlib.suppress(InvalidArgumentError):
+                self.roles_of(CompressionParams(method=name))
+                found.append(CompressionParams(method=name))
+        return found
 
     def of_chunks(self, chunks: Sequence[Chunk], segments: int) -> RowSelection:
         """What the chunks' requests ask for, padded to so many segments."""
