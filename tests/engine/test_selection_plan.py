@@ -81,9 +81,8 @@ def test_a_warm_up_covers_what_steps_ask_for(selections):
 
 def test_tokens_that_are_read(selections):
     lengths = np.asarray([10, 500, 9000], np.int32)
-    omnikv = CompressionParams(
-        method="omnikv", top_tokens=100, sink_tokens=4, recent_tokens=32, full_attention_layers=(0, 4)
-    )
+    asked = {"top_tokens": 100, "sink_tokens": 4, "recent_tokens": 32}
+    omnikv = CompressionParams(method="omnikv", full_attention_layers=(0, 4), **asked)
     followed = np.asarray([10, 136, 136])
     np.testing.assert_allclose(selections.read_tokens(omnikv, lengths), (2 * lengths + 6 * followed) / 8)
     # Whole pages: the one with sinks, four that are chosen, and those from the one that the recent tokens begin in.
