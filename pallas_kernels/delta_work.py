@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.checks import check_integer, check_shape
 from pallas_kernels.decode_work import SpanLimits, WorkList, span_list
 
-# One program runs on a multiprocessor at a time, and most views are equally long: 128 of an H200's 132 divide better.
+# One program runs on each of an H200's 132 multiprocessors at a time.
 LIMITS = SpanLimits(wave=132, min_span=128, wave_span=4096, max_span=2048, multiple=32)
 
 
