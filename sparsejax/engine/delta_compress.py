@@ -161,14 +161,22 @@ def compress_tokens(
     pool = store_latents(
         cache.latent.pool, latent, ids, mapping.entry[0, :, 0], mapping.slot[0, :, 0], address=at.layout.latent
     )
-    return replace(cache, latent=replace(cache.latent, pool=pool))
+    return written_after(replace(cache, latent=replace(cache.latent, pool=pool)), ids)[0]
 
 
 def take_near(
     cache: DeltaCache, index: int, rows: jax.Array, slots: jax.Array
 ) -> tuple[DeltaCache, tuple[jax.Array, jax.Array]]:
-    """`read_near` of slots that are overwritten next, in an order that XLA keeps without copying the pool."""
-    taken = read_near(cache, index, rows, slots)
-    pool = cache.near.pool
-    taken, (k_pages, v_pages) = jax.lax.optimization_barrier((taken, (pool.k, pool.v)))
-    return replace(cache, near=replace(cache.near, pool=replace(pool, k=k_pages, v=v_pages))), taken
+    """`read_near` of slots that are overwritten next."""
+    return written_after(cache, read_near(cache, index, rows, slots))
+
+
+def written_after(cache: DeltaCache, values: Any) -> tuple[DeltaCache, Any]:
+    """The cache and the values, such that what is written to the sparse layers' pools next comes behind the values.
+
+    Where nothing else orders a read and a write of a pool, XLA may take the write first, and must copy the pool then.
+    """
+    near, latent = cache.near, cache.latent
+    values, (k, v, latents) = jax.lax.optimization_barrier((values, (near.pool.k, near.pool.v, latent.pool)))
+    near = replace(near, pool=replace(near.pool, k=k, v=v))
+    return replace(cache, near=near, latent=replace(latent, pool=latents)), values

@@ -119,7 +119,7 @@ class SparseLayer:
         positions = jnp.arange(size, dtype=jnp.int32)
         cos, sin = (x[None] for x in rope_cos_sin(self.spec.rope, dim, positions))
         history, length = jnp.asarray(self.spec.geometry.history(start), jnp.int32)[None], start[None]
-        k_pages, v_pages = self._read_back(row[None], history, length, positions[None], cos, sin, listed=False)
+        k_pages, v_pages = self.read_back(row[None], history, length, positions[None], cos, sin, listed=False)
         held = jnp.stack([jnp.zeros_like(start), start]).reshape(1, 2, 1)
         return prefill_attention(
             q,
@@ -166,7 +166,7 @@ class SparseLayer:
             )
         batch, places = view.positions.shape
         length = jnp.full_like(rows, jnp.iinfo(jnp.int32).max)
-        k_pages, v_pages = self._read_back(rows, history, length, view.positions, view.cos, view.sin, listed=True)
+        k_pages, v_pages = self.read_back(rows, history, length, view.positions, view.cos, view.sin, listed=True)
         columns = k_pages.shape[0] // (batch * self.num_kv_heads)
         return decode_attention(
             q,
@@ -180,7 +180,7 @@ class SparseLayer:
             **common,
         )
 
-    def _read_back(
+    def read_back(
         self, rows: jax.Array, history: jax.Array, length: jax.Array, positions: jax.Array, cos, sin, *, listed: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Pages of K after RoPE and V of tokens, as `delta_reconstruct` makes them. listed: of `positions` only."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import Implementation, select_top, slot_probabilities
 from sparsejax.cache import DeltaCache, Entries, allocate_delta
-from sparsejax.engine.delta_compress import compress_chunk
+from sparsejax.engine.delta_compress import compress_chunk, written_after
 from sparsejax.engine.delta_ops import SparseLayer, StoreSpec, make_view
 from sparsejax.engine.parts import Carry, NearTokens, Part, decode_part, prefill_part
 from sparsejax.engine.placing import DeltaMapping
@@ -101,8 +101,9 @@ def _compressing_chunk(
         if layout.is_full(layer):
             return _on_full(part, layer, q, k, v, k_pre_rope, carry, mapping)
         at = SparseLayer(carry.cache, layer, spec, params["compressor"][f"layers_{layer}"], implementation)
-        out = at.attend_chunk(q, k, v, owner, start, starts)
-        return out, carry._replace(cache=compress_chunk(at, owner, start, stop, k_pre_rope, v))
+        cache, out = written_after(carry.cache, at.attend_chunk(q, k, v, owner, start, starts))
+        cache = compress_chunk(replace(at, cache=cache), owner, start, stop, k_pre_rope, v)
+        return out, carry._replace(cache=cache)
 
     nowhere = jnp.zeros(num_tokens, jnp.int32)
     tokens = replace(

@@ -156,7 +156,7 @@ def test_what_training_reconstructs_is_what_serving_reads_back(kind, latent_dtyp
 
     positions, history = jnp.arange(length), geometry.history(length)
     cos, sin = rope_cos_sin(CONFIG.rope, CONFIG.head_dim, positions)
-    pages = replace(at, cache=cache)._read_back(
+    pages = replace(at, cache=cache).read_back(
         row[None].astype(jnp.int32),
         jnp.asarray([history]),
         jnp.asarray([length]),
