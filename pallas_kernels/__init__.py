@@ -7,6 +7,7 @@ from pallas_kernels.block_attention import BlockTile, block_attention_mass, bloc
 from pallas_kernels.decode_attention import decode_attention, decode_attention_reference
 from pallas_kernels.decode_work import DecodeTile, SpanLimits, WorkList, decode_work_list
 from pallas_kernels.delta_attention import delta_attention, delta_attention_reference
+from pallas_kernels.delta_attention_triton import DeltaTile
 from pallas_kernels.delta_compress import (
     delta_compress,
     delta_compress_reference,
@@ -52,6 +53,7 @@ __all__ = [
     "DecodeTile",
     "DeltaLayout",
     "DeltaStore",
+    "DeltaTile",
     "Implementation",
     "LatentPages",
     "PageAddress",

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import online_softmax
 from pallas_kernels.checks import check_integer, check_shape, query_group
-from pallas_kernels.decode_work import DecodeTile, WorkList
-from pallas_kernels.delta_attention_triton import default_tile, delta_attention_triton
+from pallas_kernels.decode_work import WorkList
+from pallas_kernels.delta_attention_triton import DeltaTile, default_tile, delta_attention_triton
 from pallas_kernels.delta_reference import read_back_reference
 from pallas_kernels.delta_store import DeltaLayout, DeltaStore, check_rotation, check_rows, check_store, check_up
 from pallas_kernels.delta_store_xla import read_back
@@ -41,7 +41,7 @@ def delta_attention(
     scale: float,
     return_lse: Literal[False] = ...,
     work: WorkList | None = ...,
-    tile: DecodeTile | None = ...,
+    tile: DeltaTile | None = ...,
     implementation: Implementation | None = ...,
     interpret: bool | None = ...,
 ) -> jax.Array: ...
@@ -65,7 +65,7 @@ def delta_attention(
     scale: float,
     return_lse: Literal[True],
     work: WorkList | None = ...,
-    tile: DecodeTile | None = ...,
+    tile: DeltaTile | None = ...,
     implementation: Implementation | None = ...,
     interpret: bool | None = ...,
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -88,7 +88,7 @@ def delta_attention(
     scale: float,
     return_lse: bool = False,
     work: WorkList | None = None,
-    tile: DecodeTile | None = None,
+    tile: DeltaTile | None = None,
     implementation: Implementation | None = None,
     interpret: bool | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:

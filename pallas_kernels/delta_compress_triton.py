@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.delta_tiles import mean_vectors
+from pallas_kernels.delta_tiles import load_references, mean
 from pallas_kernels.tiles import WHOLE, exact_dot, index_grid, next_power_of_two
 
 
@@ -32,9 +32,8 @@ def default_tile(k_pages: jax.Array) -> CompressTile:
     return _TILES[k_pages.dtype.itemsize]
 
 
-def _find(table_ref, row_ref, id_ref, token, real, *, address, page_size):
+def _find(table_ref, row, id_ref, token, real, *, address, page_size):
     """K of i32[n]: the rows of KV head 0 of the references of `token` i32[n], in a pool seen as [P * page, D]."""
-    row = plgpu.load(row_ref.at[token], mask=real, other=0)
     found = []
     for neighbor in range(id_ref.shape[1]):
         slot = plgpu.load(id_ref.at[token, jnp.full(token.shape, neighbor, jnp.int32)], mask=real, other=0)
@@ -50,15 +49,19 @@ def _mean_kernel(k_ref, v_ref, table_ref, row_ref, id_ref, layer_ref, out_ref, *
     dim = k_ref.shape[1]
     token = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
     real = token < out_ref.shape[0]
-    near = _find(table_ref, row_ref, id_ref, token, real, address=address, page_size=page_size)
-    column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
-    near = [row + head * address.head_stride * page_size for row in near]
-    for half, pool in enumerate((k_ref, v_ref)):
-        mean = mean_vectors(pool, near, real, column, column < dim)
-        tokens, columns = index_grid(token, column)
-        mask = real[:, None] & (columns < dim)
-        at = out_ref.at[tokens, (half * heads + head) * dim + columns]
-        plgpu.store(at, mean.astype(out_ref.dtype), mask=mask)
+    row = plgpu.load(row_ref.at[token], mask=real, other=0)
+
+    @pl.when(row.max() > 0)
+    def _():
+        near = _find(table_ref, row, id_ref, token, real, address=address, page_size=page_size)
+        near = [at + head * address.head_stride * page_size for at in near]
+        column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
+        for half, pool in enumerate((k_ref, v_ref)):
+            vectors = load_references(pool, near, real, column, column < dim)
+            tokens, columns = index_grid(token, column)
+            mask = real[:, None] & (columns < dim)
+            at = out_ref.at[tokens, (half * heads + head) * dim + columns]
+            plgpu.store(at, mean(vectors).astype(out_ref.dtype), mask=mask)
 
 
 def _vectors(*pools: jax.Array) -> list[jax.Array]:
@@ -68,7 +71,7 @@ def _vectors(*pools: jax.Array) -> list[jax.Array]:
 
 @functools.partial(jax.jit, static_argnames=("address", "heads", "interpret"))
 def reference_mean_triton(k_pages, v_pages, page_table, row, ids, layer, *, address, heads, interpret):
-    """[N, 2*H*D] for the tokens of rows `row` i32[N]."""
+    """[N, 2*H*D] for the tokens of rows `row` i32[N]; those of the null row are padding."""
     tokens = ids.shape[0]
     block = min(_MEAN_BLOCK, max(16, next_power_of_two(tokens)))
     return pl.pallas_call(
@@ -92,33 +95,37 @@ def _compress_kernel(
     token = pl.program_id(0) * tile.tokens + jnp.arange(tile.tokens, dtype=jnp.int32)
     number = pl.program_id(1) * tile.numbers + jnp.arange(tile.numbers, dtype=jnp.int32)
     real, exists = token < x_ref.shape[0], number < down_ref.shape[1]
-    near = _find(table_ref, row_ref, id_ref, token, real, address=address, page_size=page_size)
+    row = plgpu.load(row_ref.at[token], mask=real, other=0)
     width = min(_CHUNK, max(16, next_power_of_two(dim)))
     chunks = -(-dim // width)
 
-    def visit(step, total):
-        head = step // chunks
-        column = (step - head * chunks) * width + jnp.arange(width, dtype=jnp.int32)
-        inside = column < dim
-        rows_of_head = [row + head * address.head_stride * page_size for row in near]
-        for half, pool in enumerate((k_ref, v_ref)):
-            start = (half * heads + head) * dim
-            tokens, columns = index_grid(token, column)
-            x = plgpu.load(x_ref.at[tokens, start + columns], mask=real[:, None] & inside[None, :], other=0.0)
-            mean = mean_vectors(pool, rows_of_head, real, column, inside)
-            rows, numbers = index_grid(start + column, number)
-            down = plgpu.load(down_ref.at[rows, numbers], mask=inside[:, None] & exists[None, :], other=0.0)
-            total += exact_dot((x.astype(jnp.float32) - mean).astype(x.dtype), down)
-        return total
+    @pl.when(row.max() > 0)
+    def _():
+        near = _find(table_ref, row, id_ref, token, real, address=address, page_size=page_size)
 
-    total = jax.lax.fori_loop(0, heads * chunks, visit, jnp.zeros((tile.tokens, tile.numbers), jnp.float32))
-    tokens, numbers = index_grid(token, number)
-    plgpu.store(out_ref.at[tokens, numbers], total, mask=real[:, None] & exists[None, :])
+        def visit(step, total):
+            head = step // chunks
+            column = (step - head * chunks) * width + jnp.arange(width, dtype=jnp.int32)
+            inside = column < dim
+            near_of_head = [at + head * address.head_stride * page_size for at in near]
+            for half, pool in enumerate((k_ref, v_ref)):
+                start = (half * heads + head) * dim
+                tokens, columns = index_grid(token, column)
+                x = plgpu.load(x_ref.at[tokens, start + columns], mask=real[:, None] & inside[None, :], other=0.0)
+                references = load_references(pool, near_of_head, real, column, inside)
+                rows, numbers = index_grid(start + column, number)
+                down = plgpu.load(down_ref.at[rows, numbers], mask=inside[:, None] & exists[None, :], other=0.0)
+                total += exact_dot((x.astype(jnp.float32) - mean(references)).astype(x.dtype), down)
+            return total
+
+        total = jax.lax.fori_loop(0, heads * chunks, visit, jnp.zeros((tile.tokens, tile.numbers), jnp.float32))
+        tokens, numbers = index_grid(token, number)
+        plgpu.store(out_ref.at[tokens, numbers], total, mask=real[:, None] & exists[None, :])
 
 
 @functools.partial(jax.jit, static_argnames=("address", "heads", "tile", "interpret"))
 def delta_compress_triton(x, k_pages, v_pages, page_table, row, ids, down, layer, *, address, heads, tile, interpret):
-    """f32[N, d] for the tokens of rows `row` i32[N]."""
+    """f32[N, d] for the tokens of rows `row` i32[N]; those of the null row are padding."""
     tokens, size = x.shape[0], down.shape[1]
     tile = tile._replace(
         tokens=min(tile.tokens, max(16, next_power_of_two(tokens))),

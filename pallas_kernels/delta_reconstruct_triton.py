@@ -11,8 +11,9 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.delta_places import find_places
 from pallas_kernels.delta_tiles import (
     head_columns,
+    load_references,
     load_tile,
-    mean_vectors,
+    mean,
     rotate_halves,
     store_arrays,
     store_refs,
@@ -61,28 +62,32 @@ def _kernel(*refs, head_rows, page_size, heads, tokens, block, quantised, listed
     def _():
         at = load_tile(store, s, place, live, head * head_rows)
         columns = head_columns(head, heads, dim)
-        if projected:
-            deltas = up_products(store, delta_ref, at, columns, dtype)
-        else:
-            deltas = []
-            for column, exists in columns:
-                places, numbers = index_grid(place, column)
-                mask = at.compressed[:, None] & exists[None, :]
-                deltas.append(plgpu.load(delta_ref.at[s, places, numbers], mask=mask, other=0.0).astype(jnp.float32))
         half_column = jnp.arange(columns.first[0].shape[0], dtype=jnp.int32)
         column = jnp.arange(columns.value[0].shape[0], dtype=jnp.int32)
         halves = (half_column, half_column < half), (half_column + half, half_column < half)
         own = (*halves, (column, column < dim))  # the columns of a head's own vectors
-        parts = []
-        for delta, numbers, pool, local in zip(deltas, columns, (store.k, store.k, store.v), own, strict=True):
-            if bias_ref is not None:
-                bias = plgpu.load(bias_ref.at[numbers[0]], mask=numbers[1], other=0.0).astype(jnp.float32)
-                delta = delta + jnp.where(at.compressed[:, None], bias[None, :], 0.0)
-            parts.append(delta + mean_vectors(pool, at.near, live, *local))
+        references = [
+            load_references(pool, at.near, live, *local)
+            for pool, local in zip((store.k, store.k, store.v), own, strict=True)
+        ]
         places, in_half = index_grid(place, half_column)
         mask = live[:, None] & (in_half < half)
         rotation = s if cos_ref.shape[0] > 1 else 0
         cos, sin = (plgpu.load(ref.at[rotation, places, in_half], mask=mask, other=0.0) for ref in (cos_ref, sin_ref))
+        if projected:
+            deltas = up_products(store, delta_ref, at, columns, dtype)
+        else:
+            deltas = []
+            for number, exists in columns:
+                places, numbers = index_grid(place, number)
+                mask = at.compressed[:, None] & exists[None, :]
+                deltas.append(plgpu.load(delta_ref.at[s, places, numbers], mask=mask, other=0.0).astype(jnp.float32))
+        parts = []
+        for delta, (number, exists), vectors in zip(deltas, columns, references, strict=True):
+            if bias_ref is not None:
+                bias = plgpu.load(bias_ref.at[number], mask=exists, other=0.0).astype(jnp.float32)
+                delta = delta + jnp.where(at.compressed[:, None], bias[None, :], 0.0)
+            parts.append(delta + mean(vectors))
         first, second = rotate_halves(parts[0], parts[1], cos, sin)
 
         # Dead lanes point past the scratch: the interpreter drops what is stored there.

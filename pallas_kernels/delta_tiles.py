@@ -75,15 +75,23 @@ def load_tile(refs: StoreRefs, segment, place: jax.Array, live: jax.Array, head_
     return TokenTile(live, latent >= 0, near, jnp.maximum(latent, 0))
 
 
-def mean_vectors(
+def load_references(
     pool_ref, near: Sequence[jax.Array], live: jax.Array, column: jax.Array, column_live: jax.Array
-) -> jax.Array:
-    """f32[n, columns]: mean over the K rows `near` i32[n] of a pool [rows, D] of their columns; 0 where dead."""
-    total = jnp.zeros((live.shape[0], column.shape[0]), jnp.float32)
+) -> list[jax.Array]:
+    """K of [n, columns]: columns of the rows `near`, K of i32[n], of a pool [rows, D]; 0 where dead.
+
+    Loads wait for nobody until their values are used: load early, take the `mean` late.
+    """
     mask = live[:, None] & column_live[None, :]
-    for row in near:
-        total += plgpu.load(pool_ref.at[index_grid(row, column)], mask=mask, other=0.0).astype(jnp.float32)
-    return total / len(near)
+    return [plgpu.load(pool_ref.at[index_grid(row, column)], mask=mask, other=0.0) for row in near]
+
+
+def mean(vectors: Sequence[jax.Array]) -> jax.Array:
+    """Their mean, in float32."""
+    total = vectors[0].astype(jnp.float32)
+    for vector in vectors[1:]:
+        total += vector.astype(jnp.float32)
+    return total / len(vectors)
 
 
 def latent_chunk(refs: StoreRefs, tile: TokenTile, step, width: int, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:

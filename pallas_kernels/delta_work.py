@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from pallas_kernels.checks import check_integer, check_shape
 from pallas_kernels.decode_work import SpanLimits, WorkList, span_list
 
-LIMITS = SpanLimits(wave=132, min_span=256, wave_span=2048, max_span=1024)
+# One program runs on a multiprocessor at a time, and most views are equally long: 128 of an H200's 132 divide better.
+LIMITS = SpanLimits(wave=128, min_span=128, wave_span=4096, max_span=2048, multiple=32)
 
 
 def delta_work_list(positions: jax.Array, *, num_kv_heads: int, limits: SpanLimits = LIMITS) -> WorkList:

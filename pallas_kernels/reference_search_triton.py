@@ -19,7 +19,7 @@ from pallas_kernels.query_tiles import query_tiles
 from pallas_kernels.tiles import WHOLE, exact_dot, index_grid, load_vectors, locate_slots, next_power_of_two
 
 _PROGRAMS = 264  # 2 for each of an H200's 132 multiprocessors
-_MOST_PARTS = 32
+_MOST_PARTS = 128
 _NONE = -3e38  # the score of a center that is not there
 _LAST = 1 << 30  # above every ordinal
 _ENTRIES = PageAddress(0, 1, 0, 0)  # names the entries themselves: their pages depend on the head

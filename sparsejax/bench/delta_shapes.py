@@ -15,9 +15,9 @@ import numpy as np
 
 from pallas_kernels import (
     CompressTile,
-    DecodeTile,
     DeltaLayout,
     DeltaStore,
+    DeltaTile,
     PageAddress,
     ReconstructTile,
     SearchTile,
@@ -125,7 +125,7 @@ def _attention(
     dtype: str,
     layers: int,
     *,
-    tile: DecodeTile | None = None,
+    tile: DeltaTile | None = None,
     limits: SpanLimits | None = None,
 ) -> Program:
     """One decode step: every layer reads the sinks, `top` of the history and the recent tokens."""

@@ -15,6 +15,7 @@ from pallas_kernels import (
     BlockTile,
     CompressTile,
     DecodeTile,
+    DeltaTile,
     PrefillTile,
     ReconstructTile,
     RecordTile,
@@ -198,13 +199,15 @@ _CANDIDATES: dict[str, list[dict[str, Any]]] = {
         {"tile": BlockTile(*tile)} for tile in ((64, 4, 2), (64, 8, 2), (128, 4, 2), (128, 8, 2), (128, 8, 3))
     ],
     "delta_attention": [
-        {"tile": DecodeTile(*tile)}
+        {"tile": DeltaTile(*tile)}
         for tile in (
-            (32, 4, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 3), (128, 8, 2), (128, 8, 3),
+            (64, False, 8, 3), (64, False, 8, 2), (128, False, 8, 3), (32, False, 8, 3), (32, False, 4, 3),
+            (16, True, 8, 2), (32, True, 8, 1), (32, True, 8, 2),
         )
     ],
     "delta_work": [
-        {"limits": SpanLimits(wave=wave, min_span=128, wave_span=2048, max_span=1024)} for wave in (132, 264, 396, 528)
+        {"limits": SpanLimits(wave=wave, min_span=128, wave_span=4096, max_span=2048, multiple=32)}
+        for wave in (128, 132, 256, 384)
     ],
     "delta_reconstruct": [
         {"tile": ReconstructTile(*tile)}
