@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, DeltaCacheLayout, init_cache, init_delta_cache
-from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.delta_ops import StoreSpec
 from sparsejax.engine.delta_parts import StoreOptions
 from sparsejax.engine.packing import pack
@@ -88,8 +87,8 @@ def scratch_bytes(
     selections = select = most = None
     if selecting and isinstance(layout, CacheLayout):
         selections = Selections(decoder.config, max_slots=layout.max_slots, page_size=layout.page_size)
-        asked = [CompressionParams(method=name) for name in selecting]
-        select = selections.warm_options(asked, mixed=True, uniform=False)[-1]  # the one that serves them all
+        variants = selections.warm_options(selections.defaults(selecting), mixed=True, uniform=False)
+        select = variants[-1] if variants else None  # the one that serves them all
     if store is not None:
         most = StoreOptions(store, chunk=True, compressed=True, top=ANALYSED_TOP)
     options = StepOptions(

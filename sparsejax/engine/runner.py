@@ -603,7 +603,7 @@ class Runner:
         if self.selections is None or (uniform and not asked.selects):
             return [None]
         names = [] if uniform else [name for name in self.selecting if name != asked.method]
-        wanted = [*([asked] if asked.selects else []), *(CompressionParams(method=name) for name in names)]
+        wanted = [*([asked] if asked.selects else []), *self.selections.defaults(names)]
         variants = self.selections.warm_options(wanted, mixed=mixed, uniform=uniform)
         return variants if uniform else [None, *variants]
 

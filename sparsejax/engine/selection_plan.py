@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.plan import Chunk
 from sparsejax.engine.request import Request
 from sparsejax.engine.selection import READS_ALL, RowSelection, Selecting, no_selection
+from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import LayerRoles, SelectionMethod
 from sparsejax.methods.known_layers import known_layers, spread_layers
 from sparsejax.methods.selection import candidate_pages, candidates, chosen_count, chosen_pages
@@ -54,6 +56,15 @@ class Selections:
         assert isinstance(policy, SelectionMethod), "only requests that select have roles"
         return policy.layer_roles(self._config.num_layers, self.full_layers)
 
+    def defaults(self, names: Iterable[str]) -> list[CompressionParams]:
+        """What requests for these methods ask for if they say no more; without methods whose defaults do not fit."""
+        found = []
+        for name in names:
+            with contextlib.suppress(InvalidArgumentError):
+                self.roles_of(CompressionParams(method=name))
+                found.append(CompressionParams(method=name))
+        return found
+
     def of_chunks(self, chunks: Sequence[Chunk], segments: int) -> RowSelection:
         """What the chunks' requests ask for, padded to so many segments."""
         lanes = no_selection(segments)
@@ -71,15 +82,24 @@ class Selections:
         Args:
           mixed: the step has a chunk too; these come in the widest variant only.
         """
-        requests = list(requests)
-        selecting = [each for each in requests if each.compression.selects]
+        # Asked every step: requests of one call share their parameters, and what they read grows with their text.
+        longest: dict[int, tuple[CompressionParams, int]] = {}
+        reads_all = False
+        for request in requests:
+            compression = request.compression
+            reads_all |= not compression.selects
+            before = longest.get(id(compression), (compression, 0))[1]
+            longest[id(compression)] = compression, max(before, request.num_computed)
+        selecting = [each for each in longest.values() if each[0].selects]
         if not selecting:
             return None
-        roles = {self.roles_of(each.compression) for each in selecting}
-        everyone = len(roles) == 1 and len(selecting) == len(requests) and not mixed
-        if not everyone:
-            return self._options(self._numbers if len(roles) > 1 else roles, everyone=False)
-        needed = max(self._needed(each) for each in selecting)
+        roles = {self.roles_of(compression) for compression, _ in selecting}
+        if len(roles) > 1:
+            # One step for all roles there are, rather than one for each combination of them.
+            return self._options({*self._numbers, *roles}, everyone=False)
+        if reads_all or mixed:
+            return self._options(roles, everyone=False)
+        needed = max(self._needed(*each) for each in selecting)
         return self._options(roles, width=next(width for width in self._widths if width >= needed))
 
     def warm_options(self, asked: Iterable[CompressionParams], *, mixed: bool, uniform: bool) -> list[Selecting | None]:
@@ -119,12 +139,12 @@ class Selections:
         passed = last - first - chosen_pages(last - first, chosen, self._page_size)
         return lengths - passed * self._page_size
 
-    def _needed(self, request: Request) -> int:
-        """Tokens that a selecting layer reads of a request that is about to decode, but for the rounding to pages."""
-        sinks, recent, count, fraction = _asked(request.compression)
-        first, last = candidates(np.asarray([request.num_computed], np.int32), sinks, recent)
+    def _needed(self, compression: CompressionParams, length: int) -> int:
+        """Tokens that a selecting layer reads of a text of `length` tokens, but for the rounding to pages."""
+        sinks, recent, count, fraction = _asked(compression)
+        first, last = candidates(np.asarray([length], np.int32), sinks, recent)
         chosen = chosen_count(last - first, np.int32(count), np.float32(fraction))
-        return int(request.num_computed - (last - first - chosen)[0])
+        return int(length - (last - first - chosen)[0])
 
     def _number(self, roles: LayerRoles) -> int:
         return self._numbers.setdefault(roles, READS_ALL + 1 + len(self._numbers))

@@ -27,6 +27,7 @@ HELPS = [
     (["pack-data"], "--no-wrap"),
     (["train-compressor"], "--kv-compressed-size"),
     (["methods"], "--json"),
+    (["calibrate"], "--top-tokens"),
     (["eval"], "ruler"),
     (["eval", "ruler"], "before the question is seen"),
     (["bench"], "latency"),
