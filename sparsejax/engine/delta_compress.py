@@ -8,12 +8,12 @@ runs behind the decode step that filled the rings of some rows, which the host k
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Implementation, delta_compress, reference_mean, reference_search, store_latents
+from pallas_kernels import Implementation, delta_compress, in_order, reference_mean, reference_search, store_latents
 from pallas_kernels.reference_search import token_rows
 from sparsejax.cache import (
     DeltaCache,
@@ -26,7 +26,9 @@ from sparsejax.cache import (
     store_near,
 )
 from sparsejax.compressor import Compressor
-from sparsejax.engine.delta_ops import SparseLayer, StoreSpec, written_later
+from sparsejax.engine.delta_ops import SparseLayer, StoreSpec
+
+_Values = TypeVar("_Values")
 
 
 @jax.tree_util.register_dataclass
@@ -170,12 +172,25 @@ def compress_tokens(
         cache.latent.pool, latent, ids, mapping.entry[0, :, 0], mapping.slot[0, :, 0], address=at.layout.latent
     )
     cache = replace(cache, latent=replace(cache.latent, pool=pool))
-    # The next layer writes to the pools that the references have been searched in.
-    return written_later(cache, (), implementation=implementation)[0]
+    # The next layer writes to the pools in which the references have been searched.
+    return written_after(cache, ids, implementation=implementation)[0]
 
 
 def take_near(
     cache: DeltaCache, index: int, rows: jax.Array, slots: jax.Array, *, implementation: Implementation | None
 ) -> tuple[DeltaCache, tuple[jax.Array, jax.Array]]:
-    """`read_near` of slots that are overwritten next, in an order that XLA keeps without copying the pool."""
-    return written_later(cache, read_near(cache, index, rows, slots), implementation=implementation)
+    """`read_near` of slots that are overwritten next."""
+    return written_after(cache, read_near(cache, index, rows, slots), implementation=implementation)
+
+
+def written_after(
+    cache: DeltaCache, values: _Values, *, implementation: Implementation | None
+) -> tuple[DeltaCache, _Values]:
+    """The cache and the values, such that what is written to the sparse layers' pools next comes behind the values.
+
+    Where nothing else orders a read and a write of a pool, XLA may take the write first, and must copy the pool then.
+    """
+    near, latent = cache.near, cache.latent
+    values, (k, v, latents) = in_order((values, (near.pool.k, near.pool.v, latent.pool)), implementation=implementation)
+    near = replace(near, pool=replace(near.pool, k=k, v=v))
+    return replace(cache, near=near, latent=replace(latent, pool=latents)), values

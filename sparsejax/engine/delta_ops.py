@@ -5,8 +5,8 @@ The kernels know arrays; here they meet the cache, the compressor and the rotati
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from pallas_kernels import (
     delta_attention,
     delta_reconstruct,
     delta_work_list,
-    in_order,
     prefill_attention,
     read_latents,
     scratch_address,
@@ -30,8 +29,6 @@ from pallas_kernels import (
 from sparsejax.cache import DeltaCache
 from sparsejax.compressor import Compressor, CompressorConfig, StoreGeometry
 from sparsejax.models.rope import RopeConfig, rope_cos_sin
-
-_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -109,26 +106,22 @@ class SparseLayer:
 
     def attend_chunk(
         self, q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array, start: jax.Array, starts: jax.Array
-    ) -> tuple[jax.Array, DeltaCache]:
-        """Attention of a chunk, one segment of one compressed request, to what precedes it and to itself.
+    ) -> jax.Array:
+        """Attention [T, Hq, D] of a chunk, one segment of one compressed request, to what precedes it and to itself.
 
         Args:
           q, k, v: of the packed chunk, after RoPE.
           row, start: i32[]; the row, and the tokens of its text before the chunk.
           starts: i32[S + 1], of the chunk; only the first segment is not empty.
-
-        Returns:
-          (out [T, Hq, D], the cache, to be written to when all of it has been read).
         """
         layout, dim = self.cache.layout, q.shape[-1]
         size = layout.full.max_entries_per_row * layout.page_size
         positions = jnp.arange(size, dtype=jnp.int32)
         cos, sin = (x[None] for x in rope_cos_sin(self.spec.rope, dim, positions))
         history, length = jnp.asarray(self.spec.geometry.history(start), jnp.int32)[None], start[None]
-        pages = self._read_back(row[None], history, length, positions[None], cos, sin, listed=False)
-        cache, (k_pages, v_pages) = written_later(self.cache, pages, implementation=self.implementation)
+        k_pages, v_pages = self.read_back(row[None], history, length, positions[None], cos, sin, listed=False)
         held = jnp.stack([jnp.zeros_like(start), start]).reshape(1, 2, 1)
-        out = prefill_attention(
+        return prefill_attention(
             q,
             k,
             v,
@@ -142,7 +135,6 @@ class SparseLayer:
             scale=dim**-0.5,
             implementation=self.implementation,
         )
-        return out, cache
 
     def attend_view(self, q: jax.Array, rows: jax.Array, history: jax.Array, view: DeltaView) -> jax.Array:
         """Attention [B, Hq, D] from one query a row to the tokens of a view.
@@ -174,7 +166,7 @@ class SparseLayer:
             )
         batch, places = view.positions.shape
         length = jnp.full_like(rows, jnp.iinfo(jnp.int32).max)
-        k_pages, v_pages = self._read_back(rows, history, length, view.positions, view.cos, view.sin, listed=True)
+        k_pages, v_pages = self.read_back(rows, history, length, view.positions, view.cos, view.sin, listed=True)
         columns = k_pages.shape[0] // (batch * self.num_kv_heads)
         return decode_attention(
             q,
@@ -188,7 +180,7 @@ class SparseLayer:
             **common,
         )
 
-    def _read_back(
+    def read_back(
         self, rows: jax.Array, history: jax.Array, length: jax.Array, positions: jax.Array, cos, sin, *, listed: bool
     ) -> tuple[jax.Array, jax.Array]:
         """Pages of K after RoPE and V of tokens, as `delta_reconstruct` makes them. listed: of `positions` only."""
@@ -214,16 +206,6 @@ class SparseLayer:
             implementation=self.implementation,
             **weights,
         )
-
-
-def written_later(cache: DeltaCache, read: _Read, *, implementation: Implementation | None) -> tuple[DeltaCache, _Read]:
-    """A cache whose pools are written to after all that has been computed of them, and what was read of them."""
-    near, latent = cache.near, cache.latent
-    (k_pages, v_pages, latents), read = in_order(
-        ((near.pool.k, near.pool.v, latent.pool), read), implementation=implementation
-    )
-    near = replace(near, pool=replace(near.pool, k=k_pages, v=v_pages))
-    return replace(cache, near=near, latent=replace(latent, pool=latents)), read
 
 
 def make_view(

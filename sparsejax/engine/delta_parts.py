@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import Implementation, select_top, slot_probabilities
 from sparsejax.cache import DeltaCache, Entries, allocate_delta
-from sparsejax.engine.delta_compress import compress_chunk
+from sparsejax.engine.delta_compress import compress_chunk, written_after
 from sparsejax.engine.delta_ops import SparseLayer, StoreSpec, make_view
 from sparsejax.engine.parts import Carry, NearTokens, Part, decode_part, prefill_part
 from sparsejax.engine.placing import DeltaMapping
@@ -101,7 +101,8 @@ def _compressing_chunk(
         if layout.is_full(layer):
             return _on_full(part, layer, q, k, v, k_pre_rope, carry, mapping)
         at = SparseLayer(carry.cache, layer, spec, params["compressor"][f"layers_{layer}"], implementation)
-        out, cache = at.attend_chunk(q, k, v, owner, start, starts)
+        out = at.attend_chunk(q, k, v, owner, start, starts)
+        cache, out = written_after(carry.cache, out, implementation=implementation)
         cache = compress_chunk(replace(at, cache=cache), owner, start, stop, k_pre_rope, v)
         return out, carry._replace(cache=cache)
 
@@ -199,7 +200,7 @@ def delta_decode_part(
 
     tokens = replace(part.tokens, rows=jnp.where(ok, part.tokens.rows, 0), near=near_tokens)
     lanes = replace(part.lanes, live=part.lanes.live & ok)
-    return cache, replace(part, tokens=tokens, lanes=lanes, attend=attend, ok=ok, reads_new_kv=True)
+    return cache, replace(part, tokens=tokens, lanes=lanes, attend=attend, ok=ok)
 
 
 def _on_full(part: Part, layer, q, k, v, k_pre_rope, carry: Carry, mapping: DeltaMapping) -> tuple[jax.Array, Carry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from delta_engine import (
     identity,
     lossy,
     make_llm,
+    model_params,
     prompts,
     tokens,
 )
@@ -27,11 +29,16 @@ from sparsejax.cache import Entries, allocate_delta, init_delta_cache
 from sparsejax.compressor import CompressorMismatchError, init_params, reconstruct
 from sparsejax.config import EngineConfig
 from sparsejax.engine.build_store import load_store
-from sparsejax.engine.delta_compress import compress_chunk
+from sparsejax.engine.delta_compress import compress_chunk, compress_full_rings
 from sparsejax.engine.delta_ops import SparseLayer
+from sparsejax.engine.delta_parts import StoreOptions
+from sparsejax.engine.packing import pack
 from sparsejax.engine.plan import Chunk
 from sparsejax.engine.request import Request
+from sparsejax.engine.state import init_state
+from sparsejax.engine.steps import StepOptions, prefill_step
 from sparsejax.errors import InvalidArgumentError, PromptTooLongError
+from sparsejax.models import Decoder
 from sparsejax.models.rope import apply_rope, rope_cos_sin
 
 TEXTS = prompts(2, 70, 33)
@@ -156,7 +163,7 @@ def test_what_training_reconstructs_is_what_serving_reads_back(kind, latent_dtyp
 
     positions, history = jnp.arange(length), geometry.history(length)
     cos, sin = rope_cos_sin(CONFIG.rope, CONFIG.head_dim, positions)
-    pages = replace(at, cache=cache)._read_back(
+    pages = replace(at, cache=cache).read_back(
         row[None].astype(jnp.int32),
         jnp.asarray([history]),
         jnp.asarray([length]),
@@ -255,3 +262,32 @@ def test_what_cannot_be_served_is_refused(coarse):
         answers(coarse, [TEXTS[0]], CompressionParams(method="deltakv", full_attention_layers="0,1"))
     with pytest.raises(InvalidArgumentError, match="takes no budget_tokens"):
         CompressionParams(method="deltakv", budget_tokens=5)
+
+
+def test_no_pool_is_copied():
+    """The scratch of the programs that write to the sparse layers' pools does not grow with them."""
+    engine = EngineConfig(compressor=lossy(), full_attention_layers=(0, 2), recent_tokens=4)
+    store = load_store(CONFIG, engine, dtype=jnp.float32)
+    layout = store.layout(
+        CONFIG, entries=Entries(*[20_000] * 3), dtype=jnp.float32, max_rows=2, max_slots=64, page_size=4
+    )
+    cache = jax.eval_shape(lambda: init_delta_cache(layout))
+    state = jax.eval_shape(lambda: init_state(layout.num_rows, CONFIG.vocab_size, stores=True))
+    params = {**model_params(), "compressor": store.params}
+    batch = pack([], size=32, segments=2, eos_token_ids=(), stores=True)
+    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
+    options = StepOptions(store=StoreOptions(store.spec, chunk=True))
+    programs = [
+        (partial(compress_full_rings, spec=store.spec, implementation="xla"), (params, cache, rows, rows), 1),
+        (
+            partial(prefill_step, decoder=Decoder(CONFIG, jnp.float32), options=options),
+            (params, cache, state, batch),
+            (1, 2),
+        ),
+    ]
+    for program, arguments, donated in programs:
+        # CPUs drop barriers before copies are decided on, GPUs after it; here, too, they stay.
+        compiled = jax.jit(program, donate_argnums=donated).lower(*arguments)
+        analysis = compiled.compile(compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"})
+        assert layout.bytes() > 100e6
+        assert analysis.memory_analysis().temp_size_in_bytes < 2e6
