@@ -200,7 +200,7 @@ def delta_decode_part(
 
     tokens = replace(part.tokens, rows=jnp.where(ok, part.tokens.rows, 0), near=near_tokens)
     lanes = replace(part.lanes, live=part.lanes.live & ok)
-    return cache, replace(part, tokens=tokens, lanes=lanes, attend=attend, ok=ok)
+    return cache, replace(part, tokens=tokens, lanes=lanes, attend=attend, ok=ok, reads_new_kv=True)
 
 
 def _on_full(part: Part, layer, q, k, v, k_pre_rope, carry: Carry, mapping: DeltaMapping) -> tuple[jax.Array, Carry]:
