@@ -1,6 +1,7 @@
 """Writing tokens into the slots that `allocate` has backed, and what is recorded about them."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.page_bounds import update_page_bounds
 from pallas_kernels.store_kv import store_kv
 
-from .state import KVCache, Paged, SlotMapping
+from .state import KVCache, SlotMapping
 
 
 def slot_mapping(cache: KVCache, rows: jax.Array, back: jax.Array) -> SlotMapping:
@@ -27,11 +28,11 @@ def slot_mapping(cache: KVCache, rows: jax.Array, back: jax.Array) -> SlotMappin
     return slots_at(cache, rows, cache.table.length[:, rows] - back[:, None])
 
 
-def slots_at(cache: Paged, rows: jax.Array, slot: jax.Array) -> SlotMapping:
+def slots_at(cache: Any, rows: jax.Array, slot: jax.Array) -> SlotMapping:
     """Where given slots of rows live.
 
     Args:
-      cache: the cache.
+      cache: a `KVCache`, or another that has its table and layout.
       rows: i32[T], the row of each token; the null row 0 for padding tokens.
       slot: i32[Lt, T, Ht], logical slot of each token in each table of its row.
 
