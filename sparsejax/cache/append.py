@@ -33,7 +33,7 @@ def slots_at(cache: Any, rows: jax.Array, slot: jax.Array) -> SlotMapping:
     """Where given slots of rows live.
 
     Args:
-      cache: the cache.
+      cache: a `KVCache`, or another that has its table and layout.
       rows: i32[T], the row of each token; the null row 0 for padding tokens.
       slot: i32[Lt, T, Ht], logical slot of each token in each table of its row.
 

@@ -58,6 +58,7 @@ class Params:
     method: str = "simulated"
     evicts: bool = True
     decodes_again: bool = False
+    compresses: bool = False
 
     def prefilled(self, prompt_length: int) -> int:
         return prompt_length
