@@ -51,7 +51,7 @@ class EngineConfig:
         the first request that evicts, when it is built anew (`LLM.enable_methods`).
       default_compression: the method of requests that name none.
       compressor: for method "deltakv": folder or Hugging Face id of the compressor that was trained for the model, or a
-        pair (CompressorConfig, parameters) that is loaded already.
+        pair (CompressorConfig, parameters) that is loaded already. Default: the embedded model's own, for that model.
       full_attention_layers: for method "deltakv": layers that keep every token as it is; each one that is followed by
         another layer chooses for the layers behind it what they read. Layer 0 must be among them. Default: those known
         for the model, or every sixth.

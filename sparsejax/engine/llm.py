@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from sparsejax import methods
-from sparsejax.assets import tiny_model_path
+from sparsejax.assets import tiny_compressor_path, tiny_model_path
 from sparsejax.checkpoint import load_config, load_model, load_tokenizer, resolve
 from sparsejax.config import EngineConfig
 from sparsejax.engine import inputs, memory
@@ -47,6 +48,8 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, **engine: Any) -> None:
         config = EngineConfig.from_kwargs(**engine)
+        if model is None and config.compressor is None:
+            config = replace(config, compressor=tiny_compressor_path())
         memory.reserve_device_memory(config.gpu_memory_utilization)
         checkpoint = resolve(model if model is not None else tiny_model_path())
         load_config(checkpoint)  # a model that cannot run is refused before its tokenizer is looked at
