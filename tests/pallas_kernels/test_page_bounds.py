@@ -23,7 +23,6 @@ CASES = [
     ("shared", 2, 4, 64, 8, jnp.float32),
     ("per_head", 2, 7, 80, 4, jnp.bfloat16),
     ("per_layer", 3, 1, 64, 1, jnp.float16),
-    ("per_head", 1, 4, 128, 32, jnp.float32),
 ]
 
 
