@@ -47,8 +47,9 @@ class SpanLimits(NamedTuple):
     def single_wave(self, heads: int) -> int:
         """Spans that cover the slots of `heads` in a single wave.
 
-        Items are fewer than these and 3/4 of the heads together, since a head's last quarter of a span makes no item of
-        its own. With so many heads that nothing would be left, a third of a wave: enough to keep the memory busy.
+        Items need be no more than these and 3/4 of the heads together: a head's last quarter of a span need not make an
+        item of its own. With so many heads that nothing would be left, a third of a wave: enough to keep the memory
+        busy.
         """
         return max(self.wave - 3 * heads // 4, self.wave // 3, 1)
 
@@ -125,8 +126,12 @@ def span_list(length: jax.Array, *, max_slots: int, limits: SpanLimits = DEFAULT
     fits = jnp.minimum(span, length.max(axis=1, keepdims=True)) <= limits.wave_span
     span = jnp.where(fits, span, jnp.maximum(limits.max_span, -(-total // limits.most_spans)))  # [Lt, 1]
 
-    # The last quarter of a span is shared out among the other items of its head.
-    items = jnp.where(length > 0, jnp.maximum(-(-(length - span // 4) // span), 1), 0)  # [Lt, heads]
+    # With the last quarter of a span shared out among the other items of its head there are fewer items, which differ
+    # by as much. That is for waves that would overflow, and for many waves.
+    items = -(-length // span)  # [Lt, heads]
+    is_one_wave = fits & (items.sum(axis=1, keepdims=True) <= limits.wave)
+    shared = jnp.where(length > 0, jnp.maximum(-(-(length - span // 4) // span), 1), 0)
+    items = jnp.where(is_one_wave, items, shared)
     first_item = jnp.pad(jnp.cumsum(items, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))  # [Lt, heads + 1]
     item = jnp.arange(max_items(heads, max_slots, limits), dtype=jnp.int32)[None]
     # The head of an item is the number of heads whose items end at or before it. Comparing with all is one small fused
