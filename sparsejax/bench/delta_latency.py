@@ -143,6 +143,7 @@ def measure(
         return run_batch(llm, prompts, num_tokens=num_tokens, steps=steps, compression=asked, **options)
 
     prompt_seconds = alone(compression)
+    runner.warm_up_rings()
     run = together(prompts, compression, profiled=profiled, trace_folder=trace_folder)
     length = run.tokens // batch
     bytes_read = weights + _up_bytes(runner.params) + batch * _view_bytes(llm, compression, length)

@@ -129,7 +129,7 @@ def add_parser(subparsers) -> None:
         description="Builds an engine on weights that are in memory and warms it up: seconds, what is compiled, and "
         "the share of the card that goes to pages. Run it twice with the same --compilation-cache for a cold start "
         "and a warm one.",
-        epilog="example: sparsejax bench startup --random-weights llama-3.1-8b --compilation-cache /tmp/xla",
+        epilog="example: sparsejax bench startup --random-weights llama-3.1-8b --compilation-cache xla-cache",
     )
     startup.add_argument("--compilation-cache", type=Path, metavar="DIR", help="where compiled programs are kept")
     startup.add_argument("--greedy-only", action="store_true", help="warm up the steps of plain greedy requests only")

@@ -470,11 +470,15 @@ class Runner:
         if forks:
             self.fork([Fork(0, 0, 0)])
         if self.store is not None:
-            for rows in RING_ROWS:
-                self._compress_rings(np.zeros((2, rows), np.int32))
+            self.warm_up_rings()
         if compression is not None and compression.evicts:
             self._warm_up_eviction(compression, texts)
         jax.block_until_ready(jax.tree.leaves(self.cache)[-1])
+
+    def warm_up_rings(self) -> None:
+        """Compiles the compression of full rings, on the null row; only where requests are stored compressed."""
+        for rows in RING_ROWS:
+            self._compress_rings(np.zeros((2, rows), np.int32))
 
     def _shapes(self) -> list[tuple[Callable, Any]]:
         """Every model step with an idle batch of every size."""
