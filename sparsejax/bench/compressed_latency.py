@@ -16,10 +16,8 @@ tables of each head.
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from sparsejax.bench.ceilings import Ceilings
@@ -215,14 +213,3 @@ def format_table(rows: list[CompressedLatency]) -> str:
             f"  {compared[1]:>8}  {compared[2]:>7}"
         )
     return "\n".join(lines)
-
-
-def as_dict(rows: list[CompressedLatency], ceilings: Ceilings, *, model: str) -> dict[str, Any]:
-    """For JSON, and for `sparsejax.bench.compare`."""
-    return {
-        "kind": "latency",
-        "model": model,
-        "jax": jax.__version__,
-        "ceilings": asdict(ceilings),
-        "rows": [asdict(row) for row in rows],
-    }

@@ -13,7 +13,7 @@ are whole pages of all three pools as a request holds them, over what its tokens
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -230,14 +230,3 @@ def format_table(rows: list[DeltaLatency]) -> str:
             f"  {compared[0]:>8}  {compared[1]:>8}  {compared[2]:>14}"
         )
     return "\n".join(lines)
-
-
-def as_dict(rows: list[DeltaLatency], ceilings: Ceilings, *, model: str) -> dict[str, Any]:
-    """For JSON, and for `sparsejax.bench.compare`."""
-    return {
-        "kind": "latency",
-        "model": model,
-        "jax": jax.__version__,
-        "ceilings": asdict(ceilings),
-        "rows": [asdict(row) for row in rows],
-    }

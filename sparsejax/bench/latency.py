@@ -7,6 +7,7 @@ a prefill not faster than its matrix products.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -275,8 +276,8 @@ def format_table(rows: list[Latency]) -> str:
     return "\n".join(lines)
 
 
-def as_dict(rows: list[Latency], ceilings: Ceilings, *, model: str) -> dict[str, Any]:
-    """For JSON, and for `sparsejax.bench.compare`."""
+def as_dict(rows: Iterable[Any], ceilings: Ceilings, *, model: str) -> dict[str, Any]:
+    """For JSON, and for `sparsejax.bench.compare`. rows: dataclasses, of this benchmark of latency or of another."""
     return {
         "kind": "latency",
         "model": model,

@@ -8,11 +8,10 @@ are computed with dense attention. The dense step runs in the same engine.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from sparsejax.bench.ceilings import Ceilings
@@ -171,14 +170,3 @@ def format_table(rows: list[SelectionLatency]) -> str:
             f"  {compared[1]:>8}  {compared[2]:>8}  {compared[3]:>13}"
         )
     return "\n".join(lines)
-
-
-def as_dict(rows: list[SelectionLatency], ceilings: Ceilings, *, model: str) -> dict[str, Any]:
-    """For JSON, and for `sparsejax.bench.compare`."""
-    return {
-        "kind": "latency",
-        "model": model,
-        "jax": jax.__version__,
-        "ceilings": asdict(ceilings),
-        "rows": [asdict(row) for row in rows],
-    }

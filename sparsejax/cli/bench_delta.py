@@ -78,7 +78,7 @@ def run_latency(args: argparse.Namespace, wanted: list[tuple[int, int]]) -> int:
             print(f"decode step, batch {batch}, context {context}:\n{format_profile(row.profile)}\n", flush=True)
         llm.engine.close()
         # What was measured so far is kept, whatever becomes of the rest.
-        write_json(args.json, delta_latency.as_dict(rows, ceiling, model=name))
+        write_json(args.json, latency.as_dict(rows, ceiling, model=name))
     print(f"\n{name}\n{delta_latency.format_table(rows)}")
     if args.plot is not None:
         labels = {f"deltakv {row.batch} x {row.context}": row.step_fraction for row in rows}

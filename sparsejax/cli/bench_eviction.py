@@ -84,7 +84,7 @@ def run_latency(args: argparse.Namespace, wanted: list[tuple[int, int]]) -> int:
     import jax
 
     from sparsejax import LLM
-    from sparsejax.bench import ceilings, compressed_latency, plots
+    from sparsejax.bench import ceilings, compressed_latency, latency, plots
     from sparsejax.engine.build import default_batched_tokens
 
     ceiling = ceilings.measure()
@@ -120,7 +120,7 @@ def run_latency(args: argparse.Namespace, wanted: list[tuple[int, int]]) -> int:
             print(compressed_latency.format_table([row]), flush=True)
             llm.engine.close()
             # What was measured so far is kept, whatever becomes of the rest.
-            write_json(args.json, compressed_latency.as_dict(rows, ceiling, model=name))
+            write_json(args.json, latency.as_dict(rows, ceiling, model=name))
     print(f"\n{name}\n{compressed_latency.format_table(rows)}")
     if args.plot is not None:
         plots.plot_compressed_latency(rows, args.plot)
