@@ -10,8 +10,10 @@ from typing import Any
 import jax
 
 from sparsejax.bench.compilations import watch_compilations
+from sparsejax.engine.compile_ahead import compiler_threads
 from sparsejax.engine.llm import LLM
 from sparsejax.engine.memory import tree_bytes
+from sparsejax.engine.warm_up import warm_up
 from sparsejax.models import ModelConfig
 
 
@@ -22,7 +24,9 @@ class Startup:
     Attributes:
       seconds: until the engine is ready to serve without compiling anything more.
       build_seconds: of these, before the warm-up: sizing the pool (which compiles the largest steps) and allocating.
-      compile_seconds: of all, inside XLA's compiler or reading its cache.
+      compile_seconds: of all, while XLA compiled or read its cache; tracing goes on meanwhile.
+      compile_seconds_summed: of all programs together, which are compiled several at a time.
+      compile_threads: how many at a time.
       programs: (how many, seconds) of each jitted function, slowest first.
       cache_hits: programs that came from the compilation cache on disk.
       steps: the engine's steps that were compiled, by name.
@@ -36,6 +40,8 @@ class Startup:
     seconds: float
     build_seconds: float
     compile_seconds: float
+    compile_seconds_summed: float
+    compile_threads: int
     programs: dict[str, tuple[int, float]]
     cache_hits: int
     steps: dict[str, int]
@@ -69,7 +75,7 @@ def measure(config: ModelConfig, params: Any, *, greedy_only: bool, utilization:
         runner = llm.engine.runner
         jax.block_until_ready(runner.cache)
         built = time.perf_counter()
-        runner.warm_up(greedy_only=greedy_only, forks=llm.engine.scheduler.config.max_resident_rows > 0)
+        warm_up(runner, greedy_only=greedy_only, forks=llm.engine.scheduler.config.max_resident_rows > 0)
         jax.block_until_ready(runner.cache)
         ready = time.perf_counter()
     weights, pool = tree_bytes([params]), tree_bytes([runner.cache.pool])
@@ -80,7 +86,9 @@ def measure(config: ModelConfig, params: Any, *, greedy_only: bool, utilization:
     return Startup(
         seconds=ready - start,
         build_seconds=built - start,
-        compile_seconds=compiled.seconds,
+        compile_seconds=compiled.wall_seconds,
+        compile_seconds_summed=compiled.seconds,
+        compile_threads=compiler_threads(),
         programs=compiled.by_name(),
         cache_hits=compiled.cache_hits,
         steps=dict(runner.compilations),
@@ -98,7 +106,8 @@ def format_report(result: Startup) -> str:
     share = "" if result.pool_share is None else f", {result.pool_share:.3f} of the card less weights and temporaries"
     lines = [
         f"ready in {result.seconds:.1f} s, {result.build_seconds:.1f} s of it before the warm-up; "
-        f"{result.compile_seconds:.1f} s in the compiler",
+        f"compiler at work for {result.compile_seconds:.1f} s on {result.compile_seconds_summed:.1f} s of programs, up "
+        f"to {result.compile_threads} at a time",
         f"pages {result.pool_bytes / 2**30:.1f} GiB{share}; weights {result.weight_bytes / 2**30:.1f} GiB, "
         f"peak {result.peak_bytes / 2**30:.1f} GiB",
         f"steps compiled: {steps}",

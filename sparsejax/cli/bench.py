@@ -272,6 +272,7 @@ def run_throughput(args: argparse.Namespace) -> int:
     reserve_device_memory(args.gpu_memory_utilization)
     from sparsejax import LLM
     from sparsejax.bench import plots, throughput
+    from sparsejax.engine.warm_up import warm_up
 
     name, config, params = load(args)
     longest = max(trace.longest for trace in wanted)
@@ -287,7 +288,8 @@ def run_throughput(args: argparse.Namespace) -> int:
     )
     if not args.no_warmup:
         prompts = [request.input_tokens for trace in wanted for request in trace.requests]
-        llm.engine.runner.warm_up(
+        warm_up(
+            llm.engine.runner,
             greedy_only=True,
             compression=compression,
             uniform=True,

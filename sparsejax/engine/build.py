@@ -19,6 +19,7 @@ from sparsejax.engine.runner import Runner
 from sparsejax.engine.sampling import MAX_EOS_IDS
 from sparsejax.engine.scheduler import Scheduler, SchedulerConfig
 from sparsejax.engine.state import init_state
+from sparsejax.engine.warm_up import warm_up
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import Method
 from sparsejax.methods.kvzip import FIRST_INSTRUCTION, NEXT_INSTRUCTION
@@ -148,7 +149,8 @@ def build_engine(
             store=None if store is None else store.spec,
         )
     if config.warmup:
-        runner.warm_up(
+        warm_up(
+            runner,
             greedy_only=config.warmup == "greedy",
             forks=max_resident_rows > 0,
             compression=config.default_compression,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, DeltaCacheLayout, init_cache, init_delta_cache
+from sparsejax.engine.compile_ahead import compile_ahead
 from sparsejax.engine.delta_ops import StoreSpec
 from sparsejax.engine.delta_parts import StoreOptions
 from sparsejax.engine.packing import pack
@@ -114,9 +115,15 @@ def scratch_bytes(
     decodes = (rows, rows) if evicts or selecting or store is not None else (rows,)
     peak = 0
     # A mixed step does all that a prefill step does, and more.
-    for step, work in ((mixed_step, (batch, *decodes)), (decode_step, decodes)):
-        run = jax.jit(functools.partial(step, decoder=decoder, options=options), donate_argnums=(1, 2))
-        analysis: Any = run.lower(shape(params), cache, state, *work).compile().memory_analysis()
+    programs = [
+        (
+            jax.jit(functools.partial(step, decoder=decoder, options=options), donate_argnums=(1, 2)),
+            (shape(params), cache, state, *work),
+        )
+        for step, work in ((mixed_step, (batch, *decodes)), (decode_step, decodes))
+    ]
+    for compiled in compile_ahead(programs):
+        analysis = compiled.memory_analysis()
         # Outputs that alias no donated input are small (tokens and log-probabilities) but live beside the scratch.
         peak = max(peak, analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
     return peak

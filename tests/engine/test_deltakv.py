@@ -214,8 +214,10 @@ def test_warm_up_knows_every_step_that_serving_needs(coarse):
             if not names and chunk is None:
                 continue
             chunks = [] if chunk is None else [Chunk(kinds[chunk], 0, 2, is_last=True)]
-            needed = runner._options(chunks, [kinds[name] for name in names])
-            warmed = runner._variants(with_chunk=bool(chunks), with_decode=bool(names), asked=delta(6), uniform=False)
+            needed = runner.variants.needed(chunks, [kinds[name] for name in names])
+            warmed = runner.variants.every(
+                with_chunk=bool(chunks), with_decode=bool(names), asked=delta(6), uniform=False
+            )
             assert needed in warmed
             assert len(set(warmed)) == len(warmed)
 

@@ -250,9 +250,9 @@ def test_logprobs_are_those_of_the_dense_model(make_llm, params, chunk):
 def test_nothing_compiles_after_warm_up(monkeypatch, make_llm):
     llm = make_llm(warmup=True, max_num_seqs=2, max_num_batched_tokens=16)
     before = llm.engine.runner.compilations
-    served, run = set(), llm.engine.runner._steps.mixed
-    steps = dataclasses.replace(llm.engine.runner._steps, mixed=lambda *work: served.add(work[-1]) or run(*work))
-    monkeypatch.setattr(llm.engine.runner, "_steps", steps)
+    served, run = set(), llm.engine.runner.steps.mixed
+    steps = dataclasses.replace(llm.engine.runner.steps, mixed=lambda *work: served.add(work[-1]) or run(*work))
+    monkeypatch.setattr(llm.engine.runner, "steps", steps)
     asked = [*MIXED[:-1], SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=1, max_tokens=4)]
     llm.generate(PROMPTS, asked, use_tqdm=False)
     llm.generate(PROMPTS, GREEDY, use_tqdm=False)
@@ -272,12 +272,12 @@ def test_steps_hold_no_copy_of_the_pool(make_llm):
     from sparsejax.engine.steps import StepOptions
 
     rows = jnp.zeros(2, jnp.int32)
-    steps = runner._steps
+    steps = runner.steps
     for step, work in ((steps.prefill, batch), (steps.decode, rows), (steps.mixed, (batch, rows))):
         lowered = step.lower(runner.params, runner.cache, runner.state, work, StepOptions(implementation="xla"))
         analyses.append(lowered.compile().memory_analysis())
     lanes = [jnp.zeros(8, jnp.int32)] * 3
-    analyses.append(runner._steps.fork.lower(runner.cache, None, *lanes, "xla").compile().memory_analysis())
+    analyses.append(runner.steps.fork.lower(runner.cache, None, *lanes, "xla").compile().memory_analysis())
     for analysis in analyses:
         assert analysis.alias_size_in_bytes >= 2 * pool
         assert analysis.temp_size_in_bytes < pool

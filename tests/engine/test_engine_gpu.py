@@ -53,9 +53,9 @@ def test_compiled_steps_hold_no_copy_of_the_pool():
     pool = runner.cache.pool.k.nbytes
     assert pool > 500 << 20
     for step, work in (
-        (runner._steps.prefill, runner._pack([], size=64)),
-        (runner._steps.decode, jnp.zeros(8, jnp.int32)),
-        (runner._steps.mixed, (runner._pack([], size=64), jnp.zeros(8, jnp.int32))),
+        (runner.steps.prefill, runner._pack([], size=64)),
+        (runner.steps.decode, jnp.zeros(8, jnp.int32)),
+        (runner.steps.mixed, (runner._pack([], size=64), jnp.zeros(8, jnp.int32))),
     ):
         compiled = step.lower(runner.params, runner.cache, runner.state, work, StepOptions()).compile()
         analysis = compiled.memory_analysis()

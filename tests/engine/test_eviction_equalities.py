@@ -86,7 +86,7 @@ def recorded(monkeypatch):
 
     def watch(llm) -> list:
         noted, runner = [], llm.engine.runner
-        compress = runner._steps.compress
+        compress = runner.steps.compress
 
         def noting(params, cache, record, batch, spec):
             moments = None
@@ -96,7 +96,7 @@ def recorded(monkeypatch):
             noted.append((held(cache, int(batch.rows[0]), int(batch.text_length[0])), moments))
             return compress(params, cache, record, batch, spec)
 
-        monkeypatch.setattr(runner, "_steps", dataclasses.replace(runner._steps, compress=noting))
+        monkeypatch.setattr(runner, "steps", dataclasses.replace(runner.steps, compress=noting))
         return noted
 
     return watch

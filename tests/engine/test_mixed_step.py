@@ -16,10 +16,10 @@ from tiny_engine import CONFIG, VOCAB
 
 from sparsejax import SamplingParams
 from sparsejax.cache import CacheLayout, init_cache
+from sparsejax.engine.compiled_steps import compiled_steps
 from sparsejax.engine.packing import pack
 from sparsejax.engine.plan import Chunk
 from sparsejax.engine.request import Request
-from sparsejax.engine.runner import compiled_steps
 from sparsejax.engine.state import init_state
 from sparsejax.engine.steps import StepOptions, mixed_step
 from sparsejax.models import Decoder, ModelConfig, abstract_params

@@ -1,0 +1,43 @@
+"""Who has which slot for the moments of its queries, from when its prompt begins until it is compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from sparsejax.engine.plan import Chunk
+from sparsejax.engine.recording import recording_for
+
+
+class MomentSlots(Mapping[str, int]):
+    """Slots 1 to `number` by request id; slot 0 is nobody's."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._slots: dict[str, int] = {}
+
+    def __getitem__(self, request_id: str) -> int:
+        return self._slots[request_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def give(self, chunks: Sequence[Chunk]) -> None:
+        """Gives requests that begin with these chunks, and record moments, a slot each."""
+        beginning = [
+            chunk.request for chunk in chunks if chunk.start == 0 and recording_for(chunk.request.compression).moments
+        ]
+        if not beginning:
+            return
+        # Requests that were preempted or cancelled in between never come to be compressed.
+        alive = {chunk.request.request_id for chunk in chunks}
+        self._slots = {name: slot for name, slot in self._slots.items() if name in alive}
+        free = set(range(1, self._number + 1)) - set(self._slots.values())
+        for request in beginning:
+            self._slots[request.request_id] = free.pop()
+
+    def take_back(self, request_id: str) -> None:
+        """Takes the slot of a request that has been compressed, if it has one."""
+        self._slots.pop(request_id, None)

@@ -1,0 +1,91 @@
+"""Makes an engine ready: compiles every program that serving may need, and runs each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import jax
+
+from sparsejax.engine.compile_ahead import compile_ahead
+from sparsejax.engine.compression_params import CompressionParams
+from sparsejax.engine.eviction_batches import idle_compress_calls, idle_evict_calls
+from sparsejax.engine.plan import Fork
+from sparsejax.engine.runner import Runner
+from sparsejax.methods import KVzip
+
+
+def warm_up(
+    runner: Runner,
+    *,
+    greedy_only: bool = False,
+    forks: bool = False,
+    compression: CompressionParams | None = None,
+    uniform: bool = False,
+    texts: tuple[int, int] | None = None,
+    progress: Callable[[Sequence], Iterable] = lambda steps: steps,
+) -> None:
+    """Compiles every step variant, many at a time, and runs each on the null row, which leaves no trace.
+
+    They are run because the first run of a program is what loads it onto the device.
+
+    Args:
+      greedy_only: only the variants of requests that take the likeliest token and ask for nothing else.
+      forks: rows will be forked.
+      compression: what requests will ask for, if it is known; the programs of others are compiled when needed.
+      uniform: all of them will, so that mixtures with others are left out.
+      texts: tokens of the shortest and the longest text that will be compressed; None: any.
+      progress: wraps the list of variants, for a progress bar.
+    """
+    steps = runner.steps
+    calls = [
+        (step, work, options)
+        for step, work in runner.idle_steps()
+        for options in runner.variants.every(
+            with_chunk=step is not steps.decode,
+            with_decode=step is not steps.prefill,
+            asked=compression or CompressionParams(),
+            uniform=uniform,
+        )
+        if options.plain or not greedy_only
+    ]
+    compile_ahead(
+        [(step, (runner.params, runner.cache, runner.state, work, options)) for step, work, options in calls],
+        progress=progress,
+    )
+    for step, work, options in calls:
+        runner.cache, runner.state, _ = step(runner.params, runner.cache, runner.state, work, options)
+    runner.release([0])
+    if forks:
+        runner.fork([Fork(0, 0, 0)])
+    if runner.store is not None:
+        runner.warm_up_rings()
+    if compression is not None and compression.evicts:
+        _warm_up_eviction(runner, compression, texts)
+    jax.block_until_ready(jax.tree.leaves(runner.cache)[-1])
+
+
+def _warm_up_eviction(runner: Runner, compression: CompressionParams, texts: tuple[int, int] | None) -> None:
+    """Likewise the programs that evict as a request with these parameters asks, for all sizes."""
+    steps, record = runner.steps, runner.state.record
+    assert record is not None, "the engine is built for the method"
+    evictions = list(idle_evict_calls(compression, runner.eviction_shapes, texts=texts))
+    compressions = list(idle_compress_calls(compression, runner.eviction_shapes, texts=texts))
+    passes = []
+    if isinstance(compression.policy, KVzip):
+        passes = list(runner.reconstruction.idle_batches(compression.policy))
+    compile_ahead(
+        [
+            *((steps.reconstruct, (runner.params, runner.cache, work, runner.implementation)) for work in passes),
+            *((steps.compress, (runner.params, runner.cache, record, batch, spec)) for spec, batch in compressions),
+            *((steps.evict, (runner.cache, record, batch, spec)) for spec, batch in evictions),
+        ]
+    )
+    for spec, batch in evictions:
+        runner.cache, record, _ = steps.evict(runner.cache, record, batch, spec)
+        runner.state = replace(runner.state, record=record)
+    for spec, batch in compressions:
+        runner.cache, _ = steps.compress(runner.params, runner.cache, record, batch, spec)
+    for work in passes:
+        runner.cache = steps.reconstruct(runner.params, runner.cache, work, runner.implementation)
+    runner.measure()
