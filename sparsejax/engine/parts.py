@@ -300,12 +300,12 @@ def join(prefill: Part, decode: Part, first_free: jax.Array) -> Part:
     place = jnp.where(busy, place, size + jnp.arange(busy.shape[0], dtype=jnp.int32))
     source = jnp.minimum(place, size - 1)
 
-    def put(into: jax.Array, values: jax.Array) -> jax.Array:
-        return into.at[place].set(values, mode="drop", unique_indices=True)
+    put = partial(_put, place)
 
     def attend(layer, q, k, v, k_pre_rope, carry, mapping):
         out, carry = prefill.attend(layer, q, k, v, k_pre_rope, carry, mapping)
-        decoded, carry = decode.attend(layer, q[source], k[source], v[source], k_pre_rope[source], carry, mapping)
+        new = (k, v, k_pre_rope) if decode.reads_new_kv else (None, None, None)
+        decoded, carry = decode.attend(layer, *_take(source, q, *new), carry, mapping)
         return put(out, decoded), carry
 
     assert prefill.ends is not None, "a chunk names the tokens that end its segments"
@@ -319,3 +319,18 @@ def join(prefill: Part, decode: Part, first_free: jax.Array) -> Part:
         attend=attend,
         ok=prefill.ok & decode.ok & (first_free + busy.sum() <= size),
     )
+
+
+# Jitted, so that they are traced once for all layers.
+
+
+@jax.jit
+def _take(source: jax.Array, *arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+    """Rows i32[N] of each array."""
+    return tuple(None if array is None else array[source] for array in arrays)
+
+
+@jax.jit
+def _put(place: jax.Array, into: jax.Array, values: jax.Array) -> jax.Array:
+    """`into` with values [N, ...] in rows i32[N]; those beyond its end are dropped."""
+    return into.at[place].set(values, mode="drop", unique_indices=True)

@@ -27,6 +27,7 @@ from pallas_kernels import add_rms_norm, rms_norm
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.rope import apply_rope, rope_cos_sin
 
+Linear = tuple[jax.Array, jax.Array | None]  # kernel [in, out] and bias [out] of a linear layer
 INIT_SCALE = 0.02  # standard deviation of random weights, as Llama and Qwen start from
 
 
@@ -74,11 +75,11 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         config = self.config
         shape = (config.vocab_size, config.hidden_size)
-        self.embed = self.param("embed", nn.initializers.normal(INIT_SCALE), shape, self.dtype)
+        self.embed = parameter(self, "embed", nn.initializers.normal(INIT_SCALE), shape, self.dtype)
         self.layers = [DecoderLayer(config, self.dtype, index) for index in range(config.num_layers)]
-        self.final_norm = self.param("final_norm", nn.initializers.ones, (config.hidden_size,), self.dtype)
+        self.final_norm = parameter(self, "final_norm", nn.initializers.ones, (config.hidden_size,), self.dtype)
         if not config.tie_embeddings:
-            self.lm_head = self.param("lm_head", nn.initializers.normal(INIT_SCALE), shape[::-1], self.dtype)
+            self.lm_head = parameter(self, "lm_head", nn.initializers.normal(INIT_SCALE), shape[::-1], self.dtype)
 
     def __call__(
         self,
@@ -157,47 +158,118 @@ class DecoderLayer(nn.Module):
         attend: Attend | AttendFromProjection,
     ) -> tuple[jax.Array, jax.Array, Any]:
         """The layer of x + delta, as (x, delta, cache): whoever norms the sum next does the addition, too."""
-        config = self.config
-        num_tokens = x.shape[0]
+        config, dtype = self.config, self.dtype
 
-        def linear(name: str, features: int, bias: bool) -> nn.Dense:
-            return nn.Dense(
-                features,
-                use_bias=bias,
-                dtype=self.dtype,
-                param_dtype=self.dtype,
-                precision=_precision(self.dtype),
-                kernel_init=nn.initializers.normal(INIT_SCALE),
-                name=name,
-            )
+        def linear(name: str, inputs: int, outputs: int, bias: bool) -> Linear:
+            return LinearWeights(outputs, use_bias=bias, dtype=dtype, name=name)(inputs)
 
-        def norm_weight(name: str, size: int) -> jax.Array:
-            return self.param(name, nn.initializers.ones, (size,), self.dtype)
+        def norm(name: str, size: int) -> jax.Array:
+            return parameter(self, name, nn.initializers.ones, (size,), dtype)
 
-        def add_norm(name: str, x: jax.Array, delta: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            return add_rms_norm(x, delta, norm_weight(name, x.shape[-1]), eps=config.rms_norm_eps)
+        hidden, heads = config.hidden_size, config.num_heads + 2 * config.num_kv_heads
+        attn_norm, mlp_norm = norm("attn_norm", hidden), norm("mlp_norm", hidden)
+        qkv_weights = linear("qkv", hidden, heads * config.head_dim, config.qkv_bias)
+        o = linear("o", config.num_heads * config.head_dim, hidden, config.o_bias)
+        gate_up = linear("gate_up", hidden, 2 * config.intermediate_size, config.mlp_bias)
+        down = linear("down", config.intermediate_size, hidden, config.mlp_bias)
+        head_norms = tuple(norm(name, config.head_dim) for name in ("q_norm", "k_norm")) if config.qk_norm else None
 
-        def head_norm(name: str, x: jax.Array) -> jax.Array:
-            return rms_norm(x, norm_weight(name, config.head_dim), config.rms_norm_eps)
-
-        heads = config.num_heads + 2 * config.num_kv_heads
-        x, normed = add_norm("attn_norm", x, delta)
-        qkv = linear("qkv", heads * config.head_dim, config.qkv_bias)(normed)
-        qkv = qkv.reshape(num_tokens, heads, config.head_dim)
+        x, qkv = _project(x, delta, attn_norm, qkv_weights, config=config)
         if isinstance(attend, AttendFromProjection):
             assert not config.qk_norm, "what normalises q and k must come between their projection and RoPE"
             out, cache = attend.function(self.index, qkv, cos, sin, cache)
         else:
-            q, k, v = jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
-            if config.qk_norm:
-                q, k = head_norm("q_norm", q), head_norm("k_norm", k)
-            out, cache = attend(self.index, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, k, cache)
-        out = out.reshape(num_tokens, config.num_heads * config.head_dim)
-        x, normed = add_norm("mlp_norm", x, linear("o", config.hidden_size, config.o_bias)(out))
+            q, k, v, k_pre_rope = _split_and_rotate(qkv, head_norms, cos, sin, config=config)
+            out, cache = attend(self.index, q, k, v, k_pre_rope, cache)
+        x, delta = _mlp(x, out, o, mlp_norm, gate_up, down, config=config)
+        return x, delta, cache
 
-        gate_up = linear("gate_up", 2 * config.intermediate_size, config.mlp_bias)(normed)
-        gate, up = jnp.split(gate_up, 2, axis=-1)  # [T, F] each
-        return x, linear("down", config.hidden_size, config.mlp_bias)(jax.nn.silu(gate) * up), cache
+
+class LinearWeights(nn.Module):
+    """Declares the parameters of a linear layer."""
+
+    features: int
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, inputs: int) -> Linear:
+        kernel = parameter(self, "kernel", nn.initializers.normal(INIT_SCALE), (inputs, self.features), self.dtype)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, parameter(self, "bias", nn.initializers.zeros, (self.features,), self.dtype)
+
+
+def parameter(module: nn.Module, name: str, initializer: Callable, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """`module.param`, but quick where the parameter is given.
+
+    Flax then traces the initialiser to compare shapes: with a few parameters a layer that is half of the time that
+    tracing a step takes.
+
+    Raises:
+      ValueError: it is given in another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, initializer, shape, dtype)
+    value = module.get_variable("params", name)
+    if value.shape != shape:
+        path = "/".join((*module.path, name))
+        raise ValueError(f"parameter {path} must have shape {shape}, got {value.shape}")
+    return value
+
+
+# What a layer does but for attention, as jitted functions: traced and lowered for the first layer only, the others
+# call the same. XLA inlines the calls.
+
+
+@partial(jax.jit, static_argnames="config")
+def _project(
+    x: jax.Array, delta: jax.Array | None, norm: jax.Array, qkv: Linear, *, config: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """x + delta, and queries, keys and values of its norm: [T, Hq + 2 * H, D]."""
+    x, normed = add_rms_norm(x, delta, norm, eps=config.rms_norm_eps)
+    return x, _linear(normed, qkv).reshape(x.shape[0], -1, config.head_dim)
+
+
+@partial(jax.jit, static_argnames="config")
+def _split_and_rotate(
+    qkv: jax.Array,
+    norms: tuple[jax.Array, ...] | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(q, k, v, k_pre_rope) as `Attend` takes them. norms: weights of QK-norm."""
+    q, k, v = jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
+    if norms is not None:
+        q, k = (rms_norm(each, weight, config.rms_norm_eps) for each, weight in zip((q, k), norms, strict=True))
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, k
+
+
+@partial(jax.jit, static_argnames="config")
+def _mlp(
+    x: jax.Array,
+    out: jax.Array,
+    o: Linear,
+    norm: jax.Array,
+    gate_up: Linear,
+    down: Linear,
+    *,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """The layer behind attention: (x, delta) of its result x + delta. out: [T, Hq, D]."""
+    attended = _linear(out.reshape(x.shape[0], -1).astype(x.dtype), o)
+    x, normed = add_rms_norm(x, attended, norm, eps=config.rms_norm_eps)
+    gate, up = jnp.split(_linear(normed, gate_up), 2, axis=-1)  # [T, F] each
+    return x, _linear(jax.nn.silu(gate) * up, down)
+
+
+def _linear(x: jax.Array, weights: Linear) -> jax.Array:
+    """x [T, in] times kernel [in, out], plus bias, in x's dtype."""
+    kernel, bias = weights
+    y = jax.lax.dot_general(x, kernel.astype(x.dtype), (((1,), (0,)), ((), ())), precision=_precision(x.dtype))
+    return y if bias is None else y + bias[None].astype(x.dtype)
 
 
 def abstract_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
