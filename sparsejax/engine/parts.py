@@ -304,8 +304,8 @@ def join(prefill: Part, decode: Part, first_free: jax.Array) -> Part:
 
     def attend(layer, q, k, v, k_pre_rope, carry, mapping):
         out, carry = prefill.attend(layer, q, k, v, k_pre_rope, carry, mapping)
-        new = (k, v, k_pre_rope) if decode.reads_new_kv else (None, None, None)
-        decoded, carry = decode.attend(layer, *_take(source, q, *new), carry, mapping)
+        new = _take(source, q, *((k, v, k_pre_rope) if decode.reads_new_kv else (None, None, None)))
+        decoded, carry = decode.attend(layer, new[0], new[1], new[2], new[3], carry, mapping)
         return put(out, decoded), carry
 
     assert prefill.ends is not None, "a chunk names the tokens that end its segments"

@@ -211,7 +211,9 @@ class Runner:
         """(packed tokens, decode lanes) of the one step that does both, or None where two steps are as good."""
         if not chunks or not requests:
             return None
-        return buckets.mixed_shape(sum(chunk.count for chunk in chunks), len(requests), self.mixed_shapes)
+        return buckets.mixed_shape(
+            sum(chunk.count for chunk in chunks), len(requests), self.mixed_shapes, self.prefill_buckets
+        )
 
     def mixed(
         self, chunks: Sequence[Chunk], requests: Sequence[Request], forced: Mapping[Request, int] = NONE_FORCED

@@ -22,7 +22,8 @@ The rules:
   waiting one, and a preempted request is at the front of the queue by itself.
 * A request is admitted with its first chunk, and only if the pool holds its whole prompt, the decodes of all running
   requests while that prompt is computed, and one token more for everyone. Once begun, a prefill is never stalled.
-* Decodes come first in a step, and take what they need; prompts get the rest of its tokens, at least half of them.
+* Decodes come first in a step, and take what they need; prompts get the rest of its tokens, at least half of them, or
+  fewer where that saves padding (`buckets.trim`).
 * Pages, too, go to decodes first; if they do not fit, the latest arrival gives its entries back and later replays its
   prompt and outputs. The oldest request is never preempted, so something always finishes.
 * A preempted request comes back only when everyone has a page more to grow, or it would soon be preempted again.
@@ -46,12 +47,13 @@ With `max_resident_rows`, the row of a request that ends stays resident for its 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparsejax.engine.buckets import prompt_room
+from sparsejax.engine.buckets import most_trims, prompt_room, trim
 from sparsejax.engine.compression_due import due_now, full_rings
 from sparsejax.engine.contexts import context_key
 from sparsejax.engine.footprint import Footprint
@@ -224,7 +226,7 @@ class Scheduler:
         decode = [each for each in self._admitted if self._decodes(each)]
         growth = sum(self._growth(each, 1) for each in decode)
         if prefilling is not None:
-            count = self._chunk_tokens(prefilling, self._prompt_room(len(decode)))
+            count = self._chunk_tokens(prefilling, self._budget(len(decode), admit=True))
             growth += rows.table.entries_to_grow(rows.of(prefilling), count)
         return growth > rows.unclaimed_entries
 
@@ -246,7 +248,8 @@ class Scheduler:
                 forced[request] = known
         # After decode was chosen: what becomes RUNNING here decodes in the next plan. And nobody is admitted where
         # somebody was preempted: a victim that shares more the second time might come back at once.
-        prefill = self._plan_prefill(self._prompt_room(len(decode)), admit=not preempted)
+        admit = not preempted
+        prefill = self._plan_prefill(self._budget(len(decode), admit=admit), admit=admit)
         due = due_now([*decode, *(chunk.request for chunk in prefill)])
         snapshots = self._rows.compress(due)
         rings = [] if self.config.store is None else full_rings(decode, self.config.store)
@@ -328,6 +331,26 @@ class Scheduler:
         config = self.config
         return prompt_room(config.max_mixed_tokens, num_decodes) if num_decodes else config.max_num_batched_tokens
 
+    def _budget(self, num_decodes: int, *, admit: bool) -> int:
+        """Prompt tokens to compute in a step in which so many requests decode: its room, or less padding (`trim`).
+
+        Where chunks have ends of their own, it is the room.
+        """
+        room, config = self._prompt_room(num_decodes), self.config
+        prefilling = [] if self._prefilling is None else [self._prefilling]
+        most = min(config.max_prefill_seqs, len(prefilling) + config.max_num_seqs - len(self._admitted))
+        tokens = 0
+        for request in itertools.islice(itertools.chain(prefilling, self._waiting if admit else ()), most):
+            if request.compression.compresses or request.footprint is not None:
+                return room
+            tokens += request.prefill_target - request.num_computed
+            if tokens >= room:
+                break
+        tokens = min(tokens, room)
+        sizes = config.mixed_buckets if num_decodes else config.prefill_buckets
+        trimmed = trim(tokens, num_decodes, sizes)
+        return trimmed if trimmed < tokens else room
+
     def _plan_prefill(self, budget: int, *, admit: bool) -> list[Chunk]:
         chunks: list[Chunk] = []
         if self._prefilling is not None:
@@ -361,7 +384,9 @@ class Scheduler:
         # Nobody else is admitted meanwhile, so that at least this many of its tokens go into each further step.
         room = self._prompt_room(len(self._admitted))
         if request.footprint is None:
-            steps = 1 + -(-max(request.prefill_target - reused - budget, 0) // room)
+            rest = request.prefill_target - reused
+            steps = 1 + -(-max(rest - budget, 0) // room)
+            steps += most_trims(rest + len(self._admitted), self.config.mixed_buckets)
         else:
             steps = 1 + request.footprint.schedule.max_chunks(reused, request.prefill_target, room)
         spare = self.config.page_size if request.num_preemptions else 0

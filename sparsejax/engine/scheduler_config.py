@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 
-from sparsejax.engine.buckets import prompt_room
+from sparsejax.engine import buckets
 from sparsejax.engine.footprint import Pool
 from sparsejax.engine.store_limits import StoreLimits
 from sparsejax.errors import InvalidArgumentError
@@ -48,6 +49,16 @@ class SchedulerConfig:
             if getattr(self, each.name) < least:
                 raise InvalidArgumentError(f"{each.name} must be at least {least}, got {getattr(self, each.name)!r}.")
 
+    @functools.cached_property
+    def prefill_buckets(self) -> tuple[int, ...]:
+        """Sizes of steps that only prefill."""
+        return buckets.prefill_buckets(self.max_num_batched_tokens)
+
+    @functools.cached_property
+    def mixed_buckets(self) -> tuple[int, ...]:
+        """Sizes of steps in which requests decode, too."""
+        return buckets.mixed_buckets(self.max_mixed_tokens)
+
     @property
     def max_tokens_in_pool(self) -> int:
         """Tokens of a single request that fill the pool."""
@@ -61,4 +72,4 @@ class SchedulerConfig:
     @property
     def least_prompt_room(self) -> int:
         """Prompt tokens for which every step has room, whoever decodes beside them."""
-        return min(prompt_room(self.max_mixed_tokens, self.max_num_seqs), self.max_num_batched_tokens)
+        return min(buckets.prompt_room(self.max_mixed_tokens, self.max_num_seqs), self.max_num_batched_tokens)

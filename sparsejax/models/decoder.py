@@ -181,8 +181,7 @@ class DecoderLayer(nn.Module):
         else:
             q, k, v, k_pre_rope = _split_and_rotate(qkv, head_norms, cos, sin, config=config)
             out, cache = attend(self.index, q, k, v, k_pre_rope, cache)
-        x, delta = _mlp(x, out, o, mlp_norm, gate_up, down, config=config)
-        return x, delta, cache
+        return *_mlp(x, out, o, mlp_norm, gate_up, down, config=config), cache
 
 
 class LinearWeights(nn.Module):

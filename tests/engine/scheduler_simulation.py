@@ -169,7 +169,10 @@ class Engine:
             rest = chunk.request.prefill_target - chunk.start
             began = before[chunk.request.request_id] is Status.WAITING or chunk.request in plan.preempted
             assert chunk.is_first == began
-            assert chunk.count == min(rest, budget), "a chunk is as long as the budget allows"
+            if chunk.count < min(rest, budget):
+                assert chunk is plan.prefill[-1], "a chunk is as long as the budget allows, or the last, and trimmed"
+                size = sum(counts) + len(plan.decode)
+                assert size in (limits.mixed_buckets if plan.decode else limits.prefill_buckets)
             assert chunk.is_last == (chunk.count == rest)
             budget -= chunk.count
         served = {id(chunk.request) for chunk in plan.prefill}

@@ -93,6 +93,48 @@ def test_random_traces_keep_every_promise(trace):
         assert len(each.prompt_token_ids) + each.max_tokens <= limits["max_model_len"]
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    limits=st.fixed_dictionaries(
+        {
+            "max_num_batched_tokens": st.sampled_from([512, 700, 1024]),
+            "max_mixed_tokens": st.sampled_from([300, 512]),
+            "max_prefill_seqs": st.integers(1, 3),
+            "num_free_entries": st.integers(22, 60),
+            "max_resident_rows": st.sampled_from([0, 2]),
+        }
+    ),
+    jobs=st.lists(st.tuples(st.integers(1, 640), st.integers(1, 80), st.integers(0, 9)), min_size=3, max_size=7),
+    lag=st.integers(0, 1),
+)
+def test_chunks_that_are_trimmed_keep_every_promise(limits, jobs, lag):
+    """Sizes at which chunks are trimmed, in pools where growth during a prefill matters."""
+    run = engine(lag, max_num_seqs=5, page_size=32, max_model_len=704, **limits)
+    accepted = []
+    for number, (prompt, max_tokens, pause) in enumerate(sorted(jobs)[::-1]):
+        each = request(str(number), prompt, max_tokens)
+        run.add(each)
+        accepted.append(each)
+        for _ in range(pause):
+            if run.scheduler.has_unfinished:
+                run.step()
+    run.run()
+    assert all(each.output_token_ids == answer_alone(each) for each in accepted)
+
+
+def test_a_chunk_is_trimmed_to_the_bucket_that_it_fills():
+    run = engine(lag=0, max_num_batched_tokens=2048, page_size=32, num_free_entries=400, max_model_len=4096)
+    run.add(request("alone", 1100, 8))
+    assert [run.step().prefill[0].count for _ in range(3)] == [512, 512, 76], "not 948 tokens of padding"
+    run.add(request("joins", 1100, 8))
+    run.add(request("waits", 30, 8))
+    plan = run.step()
+    assert ([chunk.count for chunk in plan.prefill], len(plan.decode)) == ([1023], 1)
+    plan = run.step()
+    assert ([chunk.count for chunk in plan.prefill], len(plan.decode)) == ([77, 30], 1)
+    run.run()
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2), st.integers(8, 14))
 def test_preempted_equals_uninterrupted(lag, entries):
