@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.lowered_once import lowered_once
 from pallas_kernels.online_softmax import DEAD_SCORE, EMPTY_LSE, LN_2, LOG2_E
 from pallas_kernels.segment_visits import segment_visits
 
@@ -344,11 +345,23 @@ def prefill_attention_mosaic(
 
     q, k, v have the pools' dtype, S > 0, and `refusal` is None. `interpret`: parameters of Pallas' GPU interpreter.
     """
-    real_tokens, q_heads, dim = q.shape
+    real_tokens = q.shape[0]
     tokens = -(-real_tokens // BLOCK) * BLOCK
     if tokens > real_tokens:
         q, k, v = (jnp.pad(x, ((0, tokens - real_tokens), (0, 0), (0, 0))) for x in (q, k, v))
     visits = segment_visits(rows, starts, tokens, BLOCK)
+    arrays, options = (q, k, v, k_pages, v_pages, page_table, history, layer, *visits), (address, scale, with_lse)
+    if interpret is None:
+        outs = lowered_once(_call, *arrays, options=options)
+    else:
+        outs = _call(*arrays, options=options, interpret=interpret)
+    return outs[0][:real_tokens], outs[1].T[:real_tokens] if with_lse else None
+
+
+def _call(q, k, v, k_pages, *others, options, interpret=None):
+    """[out [T, Hq, D], lse f32[Hq, T] if wanted] of whole tiles. others: the rest of what the kernel reads."""
+    address, scale, with_lse = options
+    tokens, q_heads, dim = q.shape
     piece = min(k_pages.shape[1], BLOCK)
     swizzled = (plgpu.TilingTransform((8, _SWIZZLE // q.dtype.itemsize)), plgpu.SwizzleTransform(_SWIZZLE))
     keys = plgpu.SMEM((_STAGES, BLOCK, dim), q.dtype, transforms=swizzled)
@@ -359,7 +372,7 @@ def prefill_attention_mosaic(
     if with_lse:
         # Tokens last: what is copied is contiguous.
         out_types.append(jax.ShapeDtypeStruct((q_heads, tokens), jnp.float32))
-    outs = plgpu.kernel(
+    return plgpu.kernel(
         functools.partial(
             _kernel,
             address=address,
@@ -390,5 +403,4 @@ def prefill_attention_mosaic(
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
         kernel_name="prefill_attention",
-    )(q, k, v, k_pages, v_pages, page_table, history, layer, *visits)
-    return outs[0][:real_tokens], outs[1].T[:real_tokens] if with_lse else None
+    )(q, k, v, k_pages, *others)

@@ -1,6 +1,7 @@
 """Prefill attention for Hopper: the kernel interpreted, lowered for CUDA, native, and when it is chosen."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from kernel_cases import assert_same_attention, make_address, make_paged, normal
 from lowering import lower_for_h200, mosaic_calls, triton_calls
 
 from pallas_kernels import PrefillTile, decode_attention, prefill_attention, prefill_attention_reference
+from pallas_kernels.lowered_once import _lowered
+from pallas_kernels.paging import PageAddress
 from pallas_kernels.prefill_attention_mosaic import BLOCK, prefill_attention_mosaic
 
 try:
@@ -141,6 +144,27 @@ def test_is_the_default_on_hopper(granularity, tokens, segments, q_heads, heads,
     )
     text = lower_for_h200(call, *call_shapes(granularity, tokens, segments, q_heads, heads, pool))
     assert (mosaic_calls(text), triton_calls(text)) == (1, 0)
+
+
+def test_programs_share_what_the_kernel_was_lowered_to():
+    """Programs and layers that differ in all else; another shape is another kernel."""
+    pool = jax.ShapeDtypeStruct((1 << 12, 32, 128), jnp.bfloat16)
+
+    def kernels(tokens, layers, scale):
+        def program(*arrays):
+            attend = functools.partial(prefill_attention, scale=1.0)
+            outs = [attend(*arrays, address=PageAddress(0, 4, 2 * layer, 1)) for layer in range(layers)]
+            return sum(outs) * scale
+
+        text = lower_for_h200(program, *call_shapes("shared", tokens, 2, 4, 2, pool))
+        (line,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu" in line)
+        return re.search(r"kernel_hash = (\S+)", line)[1]
+
+    before = _lowered.cache_info()
+    same = {kernels(128, 1, 1.0), kernels(128, 2, 3.0)}
+    after = _lowered.cache_info()
+    assert (len(same), after.misses - before.misses) == (1, 1)
+    assert kernels(256, 1, 1.0) not in same
 
 
 @pytest.mark.parametrize(
