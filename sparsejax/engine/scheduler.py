@@ -53,7 +53,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparsejax.engine.buckets import most_trims, prompt_room, trim
+from sparsejax.engine.buckets import most_trims, trim
 from sparsejax.engine.compression_due import due_now, full_rings
 from sparsejax.engine.contexts import context_key
 from sparsejax.engine.footprint import Footprint
@@ -326,17 +326,12 @@ class Scheduler:
             preempted.append(victim)
         return preempted
 
-    def _prompt_room(self, num_decodes: int) -> int:
-        """Prompt tokens of a step in which so many requests decode; with more of them it never grows."""
-        config = self.config
-        return prompt_room(config.max_mixed_tokens, num_decodes) if num_decodes else config.max_num_batched_tokens
-
     def _budget(self, num_decodes: int, *, admit: bool) -> int:
-        """Prompt tokens to compute in a step in which so many requests decode: its room, or less padding (`trim`).
+        """Prompt tokens to compute in a step in which so many requests decode: its room, or fewer if that saves time.
 
-        Where chunks have ends of their own, it is the room.
+        Chunks of requests that compress have ends of their own and are not trimmed.
         """
-        room, config = self._prompt_room(num_decodes), self.config
+        config, room = self.config, self.config.prompt_room(num_decodes)
         prefilling = [] if self._prefilling is None else [self._prefilling]
         most = min(config.max_prefill_seqs, len(prefilling) + config.max_num_seqs - len(self._admitted))
         tokens = 0
@@ -346,9 +341,7 @@ class Scheduler:
             tokens += request.prefill_target - request.num_computed
             if tokens >= room:
                 break
-        tokens = min(tokens, room)
-        sizes = config.mixed_buckets if num_decodes else config.prefill_buckets
-        trimmed = trim(tokens, num_decodes, sizes)
+        trimmed = trim(min(tokens, room), num_decodes, config.buckets(num_decodes))
         return trimmed if trimmed < tokens else room
 
     def _plan_prefill(self, budget: int, *, admit: bool) -> list[Chunk]:
@@ -382,11 +375,11 @@ class Scheduler:
         # Of a uniform row only whole pages are certain: there may be no room for a copy.
         reused = hit.count if hit.compressed else hit.count // self.config.page_size * self.config.page_size
         # Nobody else is admitted meanwhile, so that at least this many of its tokens go into each further step.
-        room = self._prompt_room(len(self._admitted))
+        room = self.config.prompt_room(len(self._admitted))
         if request.footprint is None:
             rest = request.prefill_target - reused
             steps = 1 + -(-max(rest - budget, 0) // room)
-            steps += most_trims(rest + len(self._admitted), self.config.mixed_buckets)
+            steps += most_trims(rest + len(self._admitted), self.config.buckets(len(self._admitted)))
         else:
             steps = 1 + request.footprint.schedule.max_chunks(reused, request.prefill_target, room)
         spare = self.config.page_size if request.num_preemptions else 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, fields
 
-from sparsejax.engine import buckets
+from sparsejax.engine.buckets import mixed_buckets, prefill_buckets, prompt_room
 from sparsejax.engine.footprint import Pool
 from sparsejax.engine.store_limits import StoreLimits
 from sparsejax.errors import InvalidArgumentError
@@ -49,15 +48,13 @@ class SchedulerConfig:
             if getattr(self, each.name) < least:
                 raise InvalidArgumentError(f"{each.name} must be at least {least}, got {getattr(self, each.name)!r}.")
 
-    @functools.cached_property
-    def prefill_buckets(self) -> tuple[int, ...]:
-        """Sizes of steps that only prefill."""
-        return buckets.prefill_buckets(self.max_num_batched_tokens)
+    def prompt_room(self, num_decodes: int) -> int:
+        """Prompt tokens for which a step has room in which so many requests decode; with more it never grows."""
+        return prompt_room(self.max_mixed_tokens, num_decodes) if num_decodes else self.max_num_batched_tokens
 
-    @functools.cached_property
-    def mixed_buckets(self) -> tuple[int, ...]:
-        """Sizes of steps in which requests decode, too."""
-        return buckets.mixed_buckets(self.max_mixed_tokens)
+    def buckets(self, num_decodes: int) -> tuple[int, ...]:
+        """Sizes of steps in which so many requests decode."""
+        return mixed_buckets(self.max_mixed_tokens) if num_decodes else prefill_buckets(self.max_num_batched_tokens)
 
     @property
     def max_tokens_in_pool(self) -> int:
@@ -72,4 +69,4 @@ class SchedulerConfig:
     @property
     def least_prompt_room(self) -> int:
         """Prompt tokens for which every step has room, whoever decodes beside them."""
-        return min(buckets.prompt_room(self.max_mixed_tokens, self.max_num_seqs), self.max_num_batched_tokens)
+        return min(prompt_room(self.max_mixed_tokens, self.max_num_seqs), self.max_num_batched_tokens)

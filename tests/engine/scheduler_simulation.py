@@ -172,7 +172,7 @@ class Engine:
             if chunk.count < min(rest, budget):
                 assert chunk is plan.prefill[-1], "a chunk is as long as the budget allows, or the last, and trimmed"
                 size = sum(counts) + len(plan.decode)
-                assert size in (limits.mixed_buckets if plan.decode else limits.prefill_buckets)
+                assert size in limits.buckets(len(plan.decode))
             assert chunk.is_last == (chunk.count == rest)
             budget -= chunk.count
         served = {id(chunk.request) for chunk in plan.prefill}
