@@ -201,13 +201,9 @@ _CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "delta_attention": [
         {"tile": DeltaTile(*tile)}
         for tile in (
-            (64, False, 8, 3), (64, False, 8, 2), (128, False, 8, 3), (32, False, 8, 3), (32, False, 4, 3),
-            (16, True, 8, 2), (32, True, 8, 1), (32, True, 8, 2),
+            (64, 4, 3, 128, 64, 4), (64, 8, 3, 128, 64, 4), (128, 4, 3, 128, 64, 4), (128, 8, 2, 128, 64, 4),
+            (128, 8, 3, 128, 64, 4), (128, 8, 3, 128, 64, 8), (128, 8, 3, 256, 64, 4), (128, 8, 3, 128, 128, 8),
         )
-    ],
-    "delta_work": [
-        {"limits": SpanLimits(wave=wave, min_span=128, wave_span=4096, max_span=2048, multiple=32)}
-        for wave in (128, 132, 256, 384)
     ],
     "delta_reconstruct": [
         {"tile": ReconstructTile(*tile)}
@@ -225,7 +221,7 @@ _CANDIDATES: dict[str, list[dict[str, Any]]] = {
         )
     ],
 }  # fmt: skip
-_MEASURED_WITH = {"decode_work": "decode_attention", "delta_work": "delta_attention"}
+_MEASURED_WITH = {"decode_work": "decode_attention"}
 
 
 def tune(
