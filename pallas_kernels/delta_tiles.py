@@ -133,15 +133,19 @@ def latent_chunk(refs: StoreRefs, tile: TokenTile, step, width: int, dtype) -> t
     return (level.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype), number, exists
 
 
-def chunks_of(refs: StoreRefs, width: int) -> tuple[int, int]:
-    """(steps, width): how latents are cut into chunks of at most `width` numbers."""
-    width = min(width, max(_MIN_DOT, next_power_of_two(refs.size)))
-    return -(-refs.size // width), width
+def chunk_width(size: int, most: int) -> int:
+    """Numbers of a chunk of latents of `size` numbers, at most `most`: a power of two that a product can take."""
+    return min(most, max(_MIN_DOT, next_power_of_two(size)))
+
+
+def chunk_count(size: int, most: int) -> int:
+    """How many such chunks there are."""
+    return -(-size // chunk_width(size, most))
 
 
 def up_products(refs: StoreRefs, up_ref, tile: TokenTile, columns: Sequence[Columns], dtype) -> list[jax.Array]:
     """f32[n, c] for each part of the columns of `up` [d, F]: the latents times these columns."""
-    steps, width = chunks_of(refs, CHUNK)
+    steps, width = chunk_count(refs.size, CHUNK), chunk_width(refs.size, CHUNK)
 
     def visit(step, sums):
         z, number, exists = latent_chunk(refs, tile, step, width, dtype)

@@ -201,8 +201,8 @@ _CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "delta_attention": [
         {"tile": DeltaTile(*tile)}
         for tile in (
-            (64, 4, 3, 128, 64, 4), (64, 8, 3, 128, 64, 4), (128, 4, 3, 128, 64, 4), (128, 8, 2, 128, 64, 4),
-            (128, 8, 3, 128, 64, 4), (128, 8, 3, 128, 64, 8), (128, 8, 3, 256, 64, 4), (128, 8, 3, 128, 128, 8),
+            (32, 4, 3, 64, 4), (64, 4, 2, 64, 4), (64, 4, 3, 32, 4), (64, 4, 3, 64, 4), (64, 4, 3, 64, 8),
+            (64, 8, 3, 64, 4), (128, 8, 3, 64, 4), (128, 8, 3, 128, 8),
         )
     ],
     "delta_reconstruct": [
@@ -236,8 +236,8 @@ def tune(
 
     Args:
       kernel: "decode_attention", "prefill_attention", "record_attention", "block_attention_mass", "delta_attention",
-        "delta_reconstruct", "delta_compress" or "reference_search" for their tiles, "decode_work" or "delta_work" for
-        the limits of the spans of decode_attention or delta_attention.
+        "delta_reconstruct", "delta_compress" or "reference_search" for their tiles, "decode_work" for the limits
+        of the spans of decode_attention.
       names: cases to weigh; None means all of this kernel.
       every: the cases to choose from; None means `cases()`.
       candidates: options of `Case.build`; None means the built-in ones.

@@ -41,7 +41,7 @@ def make(heads, dim, size, page, dtype, latent_dtype="float32", bias=False):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("heads", "group", "dim", "size", "page", "dtype", "latent_dtype", "bias", "span"),
+    ("heads", "group", "dim", "size", "page", "dtype", "latent_dtype", "bias", "block"),
     [
         (2, 4, 16, 96, 8, jnp.float32, "int4", True, 32),
         (2, 7, 64, 64, 16, jnp.bfloat16, "int4", False, 16),
@@ -49,14 +49,14 @@ def make(heads, dim, size, page, dtype, latent_dtype="float32", bias=False):
         (1, 4, 128, 160, 32, jnp.bfloat16, "bfloat16", True, 16),
     ],
 )
-def test_attends_to_what_reading_back_gives(mode, heads, group, dim, size, page, dtype, latent_dtype, bias, span):
+def test_attends_to_what_reading_back_gives(mode, heads, group, dim, size, page, dtype, latent_dtype, bias, block):
     case, up, up_bias = make(heads, dim, size, page, dtype, latent_dtype, bias)
     positions = listed(case)
     cos, sin = rotations(np.maximum(positions, 0), dim)
     q = normal(4, len(HISTORIES), heads * group, dim, dtype=dtype)
     arguments = (q, case.store, case.rows, case.recent_rows, case.history, positions, cos, sin, up, up_bias)
     options = {"layout": case.layout, "num_kv_heads": heads, "scale": dim**-0.5}
-    got = delta_attention(*arguments, **options, return_lse=True, tile=DeltaTile(32, 2, 1, span, 16, 2), **mode)
+    got = delta_attention(*arguments, **options, return_lse=True, tile=DeltaTile(32, 2, 1, block, 2), **mode)
     assert_same_attention(got, delta_attention_reference(*arguments, **options), dtype)
 
 

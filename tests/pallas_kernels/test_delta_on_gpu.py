@@ -22,8 +22,8 @@ pytestmark = pytest.mark.gpu
 
 HISTORIES, RECENTS, RING, SINKS, STEP = (3000, 0, 517, 1500), (200, 3, 256, 128), 256, 16, 10
 TILES = [
-    DeltaTile(128, 8, 3, 128, 64, 4),
-    DeltaTile(64, 4, 2, 256, 32, 4),
+    DeltaTile(128, 8, 3, 128, 8),
+    DeltaTile(64, 4, 2, 32, 4),
 ]
 
 
