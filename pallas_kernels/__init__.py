@@ -25,7 +25,6 @@ from pallas_kernels.delta_reconstruct import (
 from pallas_kernels.delta_reconstruct_triton import ReconstructTile
 from pallas_kernels.delta_store import DeltaLayout, DeltaStore, view_positions
 from pallas_kernels.delta_store_xla import read_latents
-from pallas_kernels.delta_work import delta_work_list
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.in_order import in_order
 from pallas_kernels.invert_spd import invert_spd, invert_spd_reference
@@ -79,7 +78,6 @@ __all__ = [
     "delta_compress_reference",
     "delta_reconstruct",
     "delta_reconstruct_reference",
-    "delta_work_list",
     "dequantise",
     "in_order",
     "init_latents",

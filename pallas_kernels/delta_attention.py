@@ -1,8 +1,7 @@
 """Decode attention over tokens of a DeltaKV cache, which are read back in registers and never written.
 
 One new token per request attends to a list of positions: sinks, tokens selected from the history and recent ones
-(`view_positions`). The layout of the work is that of `decode_attention`: equal spans of (request, KV head), merged by
-log-sum-exp. Only keys need the up-projection of every token. Values do not: with probabilities p and latents z
+(`view_positions`). Only keys need the up-projection of every token. Values do not: with probabilities p and latents z
 `sum p_i (z_i @ up + r_i) = (sum p_i z_i) @ up + sum p_i r_i`, one product a span.
 """
 
@@ -14,12 +13,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import online_softmax
 from pallas_kernels.checks import check_integer, check_shape, query_group
-from pallas_kernels.decode_work import WorkList
 from pallas_kernels.delta_attention_triton import DeltaTile, default_tile, delta_attention_triton
 from pallas_kernels.delta_reference import read_back_reference
 from pallas_kernels.delta_store import DeltaLayout, DeltaStore, check_rotation, check_rows, check_store, check_up
-from pallas_kernels.delta_store_xla import read_back
-from pallas_kernels.delta_work import delta_work_list
+from pallas_kernels.delta_store_xla import read_back, read_latents
 from pallas_kernels.dispatch import Implementation, resolve
 
 
@@ -40,7 +37,6 @@ def delta_attention(
     num_kv_heads: int,
     scale: float,
     return_lse: Literal[False] = ...,
-    work: WorkList | None = ...,
     tile: DeltaTile | None = ...,
     implementation: Implementation | None = ...,
     interpret: bool | None = ...,
@@ -64,7 +60,6 @@ def delta_attention(
     num_kv_heads: int,
     scale: float,
     return_lse: Literal[True],
-    work: WorkList | None = ...,
     tile: DeltaTile | None = ...,
     implementation: Implementation | None = ...,
     interpret: bool | None = ...,
@@ -87,7 +82,6 @@ def delta_attention(
     num_kv_heads: int,
     scale: float,
     return_lse: bool = False,
-    work: WorkList | None = None,
     tile: DeltaTile | None = None,
     implementation: Implementation | None = None,
     interpret: bool | None = None,
@@ -110,7 +104,6 @@ def delta_attention(
       num_kv_heads: H.
       scale: factor of the scores, usually D**-0.5.
       return_lse: also return the log-sum-exp of the scaled scores.
-      work: result of `delta_work_list(positions)`, if already made. Only the kernel uses it.
       tile: tile sizes of the kernel, for tuning.
       implementation, interpret: see `dispatch.resolve`.
 
@@ -142,12 +135,13 @@ def delta_attention(
             layout=common, heads=num_kv_heads, scale=scale,
         )  # fmt: skip
     else:
-        if work is None:
-            work = delta_work_list(positions, num_kv_heads=num_kv_heads)
+        # Codes are unpacked once for all heads.
+        coded = store.latents.scale is not None
+        unpacked = read_latents(store, rows, history, positions, layout=layout) if coded else None
         out, lse = delta_attention_triton(
-            q.astype(store.k_pages.dtype), store, rows, recent_rows, history, positions, cos, sin, up, up_bias, work,
-            *layers, layout=common, heads=num_kv_heads, scale=scale, tile=tile or default_tile(store.k_pages),
-            interpret=interpret,
+            q.astype(store.k_pages.dtype), store, unpacked, rows, recent_rows, history, positions, cos, sin, up,
+            up_bias, *layers, layout=common, heads=num_kv_heads, scale=scale,
+            tile=tile or default_tile(store.k_pages), interpret=interpret,
         )  # fmt: skip
     out = out.astype(dtype)
     return (out, lse) if return_lse else out

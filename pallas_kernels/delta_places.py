@@ -23,7 +23,7 @@ class Places(NamedTuple):
 
     Attributes:
       near: i32[S, K, T] rows of KV head 0 whose mean is the token's reference; for a token that is kept exactly its own
-        row, K times. Unused tokens: row 0.
+        row, K times; -1 for unused tokens.
       latent: i32[S, T] row of the token's latent; -1 if it has none or is unused.
 
     Blocks of tokens beyond the length of their row are not written.
@@ -62,7 +62,7 @@ def _kernel(*refs, layout, near_page, block, listed):
             center = jnp.where(compressed, center, own)
             entry = plgpu.load(near_table_ref.at[0, near_row, 0, center // near_page], mask=live, other=0)
             found = layout.near.page(entry, 0) * near_page + center % near_page
-            plgpu.store(near_ref.at[at[0], of, place], jnp.where(live, found, 0), mask=inside)
+            plgpu.store(near_ref.at[at[0], of, place], jnp.where(live, found, -1), mask=inside)
 
     if position_ref is None:
         pl.when(index * block < length)(lambda: find(place))

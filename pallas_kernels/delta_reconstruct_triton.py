@@ -10,10 +10,13 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.delta_places import find_places
 from pallas_kernels.delta_tiles import (
+    add_bias,
     head_columns,
+    load_grid,
     load_references,
     load_tile,
     mean,
+    padded_columns,
     rotate_halves,
     store_arrays,
     store_refs,
@@ -62,32 +65,28 @@ def _kernel(*refs, head_rows, page_size, heads, tokens, block, quantised, listed
     def _():
         at = load_tile(store, s, place, live, head * head_rows)
         columns = head_columns(head, heads, dim)
-        half_column = jnp.arange(columns.first[0].shape[0], dtype=jnp.int32)
-        column = jnp.arange(columns.value[0].shape[0], dtype=jnp.int32)
-        halves = (half_column, half_column < half), (half_column + half, half_column < half)
-        own = (*halves, (column, column < dim))  # the columns of a head's own vectors
+        half_columns, whole = padded_columns(half), padded_columns(dim)
+        second_half = half_columns._replace(number=half_columns.number + half)
+        own = (half_columns, second_half, whole)  # the columns of a head's own vectors
         references = [
             load_references(pool, at.near, live, *local)
             for pool, local in zip((store.k, store.k, store.v), own, strict=True)
         ]
-        places, in_half = index_grid(place, half_column)
-        mask = live[:, None] & (in_half < half)
         rotation = s if cos_ref.shape[0] > 1 else 0
-        cos, sin = (plgpu.load(ref.at[rotation, places, in_half], mask=mask, other=0.0) for ref in (cos_ref, sin_ref))
+        cos, sin = (
+            load_grid(ref, place, half_columns.number, live, half_columns.exists, at=(rotation,))
+            for ref in (cos_ref, sin_ref)
+        )
         if projected:
             deltas = up_products(store, delta_ref, at, columns, dtype)
         else:
-            deltas = []
-            for number, exists in columns:
-                places, numbers = index_grid(place, number)
-                mask = at.compressed[:, None] & exists[None, :]
-                deltas.append(plgpu.load(delta_ref.at[s, places, numbers], mask=mask, other=0.0).astype(jnp.float32))
+            deltas = [
+                load_grid(delta_ref, place, number, at.compressed, exists, at=(s,)).astype(jnp.float32)
+                for number, exists in columns
+            ]
         parts = []
-        for delta, (number, exists), vectors in zip(deltas, columns, references, strict=True):
-            if bias_ref is not None:
-                bias = plgpu.load(bias_ref.at[number], mask=exists, other=0.0).astype(jnp.float32)
-                delta = delta + jnp.where(at.compressed[:, None], bias[None, :], 0.0)
-            parts.append(delta + mean(vectors))
+        for delta, at_columns, vectors in zip(deltas, columns, references, strict=True):
+            parts.append(add_bias(bias_ref, delta, at.compressed, at_columns) + mean(vectors))
         first, second = rotate_halves(parts[0], parts[1], cos, sin)
 
         # Dead lanes point past the scratch: the interpreter drops what is stored there.
@@ -96,7 +95,8 @@ def _kernel(*refs, head_rows, page_size, heads, tokens, block, quantised, listed
         for out, value, (local, exists) in zip((k_out, k_out, v_out), (first, second, parts[2]), own, strict=True):
             pages, locals_ = index_grid(page, local)
             slots, _ = index_grid(place % page_size, local)
-            mask = live[:, None] & exists[None, :]
+            mask = jnp.broadcast_to(live[:, None], pages.shape)
+            mask = mask if exists is None else mask & exists[None, :]
             plgpu.store(out.at[pages, slots, locals_], value.astype(dtype), mask=mask)
 
 

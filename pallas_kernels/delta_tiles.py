@@ -1,5 +1,8 @@
 """Reading tiles of tokens of a DeltaStore back, inside Pallas-Triton kernels."""
 
+from __future__ import annotations
+
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -64,26 +67,46 @@ class TokenTile(NamedTuple):
     latent: jax.Array
 
 
-def load_tile(refs: StoreRefs, segment, place: jax.Array, live: jax.Array, head_rows) -> TokenTile:
-    """The tile of the tokens at `place` i32[n] of a segment; `head_rows` are the rows that lie before its KV head."""
+def load_tile(refs: StoreRefs, segment, place: jax.Array, inside: jax.Array, head_rows) -> TokenTile:
+    """The tile of the tokens at `place` i32[n] of a segment; `head_rows` are the rows that lie before its KV head.
+
+    Places that are not `inside` are not looked at; unused tokens are dead, too.
+    """
     at = jnp.broadcast_to(segment, place.shape)
-    latent = plgpu.load(refs.latent.at[at, place], mask=live, other=-1)
-    near = tuple(
-        plgpu.load(refs.near.at[at, jnp.full(place.shape, k, jnp.int32), place], mask=live, other=0) + head_rows
+    latent = plgpu.load(refs.latent.at[at, place], mask=inside, other=-1)
+    near = [
+        plgpu.load(refs.near.at[at, jnp.full(place.shape, k, jnp.int32), place], mask=inside, other=-1)
         for k in range(refs.near.shape[1])
-    )
-    return TokenTile(live, latent >= 0, near, jnp.maximum(latent, 0))
+    ]
+    return TokenTile(near[0] >= 0, latent >= 0, tuple(row + head_rows for row in near), jnp.maximum(latent, 0))
+
+
+def load_grid(
+    ref, rows: jax.Array, columns: jax.Array, rows_live: jax.Array | None, columns_live: jax.Array | None, *, at=()
+) -> jax.Array:
+    """[rows, columns] of an array [n, m], or of the one at index `at` of an array [..., n, m]; 0 where dead.
+
+    Masks of None, all are live, cost no instructions.
+    """
+    shape = (rows.shape[0], columns.shape[0])
+    masks = [
+        jnp.broadcast_to(jnp.expand_dims(live, axis), shape)
+        for live, axis in ((rows_live, 1), (columns_live, 0))
+        if live is not None
+    ]
+    mask = functools.reduce(jnp.logical_and, masks) if masks else None
+    zero = 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0
+    return plgpu.load(ref.at[(*at, *index_grid(rows, columns))], mask=mask, other=None if mask is None else zero)
 
 
 def load_references(
-    pool_ref, near: Sequence[jax.Array], live: jax.Array, column: jax.Array, column_live: jax.Array
+    pool_ref, near: Sequence[jax.Array], live: jax.Array, column: jax.Array, column_live: jax.Array | None
 ) -> list[jax.Array]:
     """K of [n, columns]: columns of the rows `near`, K of i32[n], of a pool [rows, D]; 0 where dead.
 
     Loads wait for nobody until their values are used: load early, take the `mean` late.
     """
-    mask = live[:, None] & column_live[None, :]
-    return [plgpu.load(pool_ref.at[index_grid(row, column)], mask=mask, other=0.0) for row in near]
+    return [load_grid(pool_ref, row, column, live, column_live) for row in near]
 
 
 def mean(vectors: Sequence[jax.Array]) -> jax.Array:
@@ -94,45 +117,41 @@ def mean(vectors: Sequence[jax.Array]) -> jax.Array:
     return total / len(vectors)
 
 
-def latent_chunk(refs: StoreRefs, tile: TokenTile, step, width: int, dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One chunk of the latents: (z dtype[n, width], which numbers i32[width], which exist bool[width])."""
+def latent_chunk(refs: StoreRefs, tile: TokenTile, step, width: int, dtype) -> tuple[jax.Array, Any, Any]:
+    """One chunk of the latents: (z dtype[n, width], which numbers i32[width], which exist bool[width] or None)."""
     number = step * width + jnp.arange(width, dtype=jnp.int32)
-    exists = number < refs.size
-    mask = tile.compressed[:, None] & exists[None, :]
+    exists = None if refs.size % width == 0 else number < refs.size
+    load = functools.partial(load_grid, rows=tile.latent, rows_live=tile.compressed, columns_live=exists)
     if refs.scale is None:
-        held = plgpu.load(refs.values.at[index_grid(tile.latent, number)], mask=mask, other=0.0)
-        return held.astype(dtype), number, exists
+        return load(refs.values, columns=number).astype(dtype), number, exists
     # The word of a number is read for each of the four in it: that costs the caches, not the memory.
     words = refs.values.shape[1]
     bits = number // words
-    word = plgpu.load(refs.values.at[index_grid(tile.latent, number - bits * words)], mask=mask, other=0)
+    word = load(refs.values, columns=number - bits * words)
     level = ((word.astype(jnp.int32) >> (4 * bits)[None, :]) & 15) - 8
-    scale = plgpu.load(refs.scale.at[index_grid(tile.latent, number // GROUP)], mask=mask, other=0.0)
+    scale = load(refs.scale, columns=number // GROUP)
     return (level.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype), number, exists
 
 
-def chunks_of(refs: StoreRefs, width: int) -> tuple[int, int]:
-    """(steps, width): how latents are cut into chunks of at most `width` numbers."""
-    width = min(width, max(_MIN_DOT, next_power_of_two(refs.size)))
-    return -(-refs.size // width), width
+def chunk_width(size: int, most: int) -> int:
+    """Numbers of a chunk of latents of `size` numbers, at most `most`: a power of two that a product can take."""
+    return min(most, max(_MIN_DOT, next_power_of_two(size)))
 
 
-def load_up(up_ref, number: jax.Array, exists: jax.Array, column: jax.Array, column_live: jax.Array) -> jax.Array:
-    """A tile of `up` [d, F]; 0 where a row or column does not exist."""
-    return plgpu.load(up_ref.at[index_grid(number, column)], mask=exists[:, None] & column_live[None, :], other=0.0)
+def chunk_count(size: int, most: int) -> int:
+    """How many such chunks there are."""
+    return -(-size // chunk_width(size, most))
 
 
-def up_products(
-    refs: StoreRefs, up_ref, tile: TokenTile, columns: Sequence[tuple[jax.Array, jax.Array]], dtype
-) -> list[jax.Array]:
-    """f32[n, c] for each (columns of `up` i32[c], which exist bool[c]): the latents times those columns."""
-    steps, width = chunks_of(refs, CHUNK)
+def up_products(refs: StoreRefs, up_ref, tile: TokenTile, columns: Sequence[Columns], dtype) -> list[jax.Array]:
+    """f32[n, c] for each part of the columns of `up` [d, F]: the latents times these columns."""
+    steps, width = chunk_count(refs.size, CHUNK), chunk_width(refs.size, CHUNK)
 
     def visit(step, sums):
         z, number, exists = latent_chunk(refs, tile, step, width, dtype)
         return tuple(
-            total + exact_dot(z, load_up(up_ref, number, exists, *column))
-            for total, column in zip(sums, columns, strict=True)
+            total + exact_dot(z, load_grid(up_ref, number, column, exists, column_live))
+            for total, (column, column_live) in zip(sums, columns, strict=True)
         )
 
     # Tiles of sinks, centers and recent tokens have nothing to project.
@@ -141,26 +160,48 @@ def up_products(
     return list(jax.lax.fori_loop(0, steps, visit, zeros))
 
 
+class Columns(NamedTuple):
+    """Columns of an array: `number` i32[c]; `exists` bool[c], or None if all do."""
+
+    number: jax.Array
+    exists: jax.Array | None
+
+
+def padded_columns(count: int) -> Columns:
+    """0 .. count - 1, padded to a power of two that a product can take."""
+    padded = max(_MIN_DOT, next_power_of_two(count))
+    number = jnp.arange(padded, dtype=jnp.int32)
+    return Columns(number, None if padded == count else number < count)
+
+
 class HeadColumns(NamedTuple):
-    """The columns of one KV head in a signal concat(K, V) of H heads of D numbers: (i32[c], which exist bool[c]) each.
+    """The columns of one KV head in a signal concat(K, V) of H heads of D numbers.
 
     Keys come in two halves, as the rotation takes them.
     """
 
-    first: tuple[jax.Array, jax.Array]
-    second: tuple[jax.Array, jax.Array]
-    value: tuple[jax.Array, jax.Array]
+    first: Columns
+    second: Columns
+    value: Columns
 
 
 def head_columns(head, heads: int, dim: int) -> HeadColumns:
-    """Columns of `head`; padded to powers of two that a product can take."""
-    half = jnp.arange(max(_MIN_DOT, next_power_of_two(dim // 2)), dtype=jnp.int32)
-    whole = jnp.arange(max(_MIN_DOT, next_power_of_two(dim)), dtype=jnp.int32)
+    """Columns of `head`."""
+    half, whole = padded_columns(dim // 2), padded_columns(dim)
     return HeadColumns(
-        (head * dim + half, half < dim // 2),
-        (head * dim + dim // 2 + half, half < dim // 2),
-        ((heads + head) * dim + whole, whole < dim),
+        half._replace(number=head * dim + half.number),
+        half._replace(number=head * dim + dim // 2 + half.number),
+        whole._replace(number=(heads + head) * dim + whole.number),
     )
+
+
+def add_bias(bias_ref, vectors: jax.Array, compressed: jax.Array, columns: Columns) -> jax.Array:
+    """The vectors f32[n, c] with the bias of `up`, if there is one, in the rows that have a latent."""
+    if bias_ref is None:
+        return vectors
+    masked = {} if columns.exists is None else {"mask": columns.exists, "other": 0.0}
+    bias = plgpu.load(bias_ref.at[columns.number], **masked).astype(jnp.float32)
+    return vectors + jnp.where(compressed[:, None], bias[None, :], 0.0)
 
 
 def rotate_halves(first: jax.Array, second: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:

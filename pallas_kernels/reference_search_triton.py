@@ -36,7 +36,7 @@ class SearchTile(NamedTuple):
 
 
 # By bytes per element of the pool.
-_TILES = {2: SearchTile(128, 128, 64, 8, 3), 4: SearchTile(32, 32, 32, 4, 2)}
+_TILES = {2: SearchTile(128, 256, 64, 8, 3), 4: SearchTile(32, 32, 32, 4, 2)}
 
 
 def default_tile(k_pages: jax.Array) -> SearchTile:

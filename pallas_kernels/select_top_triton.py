@@ -18,11 +18,12 @@ from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two
 
 _LOWEST = np.int32(np.iinfo(np.int32).min)
 _SHORT = 8192  # slots of a row that one program searches alone
-_CHUNK = 1024
+_CHUNK = 4096
+_BLOCK = 1024  # slots of a chunk that are compared with the pivots at once
 _PIVOTS = 32
 # What a pass settles: five bits from here on; the last one, of two bits, has pivots at every number and beyond.
 _SHIFTS = (27, 22, 17, 12, 7, 2, 0)
-_CHUNKS_PER_STEP = 128  # whose counts are summed at once
+_CHUNKS_PER_STEP = 32  # whose counts are summed at once
 
 
 def ordered_keys(scores: jax.Array) -> jax.Array:
@@ -127,12 +128,15 @@ def _search_kernel(
         def _():
             next_floor_ref[row] = floor
 
-        slot = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
-        keys, live = _load_keys(scores_ref, row, slot, first, last)
         pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
-        reach = live[None, :] & (keys[None, :] >= (floor + jnp.left_shift(pivot, shift_ref[1]))[:, None])
+        bound = floor + jnp.left_shift(pivot, shift_ref[1])
+        counts = jnp.zeros(_PIVOTS, jnp.int32)
+        for block in range(0, _CHUNK, _BLOCK):
+            slot = chunk * _CHUNK + block + jnp.arange(_BLOCK, dtype=jnp.int32)
+            keys, live = _load_keys(scores_ref, row, slot, first, last)
+            counts += (live[None, :] & (keys[None, :] >= bound[:, None])).astype(jnp.int32).sum(axis=1)
         at = jnp.broadcast_to(row, pivot.shape), jnp.broadcast_to(chunk, pivot.shape), pivot
-        plgpu.store(next_counts_ref.at[at], reach.astype(jnp.int32).sum(axis=1))
+        plgpu.store(next_counts_ref.at[at], counts)
 
 
 def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, floor_ref, counts_ref, out_ref):

@@ -21,11 +21,9 @@ from pallas_kernels import (
     PageAddress,
     ReconstructTile,
     SearchTile,
-    SpanLimits,
     delta_attention,
     delta_compress,
     delta_reconstruct,
-    delta_work_list,
     init_latents,
     reference_search,
     view_positions,
@@ -126,7 +124,6 @@ def _attention(
     layers: int,
     *,
     tile: DeltaTile | None = None,
-    limits: SpanLimits | None = None,
 ) -> Program:
     """One decode step: every layer reads the sinks, `top` of the history and the recent tokens."""
     store, layouts, history = _store(shape, layers, batch, context, dtype)
@@ -142,14 +139,11 @@ def _attention(
 
     @jax.jit
     def step(q, store, rows, history, positions, cos, sin, ups):
-        work = None
-        if limits is not None:
-            work = delta_work_list(positions, num_kv_heads=heads.kv, limits=limits)
         for operation in range(operations):
             layer = operation % layers
             q = delta_attention(
                 q, store, rows, rows + batch, history, positions, cos, sin, ups[layer], layout=layouts[layer],
-                num_kv_heads=heads.kv, scale=1.0, work=work, tile=tile,
+                num_kv_heads=heads.kv, scale=1.0, tile=tile,
             )  # fmt: skip
         return q
 

@@ -201,13 +201,9 @@ _CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "delta_attention": [
         {"tile": DeltaTile(*tile)}
         for tile in (
-            (64, False, 8, 3), (64, False, 8, 2), (128, False, 8, 3), (32, False, 8, 3), (32, False, 4, 3),
-            (16, True, 8, 2), (32, True, 8, 1), (32, True, 8, 2),
+            (32, 4, 3, 64, 4), (64, 4, 2, 64, 4), (64, 4, 3, 32, 4), (64, 4, 3, 64, 4), (64, 4, 3, 64, 8),
+            (64, 8, 3, 64, 4), (128, 8, 3, 64, 4), (128, 8, 3, 128, 8),
         )
-    ],
-    "delta_work": [
-        {"limits": SpanLimits(wave=wave, min_span=128, wave_span=4096, max_span=2048, multiple=32)}
-        for wave in (128, 132, 256, 384)
     ],
     "delta_reconstruct": [
         {"tile": ReconstructTile(*tile)}
@@ -225,7 +221,7 @@ _CANDIDATES: dict[str, list[dict[str, Any]]] = {
         )
     ],
 }  # fmt: skip
-_MEASURED_WITH = {"decode_work": "decode_attention", "delta_work": "delta_attention"}
+_MEASURED_WITH = {"decode_work": "decode_attention"}
 
 
 def tune(
@@ -240,8 +236,8 @@ def tune(
 
     Args:
       kernel: "decode_attention", "prefill_attention", "record_attention", "block_attention_mass", "delta_attention",
-        "delta_reconstruct", "delta_compress" or "reference_search" for their tiles, "decode_work" or "delta_work" for
-        the limits of the spans of decode_attention or delta_attention.
+        "delta_reconstruct", "delta_compress" or "reference_search" for their tiles, "decode_work" for the limits
+        of the spans of decode_attention.
       names: cases to weigh; None means all of this kernel.
       every: the cases to choose from; None means `cases()`.
       candidates: options of `Case.build`; None means the built-in ones.

@@ -24,10 +24,14 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
     return powers_of_two(max_num_seqs)
 
 
-def prefill_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
-    """Packed token counts of prefill steps: a factor of four apart, for each costs a compilation of the whole model."""
+def prefill_buckets(max_num_batched_tokens: int, *, also: int | None = None) -> tuple[int, ...]:
+    """Packed token counts of prefill steps: a factor of four apart, for each costs a compilation of the whole model.
+
+    also: a size that is common, and so must not be padded.
+    """
     every = powers_of_two(max_num_batched_tokens, smallest=min(SMALLEST_PREFILL, max_num_batched_tokens))
-    return tuple(size for i, size in enumerate(every) if (len(every) - 1 - i) % 2 == 0)
+    sizes = {size for i, size in enumerate(every) if (len(every) - 1 - i) % 2 == 0}
+    return tuple(sorted(sizes if also is None else sizes | {also}))
 
 
 def mixed_buckets(max_mixed_tokens: int) -> tuple[int, ...]:

@@ -15,11 +15,9 @@ from pallas_kernels import (
     DeltaLayout,
     DeltaStore,
     Implementation,
-    WorkList,
     decode_attention,
     delta_attention,
     delta_reconstruct,
-    delta_work_list,
     prefill_attention,
     read_latents,
     scratch_address,
@@ -52,13 +50,11 @@ class DeltaView(NamedTuple):
     Attributes:
       positions: i32[B, V], tokens to read; -1 for none.
       cos, sin: f32[B, V, D / 2], their rotation.
-      work: of the kernel, for these positions.
     """
 
     positions: jax.Array
     cos: jax.Array
     sin: jax.Array
-    work: WorkList
 
 
 @dataclass(frozen=True)
@@ -161,7 +157,6 @@ class SparseLayer:
                 up["kernel"],
                 up.get("bias"),
                 layout=self.layout,
-                work=view.work,
                 **common,
             )
         batch, places = view.positions.shape
@@ -209,7 +204,7 @@ class SparseLayer:
 
 
 def make_view(
-    selected: jax.Array, history: jax.Array, lengths: jax.Array, *, spec: StoreSpec, num_kv_heads: int, head_dim: int
+    selected: jax.Array, history: jax.Array, lengths: jax.Array, *, spec: StoreSpec, head_dim: int
 ) -> DeltaView:
     """The view of sinks, selected history and recent tokens.
 
@@ -222,6 +217,4 @@ def make_view(
     positions = view_positions(selected, history, lengths, sinks=geometry.sinks, ring=geometry.ring)
     cos, sin = rope_cos_sin(spec.rope, head_dim, jnp.maximum(positions, 0).reshape(-1))
     shape = (*positions.shape, head_dim // 2)
-    return DeltaView(
-        positions, cos.reshape(shape), sin.reshape(shape), delta_work_list(positions, num_kv_heads=num_kv_heads)
-    )
+    return DeltaView(positions, cos.reshape(shape), sin.reshape(shape))

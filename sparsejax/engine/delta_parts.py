@@ -178,9 +178,7 @@ def delta_decode_part(
             k=min(options.top, probabilities.shape[1]),
             implementation=implementation,
         )
-        view = make_view(
-            selected, history, length, spec=spec, num_kv_heads=full.layout.num_kv_heads, head_dim=q.shape[-1]
-        )
+        view = make_view(selected, history, length, spec=spec, head_dim=q.shape[-1])
         return out, carry._replace(view=view)
 
     def attend(layer, q, k, v, k_pre_rope, carry, mapping):

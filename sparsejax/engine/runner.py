@@ -38,6 +38,7 @@ from sparsejax.engine.recording import CHUNK_RECORDS, idle_record
 from sparsejax.engine.request import Request
 from sparsejax.engine.selection_plan import Selections
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, init_state
+from sparsejax.engine.store_limits import cell_size
 from sparsejax.engine.variants import StepVariants
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import DeltaKV
@@ -86,7 +87,9 @@ class Runner:
         self.eos_token_ids = eos_token_ids
         self.implementation: Implementation | None = implementation
         self.decode_buckets = buckets.decode_buckets(max_num_seqs)
-        self.prefill_buckets = buckets.prefill_buckets(max_num_batched_tokens)
+        # Prompts that are stored compressed are computed in cells.
+        cell = None if store is None else cell_size(max_mixed_tokens)
+        self.prefill_buckets = buckets.prefill_buckets(max_num_batched_tokens, also=cell)
         self.mixed_shapes = buckets.mixed_shapes(max_mixed_tokens, max_num_seqs)
         self.store = store
         self.can_evict = layout.with_score

@@ -54,7 +54,9 @@ class SchedulerConfig:
 
     def buckets(self, num_decodes: int) -> tuple[int, ...]:
         """Sizes of steps in which so many requests decode."""
-        return mixed_buckets(self.max_mixed_tokens) if num_decodes else prefill_buckets(self.max_num_batched_tokens)
+        if num_decodes:
+            return mixed_buckets(self.max_mixed_tokens)
+        return prefill_buckets(self.max_num_batched_tokens, also=None if self.store is None else self.store.cell)
 
     @property
     def max_tokens_in_pool(self) -> int:

@@ -10,12 +10,11 @@ from delta_cases import abstract_store, make_delta, rotations
 from kernel_cases import MODES, assert_same_attention, normal
 from lowering import lower_for_h200, triton_calls
 
-from pallas_kernels import DeltaTile, SpanLimits, delta_attention, delta_attention_reference, delta_work_list
+from pallas_kernels import DeltaTile, delta_attention, delta_attention_reference
 from pallas_kernels.delta_store import view_positions
 
 HISTORIES, RECENTS = (0, 2, 3, 19, 40, 0), (5, 0, 1, 12, 7, 0)
 TOP = 24
-LIMITS = SpanLimits(wave=4, min_span=16, wave_span=16, max_span=16, multiple=16)
 
 
 def listed(case, seed=0):
@@ -42,23 +41,22 @@ def make(heads, dim, size, page, dtype, latent_dtype="float32", bias=False):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("heads", "group", "dim", "size", "page", "dtype", "latent_dtype", "bias", "resident"),
+    ("heads", "group", "dim", "size", "page", "dtype", "latent_dtype", "bias", "block"),
     [
-        (2, 4, 16, 96, 8, jnp.float32, "int4", True, False),
-        (2, 7, 64, 64, 16, jnp.bfloat16, "int4", False, True),
-        (3, 1, 80, 40, 4, jnp.float32, "float32", False, True),
-        (1, 4, 128, 160, 32, jnp.bfloat16, "bfloat16", True, True),
+        (2, 4, 16, 96, 8, jnp.float32, "int4", True, 32),
+        (2, 7, 64, 64, 16, jnp.bfloat16, "int4", False, 16),
+        (3, 1, 80, 40, 4, jnp.float32, "float32", False, 64),
+        (1, 4, 128, 160, 32, jnp.bfloat16, "bfloat16", True, 16),
     ],
 )
-def test_attends_to_what_reading_back_gives(mode, heads, group, dim, size, page, dtype, latent_dtype, bias, resident):
+def test_attends_to_what_reading_back_gives(mode, heads, group, dim, size, page, dtype, latent_dtype, bias, block):
     case, up, up_bias = make(heads, dim, size, page, dtype, latent_dtype, bias)
     positions = listed(case)
     cos, sin = rotations(np.maximum(positions, 0), dim)
     q = normal(4, len(HISTORIES), heads * group, dim, dtype=dtype)
     arguments = (q, case.store, case.rows, case.recent_rows, case.history, positions, cos, sin, up, up_bias)
     options = {"layout": case.layout, "num_kv_heads": heads, "scale": dim**-0.5}
-    work = delta_work_list(positions, num_kv_heads=heads, limits=LIMITS)
-    got = delta_attention(*arguments, **options, return_lse=True, work=work, tile=DeltaTile(16, resident, 2, 1), **mode)
+    got = delta_attention(*arguments, **options, return_lse=True, tile=DeltaTile(32, 2, 1, block, 2), **mode)
     assert_same_attention(got, delta_attention_reference(*arguments, **options), dtype)
 
 
@@ -103,7 +101,7 @@ def test_lowers_for_cuda_at_production_shapes(batch, q_heads, heads, dim, size, 
         shape((size, features), dtype),
         shape((features,), dtype) if bias else None,
     )
-    assert triton_calls(text) == 3
+    assert triton_calls(text) == 5
 
 
 def test_a_nonlinear_up_is_refused():

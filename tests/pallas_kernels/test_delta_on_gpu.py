@@ -22,9 +22,8 @@ pytestmark = pytest.mark.gpu
 
 HISTORIES, RECENTS, RING, SINKS, STEP = (3000, 0, 517, 1500), (200, 3, 256, 128), 256, 16, 10
 TILES = [
-    DeltaTile(64, False, 8, 3),
-    DeltaTile(32, False, 4, 3),
-    DeltaTile(16, True, 8, 2),
+    DeltaTile(128, 8, 3, 128, 8),
+    DeltaTile(64, 4, 2, 32, 4),
 ]
 
 
