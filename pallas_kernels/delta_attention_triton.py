@@ -41,7 +41,7 @@ from pallas_kernels.tiles import WHOLE, exact_dot, index_grid, kernel_exp2, next
 
 _MIN_DOT_ROWS = 16  # the smallest tile of a tensor-core product
 _CHUNK = 128  # numbers of a latent that one weighted sum takes
-_VALUE_CHUNK = 64  # and of the values' references
+_VALUE_CHUNK = 128  # and of the values' references
 
 
 class DeltaTile(NamedTuple):
