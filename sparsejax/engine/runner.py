@@ -126,24 +126,37 @@ class Runner:
     def reset(self) -> None:
         """An empty cache and an idle state, whatever became of those before."""
         self.close()  # first, for there is no room for two
+        # Bound to the device, as what comes out of a step may be: a step is compiled again for arguments that are not.
+        self.cache, self.state = jax.device_put(self._init(), self._device)
+        self._moment_slots = MomentSlots(self.max_prefill_seqs)
+
+    def shapes(self) -> tuple[Any, DecodeState]:
+        """The cache and the state as shapes, for which steps can be compiled."""
+        sharding = jax.sharding.SingleDeviceSharding(self._device)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type),
+            jax.eval_shape(self._init),
+        )
+
+    def _init(self) -> tuple[Any, DecodeState]:
         layout, record = self.layout, None
         if isinstance(layout, DeltaCacheLayout):
-            self.cache = init_delta_cache(layout)
+            cache = init_delta_cache(layout)
         else:
-            self.cache = init_cache(layout)
+            cache = init_cache(layout)
             record = idle_record(layout, self.decoder.config, self.records, self.max_prefill_seqs)
-        self.state = init_state(
+        state = init_state(
             layout.num_rows,
             self.decoder.config.vocab_size,
             record,
             selects=self.selections is not None,
             stores=self.store is not None,
         )
-        leaf = jax.tree.leaves(self.params)[0]
-        # Results of committed arguments are committed, and a step is compiled again for a cache that is not.
-        if leaf.committed:
-            self.cache, self.state = jax.device_put((self.cache, self.state), next(iter(leaf.devices())))
-        self._moment_slots = MomentSlots(self.max_prefill_seqs)
+        return cache, state
+
+    @property
+    def _device(self) -> Any:
+        return next(iter(jax.tree.leaves(self.params)[0].devices()))
 
     def close(self) -> None:
         """Drops cache and state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 
@@ -12,6 +13,7 @@ from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.eviction_batches import idle_compress_calls, idle_evict_calls
 from sparsejax.engine.plan import Fork
 from sparsejax.engine.runner import Runner
+from sparsejax.engine.state import DecodeState
 from sparsejax.methods import KVzip
 
 
@@ -27,15 +29,17 @@ def warm_up(
 ) -> None:
     """Compiles every step variant, many at a time, and runs each on the null row, which leaves no trace.
 
-    They are run because the first run of a program is what loads it onto the device.
+    They are run because the first run of a program is what loads it onto the device. The cache is given up while they
+    are compiled, and made anew: XLA tries candidates of its kernels on the device, and needs memory for that.
 
     Args:
+      runner: of an engine that has no requests, and nothing resident.
       greedy_only: only the variants of requests that take the likeliest token and ask for nothing else.
       forks: rows will be forked.
       compression: what requests will ask for, if it is known; the programs of others are compiled when needed.
       uniform: all of them will, so that mixtures with others are left out.
       texts: tokens of the shortest and the longest text that will be compressed; None: any.
-      progress: wraps the list of variants, for a progress bar.
+      progress: wraps the list of programs, for a progress bar.
     """
     steps = runner.steps
     calls = [
@@ -49,10 +53,14 @@ def warm_up(
         )
         if options.plain or not greedy_only
     ]
-    compile_ahead(
-        [(step, (runner.params, runner.cache, runner.state, work, options)) for step, work, options in calls],
-        progress=progress,
-    )
+    eviction = None
+    if compression is not None and compression.evicts:
+        eviction = _Eviction(runner, compression, texts)
+    runner.close()
+    cache, state = runner.shapes()
+    programs = [(step, (runner.params, cache, state, work, options)) for step, work, options in calls]
+    compile_ahead([*programs, *(eviction.programs(cache, state) if eviction else [])], progress=progress)
+    runner.reset()
     for step, work, options in calls:
         runner.cache, runner.state, _ = step(runner.params, runner.cache, runner.state, work, options)
     runner.release([0])
@@ -60,32 +68,40 @@ def warm_up(
         runner.fork([Fork(0, 0, 0)])
     if runner.store is not None:
         runner.warm_up_rings()
-    if compression is not None and compression.evicts:
-        _warm_up_eviction(runner, compression, texts)
+    if eviction:
+        eviction.run()
     jax.block_until_ready(jax.tree.leaves(runner.cache)[-1])
 
 
-def _warm_up_eviction(runner: Runner, compression: CompressionParams, texts: tuple[int, int] | None) -> None:
-    """Likewise the programs that evict as a request with these parameters asks, for all sizes."""
-    steps, record = runner.steps, runner.state.record
-    assert record is not None, "the engine is built for the method"
-    evictions = list(idle_evict_calls(compression, runner.eviction_shapes, texts=texts))
-    compressions = list(idle_compress_calls(compression, runner.eviction_shapes, texts=texts))
-    passes = []
-    if isinstance(compression.policy, KVzip):
-        passes = list(runner.reconstruction.idle_batches(compression.policy))
-    compile_ahead(
-        [
-            *((steps.reconstruct, (runner.params, runner.cache, work, runner.implementation)) for work in passes),
-            *((steps.compress, (runner.params, runner.cache, record, batch, spec)) for spec, batch in compressions),
-            *((steps.evict, (runner.cache, record, batch, spec)) for spec, batch in evictions),
+class _Eviction:
+    """The programs that evict as a request with these parameters asks, for all sizes."""
+
+    def __init__(self, runner: Runner, compression: CompressionParams, texts: tuple[int, int] | None) -> None:
+        self._runner = runner
+        self._evict = list(idle_evict_calls(compression, runner.eviction_shapes, texts=texts))
+        self._compress = list(idle_compress_calls(compression, runner.eviction_shapes, texts=texts))
+        self._reconstruct = []
+        if isinstance(compression.policy, KVzip):
+            self._reconstruct = list(runner.reconstruction.idle_batches(compression.policy))
+
+    def programs(self, cache: Any, state: DecodeState) -> list[tuple[Any, tuple]]:
+        """For `compile_ahead`; cache and state may be shapes."""
+        runner, steps, record = self._runner, self._runner.steps, state.record
+        return [
+            *((steps.reconstruct, (runner.params, cache, work, runner.implementation)) for work in self._reconstruct),
+            *((steps.compress, (runner.params, cache, record, batch, spec)) for spec, batch in self._compress),
+            *((steps.evict, (cache, record, batch, spec)) for spec, batch in self._evict),
         ]
-    )
-    for spec, batch in evictions:
-        runner.cache, record, _ = steps.evict(runner.cache, record, batch, spec)
-        runner.state = replace(runner.state, record=record)
-    for spec, batch in compressions:
-        runner.cache, _ = steps.compress(runner.params, runner.cache, record, batch, spec)
-    for work in passes:
-        runner.cache = steps.reconstruct(runner.params, runner.cache, work, runner.implementation)
-    runner.measure()
+
+    def run(self) -> None:
+        """Runs each."""
+        runner, steps, record = self._runner, self._runner.steps, self._runner.state.record
+        assert record is not None, "the engine is built for the method"
+        for spec, batch in self._evict:
+            runner.cache, record, _ = steps.evict(runner.cache, record, batch, spec)
+            runner.state = replace(runner.state, record=record)
+        for spec, batch in self._compress:
+            runner.cache, _ = steps.compress(runner.params, runner.cache, record, batch, spec)
+        for work in self._reconstruct:
+            runner.cache = steps.reconstruct(runner.params, runner.cache, work, runner.implementation)
+        runner.measure()

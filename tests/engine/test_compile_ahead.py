@@ -1,5 +1,7 @@
 """Programs that are compiled ahead are the ones that calls run: nothing is traced or compiled twice."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from tiny_engine import CONFIG, ENGINE
 from sparsejax import LLM, SamplingParams
 from sparsejax.bench.compilations import Compilations, watch_compilations
 from sparsejax.engine.compile_ahead import compile_ahead, compiler_threads
-from sparsejax.models import init_params
+from sparsejax.engine.compiled_steps import compiled_steps
+from sparsejax.models import Decoder, init_params
 
 
 def test_calls_find_their_programs_ready():
@@ -66,7 +69,14 @@ def test_no_step_is_compiled_while_serving(committed):
     if committed:
         params = jax.device_put(params, jax.devices()[0])
     engine = ENGINE | {"max_num_seqs": 2, "max_num_batched_tokens": 8 if committed else 4, "max_model_len": 64}
-    llm = LLM.from_params(CONFIG, params, warmup="greedy", **engine)
+    before = Counter(compiled_steps(Decoder(CONFIG, jnp.float32)).compilations)  # by engines of other tests
+    with watch_compilations() as compiled:
+        llm = LLM.from_params(CONFIG, params, warmup="greedy", **engine)
+    traced = llm.engine.runner.compilations - before
+    for step in ("prefill", "decode", "mixed"):
+        # For the very cache that it is called with: made from shapes, and afterwards handed on from step to step.
+        assert 0 < sum(f"jit({step})" == name for name, _ in compiled.programs) <= traced[step]
+    assert all(leaf.committed for leaf in jax.tree.leaves((llm.engine.runner.cache, llm.engine.runner.state)))
     with watch_compilations() as compiled:
         llm.generate([[5] * 11, [6] * 3, [7] * 30], SamplingParams(temperature=0.0, max_tokens=5), use_tqdm=False)
         llm.engine.runner.reset()
