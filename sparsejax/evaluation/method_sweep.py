@@ -231,7 +231,7 @@ def compare_methods(
         for output, item in zip(outputs, [*items] * len(settings), strict=True)
     ]
     sizes = [
-        metrics.kv_bytes_after_compression if metrics.num_compressions else metrics.kv_bytes
+        metrics.kv_bytes_after_compression if metrics.kv_bytes_before_compression else metrics.kv_bytes
         for metrics in (output.metrics for output in outputs)
     ]
     reads = [output.metrics.read_tokens for output in outputs]

@@ -49,7 +49,7 @@ class KnowingModel:
         if compression.selects:
             right = self.read(len(prompt), compression) >= len(prompt) / 2
         metrics = SimpleNamespace(
-            num_compressions=int(budget < text), kv_bytes=TOKEN_BYTES * len(prompt),
+            kv_bytes=TOKEN_BYTES * len(prompt), kv_bytes_before_compression=TOKEN_BYTES * text * (budget < text),
             kv_bytes_after_compression=TOKEN_BYTES * budget, read_tokens=self.read(len(prompt), compression),
         )  # fmt: skip
         said = self.answers[tuple(prompt)] if right else "wrong"
