@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsejax.cli import calibrate, compression_options, options
 from sparsejax.config import LATENT_DTYPES
@@ -104,13 +105,19 @@ def run_ruler(args: argparse.Namespace) -> int:
         if path is not None and not path.parent.is_dir():
             raise InvalidArgumentError(f"--{option} {path} cannot be written: there is no folder {path.parent}.")
     samples = {"tasks": tasks, "lengths": lengths, "samples": args.samples, "seed": args.seed}
-    scores = _dense(args, samples) if args.methods is None else _sweep(args, samples)
-    if args.json is not None:
-        args.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    if args.methods is None:
+        _dense(args, samples)
+    else:
+        _sweep(args, samples)
     return 0
 
 
-def _dense(args: argparse.Namespace, samples: dict) -> list[dict]:
+def _write(args: argparse.Namespace, scores: list[dict]) -> None:
+    if args.json is not None:
+        args.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+def _dense(args: argparse.Namespace, samples: dict) -> None:
     """The model as it is: a line a task, a column a length."""
     from sparsejax import CompressionParams
     from sparsejax.evaluation import evaluate, format_table
@@ -123,10 +130,10 @@ def _dense(args: argparse.Namespace, samples: dict) -> list[dict]:
     llm = options.make_llm(args)
     rows = evaluate(answering(llm, CompressionParams()), llm.get_tokenizer(), **samples)
     print(format_table(rows))
-    return [dataclasses.asdict(row) for row in rows]
+    _write(args, [dataclasses.asdict(row) for row in rows])
 
 
-def _sweep(args: argparse.Namespace, samples: dict) -> list[dict]:
+def _sweep(args: argparse.Namespace, samples: dict) -> None:
     """Methods against dense: a table for each length and mode."""
     from sparsejax import methods
     from sparsejax.bench.plots import require_matplotlib
@@ -166,15 +173,18 @@ def _sweep(args: argparse.Namespace, samples: dict) -> list[dict]:
     room = {"max_model_len": max(samples["lengths"])} if args.max_model_len is None else {}
     rows = []
     for (served, variant), asked in zip(engines, settings, strict=True):
-        stored = {"latent_dtype": variant} if variant else {}
+        stored: dict[str, Any] = {"latent_dtype": variant} if variant else {}
+        if not rows:  # it serves the dense lines, which need room of their own where others are stored compressed
+            stored["dense_cache_fraction"] = 0.5
         llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", *served])), **room, **stored)
         # The dense lines of the first engine are those that all others are compared with.
         rows += compare_methods(llm, asked[1:] if rows else asked, **samples, dense=rows)
         llm.engine.close()
+        # What was measured so far is kept, whatever becomes of the rest.
+        _write(args, [row.as_dict() for row in rows])
     print(format_methods(rows))
     if args.plot is not None:
         plot_methods(rows, args.plot)
-    return [row.as_dict() for row in rows]
 
 
 def _engines(args: argparse.Namespace, names: Sequence[str]) -> list[tuple[list[str], str]]:
