@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -178,7 +179,10 @@ def join(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """The lines of several files, each once: files share the base and the dense lines."""
     lines = [line for path in paths for line in json.loads(path.read_text(encoding="utf-8"))]
     keys = ("mode", *OPTIONS, "latent", "length", "budget")
-    return list({tuple(line[key] for key in keys): line for line in reversed(lines)}.values())[::-1]
+    found: dict[tuple, dict[str, Any]] = {}
+    for line in lines:
+        found.setdefault(tuple(line[key] for key in keys), line)
+    return list(found.values())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -231,7 +235,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     lines = measure(args) if args.join is None else join(args.join)
     write(lines, args.out)
-    plot(lines, args.out / "ablation.png")
+    if importlib.util.find_spec("matplotlib") is None:
+        print(
+            "no figure: matplotlib is not installed (pip install 'sparsejax[eval]'); --join draws it from the results"
+        )
+    else:
+        plot(lines, args.out / "ablation.png")
 
 
 if __name__ == "__main__":
