@@ -16,12 +16,14 @@ tables of each head.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sparsejax.bench.ceilings import Ceilings
 from sparsejax.bench.latency import (
+    STEP_COLUMNS,
     BatchRun,
     kv_bytes_per_token,
     prefill_flops,
@@ -30,6 +32,7 @@ from sparsejax.bench.latency import (
     tokens_needed,
     weight_bytes_read,
 )
+from sparsejax.bench.table import Column, format_rows, number, percent
 from sparsejax.bench.timing import summary
 from sparsejax.engine.llm import LLM
 from sparsejax.engine.sampling_params import CompressionParams
@@ -194,22 +197,22 @@ def measure(
     )
 
 
-def format_table(rows: list[CompressedLatency]) -> str:
+COLUMNS: list[Column] = [
+    ("method", lambda row: row.method),
+    ("batch", lambda row: str(row.batch)),
+    ("context", lambda row: str(row.context)),
+    ("kept", lambda row: number(row.kept_tokens, 0)),
+    ("prompt s", lambda row: number(row.prompt_seconds, 3)),
+    ("compress s", lambda row: number(row.compress_seconds, 4)),
+    ("share", lambda row: percent(row.compress_share, 2)),
+    ("added", lambda row: percent(row.added_share)),
+    *STEP_COLUMNS,
+    ("dense ms", lambda row: row.dense and number(row.dense.step_seconds, 2, times=1e3)),
+    ("of limit", lambda row: row.dense and number(row.dense.step_fraction, 3)),
+    ("speedup", lambda row: number(row.speedup, 2)),
+]
+
+
+def format_table(rows: Sequence[CompressedLatency]) -> str:
     """A line per batch; "-" where there was no comparison with dense decoding."""
-    lines = [
-        "method              batch  context   kept  prompt s  compress s   share  added  step ms  spread  host ms"
-        "  of limit  dense ms  of limit  speedup"
-    ]
-    for row in rows:
-        dense = row.dense
-        compared = ("-", "-", "-")
-        if dense is not None and row.speedup is not None:
-            compared = (f"{1e3 * dense.step_seconds:.2f}", f"{dense.step_fraction:.3f}", f"{row.speedup:.2f}")
-        added = "-" if row.added_share is None else f"{row.added_share:.1%}"
-        lines.append(
-            f"{row.method:18}  {row.batch:5d}  {row.context:7d}  {row.kept_tokens:5.0f}  {row.prompt_seconds:8.3f}"
-            f"  {row.compress_seconds:10.4f}  {row.compress_share:6.2%}  {added:>5}  {1e3 * row.step_seconds:7.2f}"
-            f"  {row.step_spread:6.3f}  {1e3 * row.host_seconds:7.2f}  {row.step_fraction:8.3f}  {compared[0]:>8}"
-            f"  {compared[1]:>8}  {compared[2]:>7}"
-        )
-    return "\n".join(lines)
+    return format_rows(COLUMNS, rows)

@@ -13,6 +13,7 @@ are whole pages of all three pools as a request holds them, over what its tokens
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 
 from sparsejax.bench.ceilings import Ceilings
 from sparsejax.bench.latency import (
+    STEP_COLUMNS,
     kv_bytes_per_token,
     prefill_flops,
     run_batch,
@@ -29,6 +31,7 @@ from sparsejax.bench.latency import (
     weight_bytes_read,
 )
 from sparsejax.bench.profile import Profile
+from sparsejax.bench.table import Column, format_rows, number, percent
 from sparsejax.bench.timing import summary
 from sparsejax.cache import DeltaCacheLayout
 from sparsejax.engine.llm import LLM
@@ -207,26 +210,25 @@ def _view_bytes(llm: LLM, compression: CompressionParams, length: int) -> float:
     return length * exact * len(layout.full_layers) + layers * (near + latents * latent)
 
 
-def format_table(rows: list[DeltaLatency]) -> str:
+COLUMNS: list[Column] = [
+    ("batch", lambda row: str(row.batch)),
+    ("context", lambda row: str(row.context)),
+    ("latent", lambda row: row.latent),
+    ("prompt s", lambda row: number(row.prompt_seconds, 2)),
+    ("tok/s", lambda row: number(row.prefill_rate, 0)),
+    ("of matmul", lambda row: number(row.prefill_fraction, 3)),
+    ("added", lambda row: percent(row.added_share)),
+    *STEP_COLUMNS,
+    ("limit ms", lambda row: number(row.step_fraction * row.step_seconds, 2, times=1e3)),
+    ("mean ms", lambda row: number(row.mean_step_seconds, 2, times=1e3)),
+    ("KV GiB", lambda row: number(row.kv_bytes, 2, times=2**-30)),
+    ("of dense", lambda row: number(row.kv_share, 3)),
+    ("dense ms", lambda row: number(row.dense_step_seconds, 2, times=1e3)),
+    ("of limit", lambda row: number(row.dense_step_fraction, 3)),
+    ("dense prompt s", lambda row: number(row.dense_prompt_seconds, 2)),
+]
+
+
+def format_table(rows: Sequence[DeltaLatency]) -> str:
     """A line per batch; "-" where there was no comparison with dense requests."""
-    lines = [
-        "batch  context  latent           prompt s   tok/s  of matmul   added  step ms  spread  mean ms  host ms"
-        "  of limit  limit ms  KV GiB  of dense  dense ms  of limit  dense prompt s"
-    ]
-    for row in rows:
-        added = "-" if row.added_share is None else f"{row.added_share:.1%}"
-        compared = ("-", "-", "-")
-        if row.dense_step_seconds is not None and row.dense_prompt_seconds is not None:
-            compared = (
-                f"{1e3 * row.dense_step_seconds:.2f}",
-                f"{row.dense_step_fraction:.3f}",
-                f"{row.dense_prompt_seconds:.2f}",
-            )
-        lines.append(
-            f"{row.batch:5d}  {row.context:7d}  {row.latent:15}  {row.prompt_seconds:8.2f}  {row.prefill_rate:6.0f}"
-            f"  {row.prefill_fraction:9.3f}  {added:>6}  {1e3 * row.step_seconds:7.2f}  {row.step_spread:6.3f}"
-            f"  {1e3 * row.mean_step_seconds:7.2f}  {1e3 * row.host_seconds:7.2f}  {row.step_fraction:8.3f}"
-            f"  {1e3 * row.step_fraction * row.step_seconds:8.2f}  {row.kv_bytes / 2**30:6.2f}  {row.kv_share:8.3f}"
-            f"  {compared[0]:>8}  {compared[1]:>8}  {compared[2]:>14}"
-        )
-    return "\n".join(lines)
+    return format_rows(COLUMNS, rows)

@@ -7,7 +7,7 @@ a prefill not faster than its matrix products.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from sparsejax.bench.ceilings import Ceilings
 from sparsejax.bench.profile import Profile, profile
+from sparsejax.bench.table import Column, format_rows, number, percent
 from sparsejax.bench.timing import summary
 from sparsejax.cache import row_usage
 from sparsejax.engine.buckets import prompt_room
@@ -30,6 +31,14 @@ from sparsejax.models import ModelConfig
 
 WARMUP_STEPS = 6  # decode steps before the clock starts
 PROFILED_STEPS = 10  # decode steps under the profiler, after those that are timed
+
+STEP_COLUMNS: list[Column] = [
+    ("step ms", lambda row: number(row.step_seconds, 2, times=1e3)),
+    ("spread", lambda row: number(row.step_spread, 3)),
+    ("host ms", lambda row: number(row.host_seconds, 2, times=1e3)),
+    ("of limit", lambda row: number(row.step_fraction, 3)),
+]
+"""What every benchmark of latency tells of its decode steps."""
 
 
 @dataclass(frozen=True)
@@ -258,22 +267,24 @@ def _live_tokens(llm: LLM, answers: list[Answer]) -> int:
     return int(usage.active.sum())
 
 
-def format_table(rows: list[Latency]) -> str:
+COLUMNS: list[Column] = [
+    ("batch", lambda row: str(row.batch)),
+    ("context", lambda row: str(row.context)),
+    ("prefill s", lambda row: number(row.prefill_seconds, 2)),
+    ("tok/s", lambda row: number(row.prefill_rate, 0)),
+    ("of matmul", lambda row: number(row.prefill_fraction, 2)),
+    *STEP_COLUMNS,
+    ("idle", lambda row: percent(row.idle_share)),
+    ("weights", lambda row: number(row.weight_bytes, 1, times=2**-30)),
+    ("+ cache", lambda row: number(row.cache_bytes, 1, times=2**-30)),
+    ("+ state", lambda row: number(row.state_bytes, 2, times=2**-30)),
+    ("peak GiB", lambda row: number(row.peak_bytes, 1, times=2**-30)),
+]
+
+
+def format_table(rows: Sequence[Latency]) -> str:
     """A line per batch; "idle" is the GPU's, and "-" where the steps were not profiled."""
-    lines = [
-        "batch  context  prefill s   tok/s  of matmul  step ms  spread  host ms  of limit   idle"
-        "  weights + cache + state, peak GiB"
-    ]
-    for row in rows:
-        idle = "-" if row.idle_share is None else f"{row.idle_share:.1%}"
-        lines.append(
-            f"{row.batch:5d}  {row.context:7d}  {row.prefill_seconds:9.2f}  {row.prefill_rate:6.0f}"
-            f"  {row.prefill_fraction:9.2f}  {1e3 * row.step_seconds:7.2f}  {row.step_spread:6.3f}"
-            f"  {1e3 * row.host_seconds:7.2f}  {row.step_fraction:8.3f}  {idle:>5}"
-            f"  {row.weight_bytes / 2**30:7.1f} + {row.cache_bytes / 2**30:5.1f} + {row.state_bytes / 2**30:5.2f}"
-            f", {row.peak_bytes / 2**30:8.1f}"
-        )
-    return "\n".join(lines)
+    return format_rows(COLUMNS, rows)
 
 
 def as_dict(rows: Iterable[Any], ceilings: Ceilings, *, model: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ are computed with dense attention. The dense step runs in the same engine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,16 @@ from typing import Any
 import numpy as np
 
 from sparsejax.bench.ceilings import Ceilings
-from sparsejax.bench.latency import BatchRun, kv_bytes_per_token, run_batch, tokens_decoded, weight_bytes_read
+from sparsejax.bench.latency import (
+    STEP_COLUMNS,
+    BatchRun,
+    kv_bytes_per_token,
+    run_batch,
+    tokens_decoded,
+    weight_bytes_read,
+)
 from sparsejax.bench.profile import Profile
+from sparsejax.bench.table import Column, format_rows, number
 from sparsejax.bench.timing import summary
 from sparsejax.cache import CacheLayout
 from sparsejax.engine.llm import LLM
@@ -149,24 +158,19 @@ def _bounds_bytes(llm: LLM, compression: CompressionParams, length: int) -> int:
     return layers * layout.num_kv_heads * layout.pages_for(length) * page
 
 
-def format_table(rows: list[SelectionLatency]) -> str:
+COLUMNS: list[Column] = [
+    ("method", lambda row: row.method),
+    ("batch", lambda row: str(row.batch)),
+    ("context", lambda row: str(row.context)),
+    ("read", lambda row: number(row.read_tokens, 0)),
+    *STEP_COLUMNS,
+    ("dense ms", lambda row: row.dense and number(row.dense.step_seconds, 2, times=1e3)),
+    ("of limit", lambda row: row.dense and number(row.dense.step_fraction, 3)),
+    ("of dense", lambda row: number(row.relative, 3)),
+    ("limit of that", lambda row: number(row.relative_limit, 3)),
+]
+
+
+def format_table(rows: Sequence[SelectionLatency]) -> str:
     """A line per batch; "-" where there was no comparison with dense decoding."""
-    lines = [
-        "method    batch  context    read  step ms  spread  host ms  of limit"
-        "  dense ms  of limit  of dense  limit of that"
-    ]
-    for row in rows:
-        dense, compared = row.dense, ("-", "-", "-", "-")
-        if dense is not None and row.relative is not None:
-            compared = (
-                f"{1e3 * dense.step_seconds:.2f}",
-                f"{dense.step_fraction:.3f}",
-                f"{row.relative:.3f}",
-                f"{row.relative_limit:.3f}",
-            )
-        lines.append(
-            f"{row.method:8}  {row.batch:5d}  {row.context:7d}  {row.read_tokens:6.0f}  {1e3 * row.step_seconds:7.2f}"
-            f"  {row.step_spread:6.3f}  {1e3 * row.host_seconds:7.2f}  {row.step_fraction:8.3f}  {compared[0]:>8}"
-            f"  {compared[1]:>8}  {compared[2]:>8}  {compared[3]:>13}"
-        )
-    return "\n".join(lines)
+    return format_rows(COLUMNS, rows)

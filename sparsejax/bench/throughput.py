@@ -100,8 +100,8 @@ class Throughput:
       programs_compiled: of any program while serving, those above included.
       peak_bytes: most device memory in use so far, as the allocator reports; 0 where it does not.
       method, compression: of all requests, by name and in full; "full" is dense.
-      compressions: of all rows that were brought down to their budgets at once; single tokens evicted while decoding do
-        not count.
+      compressions: of all rows that were brought down to their budgets at once, and of chunks and full rings of rows
+        that are stored compressed; single tokens evicted while decoding do not count.
       compression_seconds: that the host waited for them, all together.
       kv_bytes_before, kv_bytes_after: whole pages that all requests held before and after the last of those.
       records: by arrival.
@@ -378,9 +378,11 @@ def _compression_lines(result: Throughput) -> list[str]:
         return []
     line = f"{result.method}: {result.compressions} compressions"
     if result.compressions:
+        line += f" in {result.compression_seconds:.2f} s"
+    if result.kv_bytes_before:
         line += (
-            f" in {result.compression_seconds:.2f} s; the last of each request left "
-            f"{result.kv_bytes_after / 2**30:.2f} of {result.kv_bytes_before / 2**30:.2f} GiB"
+            f"; the last of each request left {result.kv_bytes_after / 2**30:.2f} of "
+            f"{result.kv_bytes_before / 2**30:.2f} GiB"
         )
     return [line]
 

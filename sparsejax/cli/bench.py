@@ -8,17 +8,19 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsejax.cli import bench_delta, bench_eviction
+from sparsejax.cli import bench_fragmentation, bench_latency
 from sparsejax.cli.bench_options import (
+    add_delta_options,
     add_model,
     add_outputs,
     add_random_weights,
+    check_delta_options,
     check_outputs,
     compiling,
+    delta_engine_options,
     engine_options,
     load,
     reaching,
-    shapes,
     write_json,
 )
 from sparsejax.cli.compression_options import add_compression_options, compression_from
@@ -43,43 +45,7 @@ def add_parser(subparsers) -> None:
     add_outputs(kernels)
     kernels.set_defaults(run=run_kernels)
 
-    latency = suites.add_parser(
-        "latency",
-        help="prefill and decode times of fixed batches",
-        description="Measures the card's ceilings, then for every batch and context: prefill tokens/s, milliseconds a "
-        "decode step, host time a step, and the fraction of the physical limit (weights + KV bytes over bandwidth). "
-        "With --method, prompts are compressed: the limit counts what is left of them.",
-        epilog="example: sparsejax bench latency --random-weights llama-3.1-8b --shapes 1x1024,32x2048 --profile",
-    )
-    latency.add_argument(
-        "--shapes", default="1x1024,8x1024,32x2048", metavar="BxC,...", help="batches x context (default: %(default)s)"
-    )
-    latency.add_argument("--steps", type=int, default=50, metavar="N", help="timed decode steps (default: %(default)s)")
-    latency.add_argument(
-        "--profile",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="profile some decode steps: GPU idle share and time by kernel; keep the trace in DIR if given",
-    )
-    group = latency.add_argument_group("compressed prompts, or a part of them read")
-    group.add_argument(
-        "--compare-dense",
-        nargs="?",
-        type=int,
-        const=0,
-        metavar="N",
-        help="measure dense decoding too, behind prompts of N tokens (default: as long as the compressed ones)",
-    )
-    group.add_argument(
-        "--prefills", type=int, default=2, metavar="N", help="timed prefills of one prompt (default: %(default)s)"
-    )
-    bench_delta.add_options(latency)
-    add_compression_options(latency)
-    add_outputs(latency)
-    add_model(latency)
-    latency.set_defaults(run=run_latency)
-
+    bench_latency.add_parser(suites)
     throughput = suites.add_parser(
         "throughput",
         help="a trace of requests through the whole engine",
@@ -119,6 +85,7 @@ def add_parser(subparsers) -> None:
     group.add_argument("--rate", type=float, metavar="R", help="mean arrivals a second (default: all at once)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the trace (default: %(default)s)")
     add_compression_options(throughput)
+    add_delta_options(throughput)
     add_outputs(throughput)
     add_model(throughput)
     throughput.set_defaults(run=run_throughput)
@@ -137,7 +104,7 @@ def add_parser(subparsers) -> None:
     add_model(startup)
     startup.set_defaults(run=run_startup, plot=None)
 
-    bench_eviction.add_fragmentation(suites)
+    bench_fragmentation.add_parser(suites)
 
     compare = suites.add_parser(
         "compare",
@@ -174,69 +141,6 @@ def run_kernels(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_latency(args: argparse.Namespace) -> int:
-    check_outputs(args)
-    wanted = shapes(args.shapes)
-    if args.steps < 1:
-        raise InvalidArgumentError(f"--steps must be at least 1, got {args.steps}.")
-    if args.method != "full":
-        return bench_eviction.run_latency(args, wanted)
-    compression_from(args)  # refuses what has no meaning without a method
-    if args.compare_dense is not None:
-        raise InvalidArgumentError("--compare-dense compares a --method with dense decoding: give one.")
-    from sparsejax.bench.profile import format_profile, keep_command_buffers
-    from sparsejax.engine.memory import reserve_device_memory
-
-    reserve_device_memory(args.gpu_memory_utilization)
-    if args.profile is not None:
-        keep_command_buffers()
-    import jax
-
-    from sparsejax import LLM
-    from sparsejax.bench import ceilings, latency, plots
-    from sparsejax.engine.build import default_batched_tokens
-
-    ceiling = ceilings.measure()
-    print(ceiling, flush=True)
-    name, config, params = load(args)
-    chunk = args.max_mixed_tokens or args.max_num_batched_tokens or default_batched_tokens(jax.default_backend())
-    rows = []
-    for batch, context in wanted:
-        # One engine a shape, with tables and batch as large as needed: as somebody serving that shape would set them.
-        needed = latency.tokens_needed(context, args.steps, batch=batch, chunk=chunk)
-        options = engine_options(args, config, params)
-        # Pages for that shape and no more: to see what fits, large steps would be compiled that are never run.
-        pages = config.num_layers * config.num_kv_heads * -(-needed // options["page_size"])
-        options.setdefault("num_pages", (batch + 1) * pages)
-        llm = LLM.from_params(
-            config if args.model else reaching(config, needed),
-            params,
-            max_num_seqs=args.max_num_seqs or batch,
-            max_model_len=args.max_model_len or needed,
-            **options,
-        )
-        folder = Path(args.profile) / f"{batch}x{context}" if args.profile else None
-        row = latency.measure(
-            llm,
-            ceiling,
-            batch=batch,
-            context=context,
-            steps=args.steps,
-            profiled=args.profile is not None,
-            trace_folder=folder,
-        )
-        rows.append(row)
-        print(latency.format_table([row]), flush=True)
-        if row.profile is not None:
-            print(f"decode step, batch {batch}, context {context}:\n{format_profile(row.profile)}\n", flush=True)
-        del llm
-    print(f"\n{name}\n{latency.format_table(rows)}")
-    write_json(args.json, latency.as_dict(rows, ceiling, model=name))
-    if args.plot is not None:
-        plots.plot_latency(rows, args.plot)
-    return 0
-
-
 def _traces(args: argparse.Namespace) -> list[Trace]:
     """The traces that `bench throughput` is asked for."""
     from sparsejax.bench import traces
@@ -269,6 +173,7 @@ def run_throughput(args: argparse.Namespace) -> int:
     from sparsejax.engine.memory import reserve_device_memory
 
     compression = compression_from(args)
+    check_delta_options(args)
     reserve_device_memory(args.gpu_memory_utilization)
     from sparsejax import LLM
     from sparsejax.bench import plots, throughput
@@ -285,6 +190,7 @@ def run_throughput(args: argparse.Namespace) -> int:
         max_model_len=args.max_model_len or longest,
         methods=(compression.method,),
         **engine_options(args, config, params) | {"enable_prefix_caching": shares},
+        **delta_engine_options(args, config, params),
     )
     if not args.no_warmup:
         prompts = [request.input_tokens for trace in wanted for request in trace.requests]

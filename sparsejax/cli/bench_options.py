@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsejax.cli.evaluate import numbers
+from sparsejax.cli.options import add_store_options, store_options
 from sparsejax.config import GRANULARITIES
 from sparsejax.errors import InvalidArgumentError
+
+COMPRESSOR_SIZES = ("kv_compressed_size", "neighbors", "cluster_ratio")
+STORE_OPTIONS = ("compressor", "latent_dtype", "engine_recent_tokens")
 
 
 def add_random_weights(parser: Any) -> None:
@@ -75,6 +79,51 @@ def engine_options(args: argparse.Namespace, config: Any, params: Any, *, page_s
         "enable_prefix_caching": False,
     }
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def add_delta_options(parser: argparse.ArgumentParser) -> None:
+    """How method deltakv stores tokens; read it back with `delta_engine_options`."""
+    group = parser.add_argument_group("method deltakv", "Without --compressor, one with random weights is made.")
+    add_store_options(group)
+    group.add_argument("--kv-compressed-size", type=int, metavar="N", help="numbers of a latent (default: 512)")
+    group.add_argument("--neighbors", type=int, metavar="N", help="references of a latent (default: 4)")
+    group.add_argument("--cluster-ratio", type=float, metavar="F", help="share of centers (default: 0.1)")
+
+
+def check_delta_options(args: argparse.Namespace) -> None:
+    """Refuses options of `add_delta_options` that have no meaning: sizes of a compressor that is given, or of none."""
+    sizes = [name for name in COMPRESSOR_SIZES if getattr(args, name) is not None]
+    stored = [name for name in STORE_OPTIONS if getattr(args, name) is not None]
+    if args.method != "deltakv" and (sizes or stored):
+        flag = (*sizes, *stored)[0].replace("_", "-")
+        raise InvalidArgumentError(f"--{flag} is for --method deltakv; the method is {args.method}.")
+    if args.compressor is not None and sizes:
+        raise InvalidArgumentError(
+            f"--{sizes[0].replace('_', '-')} has no meaning with --compressor, which has its own."
+        )
+
+
+def delta_engine_options(args: argparse.Namespace, config: Any, params: Any) -> dict[str, Any]:
+    """Keyword options of an LLM whose requests are stored compressed; none if --method is another."""
+    if args.method != "deltakv":
+        return {}
+    sizes = {name: getattr(args, name) for name in COMPRESSOR_SIZES if getattr(args, name) is not None}
+    compressor = args.compressor or _random_compressor(sizes, config, params)
+    return store_options(args) | {"compressor": compressor}
+
+
+def _random_compressor(sizes: dict[str, Any], config: Any, params: Any) -> tuple[Any, Any]:
+    """A linear compressor of these sizes, as training starts from."""
+    import jax
+
+    from sparsejax.compressor import CompressorConfig, init_params
+    from sparsejax.compressor.config import kv_dim_of
+
+    compressor = CompressorConfig(
+        num_layers=config.num_layers, kv_dim=kv_dim_of(config), **dict[str, Any]({"kv_compressed_size": 512} | sizes)
+    )
+    weights = init_params(compressor, jax.random.key(1))
+    return compressor, jax.tree.map(lambda x: x.astype(params["embed"].dtype), weights)
 
 
 def load(args: argparse.Namespace) -> tuple[str, Any, Any]:

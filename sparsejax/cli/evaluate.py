@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsejax.cli import calibrate, compression_options, options
+from sparsejax.config import LATENT_DTYPES
 from sparsejax.errors import InvalidArgumentError, SparsejaxError
 
 RULER = """Generates needle retrieval, variable tracking and most-common-word tasks at the given lengths from a seed,
@@ -20,15 +23,17 @@ must not be mixed:
   agnostic  compressed before the question is seen
 Methods that select keep everything; their budget is what their selecting layers read of the text:
   reading   the last token of the prompt is decoded, so that every token of the answer is computed from what was read
-A method that stores tokens compressed (deltakv, by itself) is compared by what its cache takes:
+A method that stores tokens compressed (deltakv) is compared by what its cache takes:
   storing   as reading; the budget is what is read of the compressed tokens
-A table has the dense line first, the bytes that were kept (measured, whole pages) or the tokens that were read (mean
-over all layers), and 95 % bootstrap intervals."""
+How tokens are stored belongs to an engine, so each of --latent-dtypes has an engine of its own, one after the other.
+A table has the dense line first, the bytes that were kept (measured, whole pages), the tokens that were read (mean over
+all layers), and 95 % bootstrap intervals."""
 
 EXAMPLES = """examples:
   sparsejax eval ruler --lengths 1024,4096 --samples 50 --json scores.json
   sparsejax eval ruler --methods snapkv,compactor,random --budgets 0.125,0.25,256 --plot accuracy.png
   sparsejax eval ruler --methods all --budgets 0.25 --mode agnostic --option snapkv.pooling=avg
+  sparsejax eval ruler --methods omnikv,quest,deltakv --budgets 0.125,0.25 --latent-dtypes bfloat16,int4
 """
 
 
@@ -73,6 +78,12 @@ def add_parser(subparsers) -> None:
         metavar="N,N",
         help="for deltakv: layers that keep and read everything (default: those known for the model)",
     )
+    sweep.add_argument(
+        "--latent-dtypes",
+        metavar="A,B",
+        help=f"for deltakv: types of compressed tokens to compare, of {', '.join(LATENT_DTYPES)} (default: that of "
+        "--latent-dtype)",
+    )
     sweep.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over what is kept")
     options.add_model_options(ruler)
     ruler.set_defaults(run=run_ruler)
@@ -94,18 +105,24 @@ def run_ruler(args: argparse.Namespace) -> int:
         if path is not None and not path.parent.is_dir():
             raise InvalidArgumentError(f"--{option} {path} cannot be written: there is no folder {path.parent}.")
     samples = {"tasks": tasks, "lengths": lengths, "samples": args.samples, "seed": args.seed}
-    scores = _dense(args, samples) if args.methods is None else _sweep(args, samples)
-    if args.json is not None:
-        args.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    if args.methods is None:
+        _dense(args, samples)
+    else:
+        _sweep(args, samples)
     return 0
 
 
-def _dense(args: argparse.Namespace, samples: dict) -> list[dict]:
+def _write(args: argparse.Namespace, scores: list[dict]) -> None:
+    if args.json is not None:
+        args.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+
+def _dense(args: argparse.Namespace, samples: dict) -> None:
     """The model as it is: a line a task, a column a length."""
     from sparsejax import CompressionParams
     from sparsejax.evaluation import evaluate, format_table
 
-    for name in ("plot", *compression_options.COMMON_ARGUMENTS):
+    for name in ("plot", "latent_dtypes", *compression_options.COMMON_ARGUMENTS):
         if getattr(args, name) is not None:
             raise InvalidArgumentError(f"--{name.replace('_', '-')} needs --methods.")
     if args.option:
@@ -113,10 +130,10 @@ def _dense(args: argparse.Namespace, samples: dict) -> list[dict]:
     llm = options.make_llm(args)
     rows = evaluate(answering(llm, CompressionParams()), llm.get_tokenizer(), **samples)
     print(format_table(rows))
-    return [dataclasses.asdict(row) for row in rows]
+    _write(args, [dataclasses.asdict(row) for row in rows])
 
 
-def _sweep(args: argparse.Namespace, samples: dict) -> list[dict]:
+def _sweep(args: argparse.Namespace, samples: dict) -> None:
     """Methods against dense: a table for each length and mode."""
     from sparsejax import methods
     from sparsejax.bench.plots import require_matplotlib
@@ -133,24 +150,57 @@ def _sweep(args: argparse.Namespace, samples: dict) -> list[dict]:
         require_matplotlib()
         if set(names) <= {"full"}:
             raise InvalidArgumentError("--plot needs a method beside full: there is nothing to draw.")
+    engines = _engines(args, names)
+    own = compression_options.method_options(args.option)
+    unknown = next((name for name in own if name not in names), None)
+    if unknown is not None:
+        raise InvalidArgumentError(f"--option is given for method {unknown!r}, which is not among --methods.")
     try:
-        settings = make_settings(
-            names,
-            budgets("--budgets", args.budgets),
-            MODES if args.mode == "both" else (args.mode,),
-            common=compression_options.common_arguments(args),
-            options=compression_options.method_options(args.option),
-        )
+        settings = [
+            make_settings(
+                served,
+                budgets("--budgets", args.budgets),
+                MODES if args.mode == "both" else (args.mode,),
+                common=compression_options.common_arguments(args),
+                options={name: given for name, given in own.items() if name in served},
+                variant=variant,
+            )
+            for served, variant in engines
+        ]
     except SparsejaxError as error:
         raise type(error)(f"--methods, --budgets and their options do not fit: {error}") from None
-    # One engine serves all methods, and on a CPU every slot that a row could have costs time.
+    # On a CPU every slot that a row could have costs time.
     room = {"max_model_len": max(samples["lengths"])} if args.max_model_len is None else {}
-    llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", *names])), **room)
-    rows = compare_methods(llm, settings, **samples)
+    rows = []
+    for (served, variant), asked in zip(engines, settings, strict=True):
+        stored: dict[str, Any] = {"latent_dtype": variant} if variant else {}
+        if not rows:  # it serves the dense lines, which need room of their own where others are stored compressed
+            stored["dense_cache_fraction"] = 0.5
+        llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", *served])), **room, **stored)
+        # The dense lines of the first engine are those that all others are compared with.
+        rows += compare_methods(llm, asked[1:] if rows else asked, **samples, dense=rows)
+        llm.engine.close()
+        # What was measured so far is kept, whatever becomes of the rest.
+        _write(args, [row.as_dict() for row in rows])
     print(format_methods(rows))
     if args.plot is not None:
         plot_methods(rows, args.plot)
-    return [row.as_dict() for row in rows]
+
+
+def _engines(args: argparse.Namespace, names: Sequence[str]) -> list[tuple[list[str], str]]:
+    """The methods that each engine of a comparison serves, and the type of its compressed tokens ("": the default)."""
+    from sparsejax import methods
+
+    storing = [name for name in names if methods.get(name).family == "store"]
+    others = [name for name in names if name not in storing]
+    types = [args.latent_dtype or ""] if args.latent_dtypes is None else args.latent_dtypes.split(",")
+    for kind in types:
+        if kind and kind not in LATENT_DTYPES:
+            raise InvalidArgumentError(f"--latent-dtypes must be of {', '.join(LATENT_DTYPES)}, got {kind!r}.")
+    if args.latent_dtypes is not None and not storing:
+        raise InvalidArgumentError("--latent-dtypes needs a method that stores tokens compressed, such as deltakv.")
+    # One cache serves all methods that evict or select; each way of storing needs pools of its own.
+    return [*([(others, "")] if others else []), *(([name], kind) for name in storing for kind in types)]
 
 
 def answering(llm, compression):

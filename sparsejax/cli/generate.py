@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             if len(prompts) > 1 or args.n > 1:
                 print(f"--- {output.prompt!r}" + (f" [{completion.index}]" if args.n > 1 else ""))
             print(completion.text)
-        if output.metrics.num_compressions:
+        if output.metrics.kv_bytes_before_compression:
             print(_compression_line(output.metrics), file=sys.stderr)  # standard output is the text alone
     return 0
 

@@ -19,11 +19,11 @@ import jax
 
 from sparsejax.engine.detokenizer import decode_function
 from sparsejax.engine.eviction import EvictReport
-from sparsejax.engine.in_flight import Compressed, InFlight, dispatch
+from sparsejax.engine.in_flight import Compressed, InFlight, Results, dispatch
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.memory import explain_out_of_memory
 from sparsejax.engine.outputs import Logprob, logprobs_of_token
-from sparsejax.engine.plan import Chunk, Evict
+from sparsejax.engine.plan import Chunk, Evict, FullRing
 from sparsejax.engine.prefix_cache import PrefixCacheStats
 from sparsejax.engine.request import Request, derive_seed, expand
 from sparsejax.engine.runner import Runner
@@ -196,6 +196,7 @@ class Engine:
             )
         for each in results.compressed:
             self._take_compression(each)
+        self._take_stored(results)
         if self.eviction_observer is not None:
             for entries, report in results.evictions:
                 self.eviction_observer(entries, report)
@@ -216,6 +217,25 @@ class Engine:
         record.bytes_after = self._bytes_of(compressed.entries_after)
         record.kept_tokens = None if compressed.kept is None else compressed.kept.tolist()
         found[1].kv_bytes = max(found[1].kv_bytes, record.bytes_before)
+
+    def _take_stored(self, results: Results) -> None:
+        """Counts what chunks and full rings have compressed, of requests that are stored compressed."""
+        limits = self.scheduler.config.store
+        if limits is None:
+            return
+        chunks = [
+            chunk
+            for step in results.steps
+            for chunk in step.chunks
+            if chunk.request.compression.compresses and limits.compresses(chunk.start, chunk.count)
+        ]
+        for each in (*chunks, *results.rings):
+            found = self._answers.get(each.request.request_id)
+            if found is None:  # it has ended
+                continue
+            found[1].compression.count += 1
+            if isinstance(each, FullRing):  # a chunk is compressed within the model's run
+                found[1].compression.seconds += results.seconds / len(results.rings)
 
     def _bytes_of(self, entries: Any) -> int:
         """Device memory of table entries, as the layout of the cache counts them; 0 of none."""

@@ -61,6 +61,7 @@ class Results:
     Attributes:
       steps: the model's, in order.
       compressed: rows that were brought down to their budgets.
+      rings: rows whose full rings were compressed.
       evictions: what per-step evictions report, call by call.
       seconds: the host's wait from the end of the model's run to the end of what was evicted and compressed.
       ok: nothing ran short on the device.
@@ -69,6 +70,7 @@ class Results:
 
     steps: list[ModelStep]
     compressed: list[Compressed]
+    rings: list[FullRing]
     evictions: list[tuple[Sequence[Evict], Any]]
     seconds: float
     ok: bool
@@ -124,6 +126,7 @@ class InFlight:
                 for entries, output in (*bulk, *compressions)
                 for lane, entry in enumerate(entries)
             ],
+            rings=[entry for entries, _ in rings for entry in entries],
             evictions=[(entries, output.report) for entries, output in evictions],
             seconds=seconds,
             ok=all(bool(output.ok) for output in outputs) and all(forked),

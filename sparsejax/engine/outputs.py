@@ -93,10 +93,12 @@ class RequestMetrics:
       num_cached_tokens: of the prompt, taken from the prefix cache instead of being computed; all answers together.
       num_preemptions: how often it lost its cache and was recomputed.
       kv_bytes: the most KV cache it held, whole pages, all answers together; pages shared with others count in full.
-      num_compressions: how often its cache was compressed; per-step evictions count only where they cut a prompt.
+      num_compressions: how often its cache was compressed; per-step evictions count only where they cut a prompt. Of a
+        request that is stored compressed: chunks and full rings of recent tokens that were.
       compression_seconds: time that compressing took, as the host saw it: from the end of the model's step on. An
-        underestimate where the host came late to read.
-      kv_bytes_before_compression, kv_bytes_after_compression: KV cache around the last compression, whole pages.
+        underestimate where the host came late to read; what is stored compressed within a step does not count.
+      kv_bytes_before_compression, kv_bytes_after_compression: KV cache around the last compression, whole pages; 0 if
+        nothing was evicted.
       kept_tokens: tokens of each layer and KV head of the first answer after its last compression, [layer][head]; None
         if there was none, or if a method that evicts per step cut the prompt.
       read_tokens: tokens that a decode step of the first answer read, mean over the layers and the steps; whole pages

@@ -53,6 +53,10 @@ class StoreLimits:
         count = min(stop, (start // self.cell + 1) * self.cell) - start
         return count if count <= room else 0
 
+    def compresses(self, start: int, count: int) -> bool:
+        """Whether the `count` tokens from `start` of a compressed request make any token due."""
+        return self.geometry.compressed(start + count) > self.geometry.compressed(start)
+
     def _pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 

@@ -12,6 +12,9 @@ Every such method compresses once, so that what differs is the choice and nothin
 A method that selects keeps everything. Its lines ("reading") are apart: their budget is the share of the text that its
 selecting layers read of it. The last token of the prompt is decoded, so every token of the answer is computed from what
 was read.
+
+A method that stores tokens compressed is compared by what its cache holds ("storing"). How it stores belongs to the
+engine, so each way of storing has an engine of its own, and its lines name it.
 """
 
 from __future__ import annotations
@@ -46,11 +49,13 @@ class Setting:
         compressed and reads a part of them.
       budget: tokens per layer and head (int), or fraction of the text (float); None if dense.
       compression: the parameters but for what depends on the prompt: `context_tokens`, and `top_tokens`.
+      variant: names what is particular to the engine, such as the type of stored tokens; "": nothing.
     """
 
     mode: Mode
     budget: float | None
     compression: CompressionParams
+    variant: str = ""
 
     def compression_of(self, prompt: EncodedPrompt) -> CompressionParams:
         """The parameters of one prompt."""
@@ -76,7 +81,7 @@ class MethodRow:
     """What one setting did on one task at one length.
 
     Attributes:
-      method, mode, budget: see `Setting`.
+      method, mode, budget, variant: see `Setting`.
       task: its name, or "all".
       length: tokens asked for.
       hits: whether each sample's answer was exact.
@@ -97,6 +102,12 @@ class MethodRow:
     dense_kv_bytes: float
     read_tokens: float | None = None
     dense_read_tokens: float | None = None
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """The method, and what is particular to its engine."""
+        return f"{self.method} {self.variant}".rstrip()
 
     @property
     def score(self) -> float:
@@ -140,6 +151,7 @@ def make_settings(
     *,
     common: Mapping[str, Any] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    variant: str = "",
 ) -> list[Setting]:
     """The dense line, then each mode, method and budget; then the methods that select.
 
@@ -149,6 +161,7 @@ def make_settings(
       modes: of `MODES`, for methods that evict.
       common: arguments of `CompressionParams` for all methods.
       options: arguments for single methods, by method; they win over the common ones.
+      variant: of the engine that is going to store requests compressed.
 
     Raises:
       InvalidArgumentError: parameters that do not fit a method; the message names method and budget.
@@ -178,7 +191,7 @@ def make_settings(
                 settings.append(Setting(mode, budget, compression))
     for name in storing:
         compression = CompressionParams(method=name, **dict((options or {}).get(name, {})))
-        settings += [Setting("storing", budget, compression) for budget in budgets]
+        settings += [Setting("storing", budget, compression, variant) for budget in budgets]
     for name in selecting:
         shared = {key: value for key, value in (common or {}).items() if key in ("sink_tokens", "recent_tokens")}
         try:
@@ -197,23 +210,27 @@ def compare_methods(
     lengths: Sequence[int] = (1024, 4096),
     samples: int = 8,
     seed: int = 0,
+    dense: Sequence[MethodRow] = (),
     progress: bool = True,
 ) -> list[MethodRow]:
     """Answers the same samples under every setting, all in one continuous batch.
 
     Args:
       llm: with a tokenizer; made with the settings' methods, or it rebuilds its cache for them.
-      settings: of `make_settings`; the first must be dense, all others are compared with its bytes.
+      settings: of `make_settings`; the first must be dense, all others are compared with its bytes, unless `dense` is
+        given.
       tasks, lengths, samples, seed: see `sparsejax.evaluation.evaluate`.
+      dense: rows that another engine gave for the same samples when dense.
       progress: show a progress bar.
 
     Returns:
-      A row for each setting, length and task, in that order.
+      A row for each setting, length and task, in that order; none for those in `dense`.
 
     Raises:
       InvalidArgumentError: no tokenizer, a prompt that does not fit the engine, or the first setting is not dense.
     """
-    if not settings or settings[0].mode != "dense":
+    known = {(row.length, row.task): row for row in dense if row.mode == "dense"}
+    if not settings or (settings[0].mode != "dense" and not known):
         raise InvalidArgumentError("settings must begin with a dense one, whose bytes the others are compared with.")
     tokenizer = llm.get_tokenizer()
     if tokenizer is None:
@@ -231,29 +248,30 @@ def compare_methods(
         for output, item in zip(outputs, [*items] * len(settings), strict=True)
     ]
     sizes = [
-        metrics.kv_bytes_after_compression if metrics.num_compressions else metrics.kv_bytes
+        metrics.kv_bytes_after_compression if metrics.kv_bytes_before_compression else metrics.kv_bytes
         for metrics in (output.metrics for output in outputs)
     ]
     reads = [output.metrics.read_tokens for output in outputs]
     rows = []
     for place, setting in enumerate(settings):
         for length, task in dict.fromkeys((item.length, item.task) for item in items):
-            chosen = [i for i, item in enumerate(items) if (item.length, item.task) == (length, task)]
-            there = [place * len(items) + i for i in chosen]
-            rows.append(
-                MethodRow(
-                    method=setting.compression.method,
-                    mode=setting.mode,
-                    budget=setting.budget,
-                    task=task,
-                    length=length,
-                    hits=tuple(hits[i] for i in there),
-                    kv_bytes=float(np.mean([sizes[i] for i in there])),
-                    dense_kv_bytes=float(np.mean([sizes[i] for i in chosen])),
-                    read_tokens=_mean([reads[i] for i in there]),
-                    dense_read_tokens=_mean([reads[i] for i in chosen]),
-                )
+            there = [
+                place * len(items) + i for i, item in enumerate(items) if (item.length, item.task) == (length, task)
+            ]
+            row = MethodRow(
+                method=setting.compression.method,
+                mode=setting.mode,
+                budget=setting.budget,
+                task=task,
+                length=length,
+                hits=tuple(hits[i] for i in there),
+                kv_bytes=float(np.mean([sizes[i] for i in there])),
+                dense_kv_bytes=math.nan,
+                read_tokens=_mean([reads[i] for i in there]),
+                variant=setting.variant,
             )
+            base = known.setdefault((length, task), row)  # the first is dense, unless such rows were given
+            rows.append(dataclasses.replace(row, dense_kv_bytes=base.kv_bytes, dense_read_tokens=base.read_tokens))
     return rows
 
 
@@ -264,10 +282,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def over_tasks(rows: Sequence[MethodRow]) -> list[MethodRow]:
-    """One row for each method, mode, budget and length, of all tasks' samples together."""
+    """One row for each method, variant, mode, budget and length, of all tasks' samples together."""
     groups: dict[tuple, list[MethodRow]] = {}
     for row in rows:
-        groups.setdefault((row.method, row.mode, row.budget, row.length), []).append(row)
+        groups.setdefault((row.name, row.mode, row.budget, row.length), []).append(row)
     return [
         dataclasses.replace(
             group[0],
@@ -299,11 +317,12 @@ def format_methods(rows: Sequence[MethodRow]) -> str:
         "storing": "storing compressed: the budget is what is read of the compressed tokens",
     }
     widths = [max(6, len(task)) + 2 for task in tasks]
-    name_width = max([len(row.method) for row in rows] + [6]) + 2
+    name_width = max([len(row.name) for row in rows] + [6]) + 2
 
-    def line(method: str, budget: str, size: str, kept: str, scores: Sequence[str], mean: str, interval: str) -> str:
+    def line(method: str, budget: str, shares: Sequence[str], scores: Sequence[str], mean: str, interval: str) -> str:
+        held = "".join(f"{text:>{width}}" for text, width in zip(shares, (9, 8, 8), strict=True))
         cells = "".join(f"{score:>{width}}" for score, width in zip(scores, widths, strict=True))
-        return f"{method:<{name_width}}{budget:>8}{size:>9}{kept:>7}{cells}{mean:>7}{interval:>15}"
+        return f"{method:<{name_width}}{budget:>8}{held}{cells}{mean:>7}{interval:>15}"
 
     tables = []
     for length in dict.fromkeys(row.length for row in rows):
@@ -312,23 +331,20 @@ def format_methods(rows: Sequence[MethodRow]) -> str:
         for mode in dict.fromkeys(row.mode for row in at_length if row.mode != "dense") or ("dense",):
             lines = [
                 f"{titles.get(mode, 'dense')}; {length} tokens, {samples} samples a task",
-                line(
-                    "method", "budget", "KV MiB", "read" if mode == "reading" else "kept", tasks, "mean", "95% interval"
-                ),
+                line("method", "budget", ("KV MiB", "kept", "read"), tasks, "mean", "95% interval"),
             ]
             for row in over_tasks([row for row in at_length if row.mode in ("dense", mode)]):
                 scores = {
                     each.task: each.score
                     for each in at_length
-                    if (each.method, each.mode, each.budget) == (row.method, row.mode, row.budget)
+                    if (each.name, each.mode, each.budget) == (row.name, row.mode, row.budget)
                 }
                 low, high = row.interval
                 lines.append(
                     line(
-                        row.method,
+                        row.name,
                         format_budget(row.budget),
-                        f"{row.kv_bytes / 2**20:.2f}",
-                        f"{100 * (row.read if mode == 'reading' else row.kept):.0f}%",
+                        (f"{row.kv_bytes / 2**20:.2f}", f"{100 * row.kept:.1f}%", f"{100 * row.read:.1f}%"),
                         [f"{100 * scores[task]:.1f}" for task in tasks],
                         f"{100 * row.score:.1f}",
                         f"{100 * low:.1f} - {100 * high:.1f}",

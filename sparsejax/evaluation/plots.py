@@ -18,6 +18,7 @@ _TITLES = {
     "reading": "reading a part",
     "storing": "stored compressed",
 }
+_READING = ("reading", "storing")  # drawn over what is read
 _MARKERS = "osv^D<>pPX*h"
 # matplotlib's ten colours, then black and grey: as many as markers.
 _COLOURS = (*(f"C{i}" for i in range(10)), "black", "grey")
@@ -25,6 +26,8 @@ _COLOURS = (*(f"C{i}" for i in range(10)), "black", "grey")
 
 def plot_methods(rows: Sequence[MethodRow], path: str | Path) -> None:
     """Accuracy over the share of the cache that is kept or read: one line a method, one panel a mode and length.
+
+    Where tokens are stored compressed, lines tell what share of the dense bytes that takes.
 
     Args:
       rows: of `compare_methods`, with at least one mode beside dense.
@@ -34,7 +37,7 @@ def plot_methods(rows: Sequence[MethodRow], path: str | Path) -> None:
 
     lengths = list(dict.fromkeys(row.length for row in rows))
     modes = list(dict.fromkeys(row.mode for row in rows if row.mode != "dense"))
-    names = list(dict.fromkeys(row.method for row in rows if row.mode != "dense"))
+    names = list(dict.fromkeys(row.name for row in rows if row.mode != "dense"))
     figure = Figure(figsize=(5 * len(modes) + 1.6, 3.6 * len(lengths)), layout="constrained")
     axes = figure.subplots(len(lengths), len(modes), squeeze=False, sharey=True)
     points = over_tasks(rows)
@@ -45,15 +48,17 @@ def plot_methods(rows: Sequence[MethodRow], path: str | Path) -> None:
             axis.axhline(100 * dense.score, color="black", linestyle=":", label="dense")
             for place, name in enumerate(names):
                 style = {"marker": _MARKERS[place % len(_MARKERS)], "color": _COLOURS[place % len(_COLOURS)]}
+                found = [point for point in points if (point.length, point.mode, point.name) == (length, mode, name)]
                 line = sorted(
-                    (100 * (point.read if mode == "reading" else point.kept), 100 * point.score)
-                    for point in points
-                    if (point.length, point.mode, point.method) == (length, mode, name)
+                    (100 * (point.read if mode in _READING else point.kept), 100 * point.score) for point in found
                 )
                 if line:
                     axis.plot(*zip(*line, strict=True), label=name, **style)
+                if line and mode == "storing":
+                    text, place = f"{name}: {100 * found[0].kept:.0f} % of KV bytes", 0.05 + 0.07 * place
+                    axis.text(0.97, place, text, transform=axis.transAxes, ha="right", color=style["color"])
             axis.set_title(f"{_TITLES[mode]}, {length} tokens")
-            what = "tokens read, % of dense" if mode == "reading" else "KV cache kept, % of dense bytes"
+            what = "tokens read, % of dense" if mode in _READING else "KV cache kept, % of dense bytes"
             axis.set_xlabel(what)
             axis.set_xlim(left=0)
             axis.set_ylim(-3, 103)

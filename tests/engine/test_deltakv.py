@@ -229,6 +229,14 @@ def test_metrics_count_the_pages_of_all_pools(coarse):
     geometry = runner.store.geometry
     assert held == Entries(23, -(-geometry.centers(89) // 4) + 2, -(-geometry.latents(89) // 4))
     assert output.metrics.kv_bytes == runner.layout.bytes_of(held)
+    # Chunks that make tokens due (by cells of 16), and decoded tokens that do.
+    cells = [(start, min(start + 16, 70)) for start in range(0, 70, 16)]
+    chunks = sum(geometry.compressed(stop) > geometry.compressed(start) for start, stop in cells)
+    rings = sum(bool(geometry.due(length)) for length in range(71, 90))
+    assert (chunks, rings) == (5, 5)
+    assert output.metrics.num_compressions == chunks + rings
+    assert output.metrics.compression_seconds > 0
+    assert output.metrics.kv_bytes_before_compression == 0
 
 
 @pytest.mark.parametrize(

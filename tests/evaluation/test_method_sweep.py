@@ -49,7 +49,7 @@ class KnowingModel:
         if compression.selects:
             right = self.read(len(prompt), compression) >= len(prompt) / 2
         metrics = SimpleNamespace(
-            num_compressions=int(budget < text), kv_bytes=TOKEN_BYTES * len(prompt),
+            kv_bytes=TOKEN_BYTES * len(prompt), kv_bytes_before_compression=TOKEN_BYTES * text * (budget < text),
             kv_bytes_after_compression=TOKEN_BYTES * budget, read_tokens=self.read(len(prompt), compression),
         )  # fmt: skip
         said = self.answers[tuple(prompt)] if right else "wrong"
@@ -102,8 +102,8 @@ def test_tables_keep_modes_apart_with_the_dense_line_first(tmp_path):
         assert table[0].startswith(f"query-{mode}: ")
         assert f"; {length} tokens, 3 samples a task" in table[0]
         assert [line.split()[:2] for line in table[2:]] == [["full", "-"], ["snapkv", "25%"], ["snapkv", "50%"]]
-        assert table[2].split()[4:7] == ["100.0"] * 3
-        assert table[3].split()[4:7] == ["0.0"] * 3
+        assert table[2].split()[5:8] == ["100.0"] * 3
+        assert table[3].split()[5:8] == ["0.0"] * 3
     plot_methods(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -124,8 +124,28 @@ def test_what_is_read_is_apart_from_what_is_kept(tmp_path):
     assert all(row.read == row.kept for row in rows if row.method == "snapkv")
     tables = [table.splitlines() for table in format_methods(rows).split("\n\n")]
     assert [table[0].split(":")[0] for table in tables] == ["query-aware", "reading a part"] * 2
-    assert [table[1].split()[4] for table in tables] == ["kept", "read"] * 2
+    assert all(table[1].split()[4:6] == ["kept", "read"] for table in tables)
     plot_methods(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_of_another_engine_are_compared_with_the_first_ones_dense_lines(tmp_path):
+    model, rows = sweep(["snapkv"], (0.5,), modes=["aware"])
+    asked = make_settings(["deltakv"], [0.5, 32], variant="int4")
+    stored = compare_methods(model, asked[1:], **SAMPLES, dense=rows, progress=False)
+    dense = [row for row in rows if row.mode == "dense"]
+    assert {(row.name, row.mode, row.budget) for row in stored} == {
+        ("deltakv int4", "storing", 0.5),
+        ("deltakv int4", "storing", 32),
+    }
+    assert [row.dense_kv_bytes for row in stored] == [row.kv_bytes for row in dense] * 2
+    assert all(row.kept == row.read == 1.0 for row in stored)  # the model does not store anything
+    table = format_methods([*rows, *stored]).split("\n\n")[1]
+    assert [line.split()[:3] for line in table.splitlines()[3:]] == [
+        ["deltakv", "int4", "50%"],
+        ["deltakv", "int4", "32"],
+    ]
+    plot_methods([*rows, *stored], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

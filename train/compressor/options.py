@@ -12,7 +12,7 @@ TRAIN_ON = ("both", "ce", "mse")
 REMATERIALISATION = ("none", "dots", "full")
 DTYPES = ("bfloat16", "float32")
 
-_LEAST = {"batch_size": 1, "accumulation": 1, "max_steps": 1, "epochs": 1, "length": 2, "seed": 0, "keep": 1}
+_LEAST = {"batch_size": 1, "accumulation": 1, "max_steps": 0, "epochs": 1, "length": 2, "seed": 0, "keep": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,8 @@ class TrainOptions:
       clip: largest global norm of a gradient.
       batch_size: sequences a device takes at once.
       accumulation: batches whose gradients make one step.
-      max_steps: steps of the run; None: as many as `epochs` passes over the data need.
+      max_steps: steps of the run; None: as many as `epochs` passes over the data need; 0: none, the compressor is what
+        it starts as.
       epochs: see max_steps.
       length: tokens of a sequence to use; None: all that the data has.
       document_masks: keep attention and loss within a document of a packed sequence.

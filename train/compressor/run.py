@@ -113,7 +113,11 @@ def train(run: Run) -> Path:
             processes=jax.process_count(),
         )
         rows_per_step = options.accumulation * options.batch_size * jax.device_count()
-        steps = options.max_steps or max(1, options.epochs * len(rows) // rows_per_step)
+        steps = max(1, options.epochs * len(rows) // rows_per_step)
+        if options.max_steps is not None:
+            steps = options.max_steps
+        if not steps and run.init is None:
+            raise InvalidArgumentError("max_steps 0 trains nothing: say with init what the compressor is.")
         _record(run, config, steps, rows_per_step)
 
         def whole(tree: Any) -> Any:
@@ -125,6 +129,8 @@ def train(run: Run) -> Path:
             params = principal_params(passes, frozen, rows, progress=run.progress and first)
         else:
             params = _start(run, model, config)
+        if not steps:
+            return _export(run, config, params, model)
         state = whole(init_state(whole(stack_compressor(params)), options, steps))
         if latest is not None:
             state, place = checkpoints.restore(latest, state)
@@ -151,11 +157,16 @@ def train(run: Run) -> Path:
         checkpoints.close()
     if first:
         plot_metrics(run.out / "metrics.jsonl", run.out / "loss.png")
-        shutil.rmtree(run.out / "compressor", ignore_errors=True)
-        save_compressor(
-            run.out / "compressor", config, unstack_compressor(state.params), model=model, dtype=EXPORT_DTYPE
-        )
-    return run.out / "compressor"
+    return _export(run, config, unstack_compressor(state.params), model)
+
+
+def _export(run: Run, config: CompressorConfig, params: Any, model: ModelConfig) -> Path:
+    """Writes the compressor, by the first process, over what an earlier part of the run left. Returns its folder."""
+    folder = run.out / "compressor"
+    if jax.process_index() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        save_compressor(folder, config, params, model=model, dtype=EXPORT_DTYPE)
+    return folder
 
 
 @dataclass

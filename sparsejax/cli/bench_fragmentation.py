@@ -1,11 +1,10 @@
-"""The benchmarks of eviction: batches of compressed prompts, and fragmentation by memory strategy."""
+"""`sparsejax bench fragmentation`: empty slots of requests that evict at every step, by memory strategy."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from sparsejax.cli import bench_delta, bench_selection
 from sparsejax.cli.bench_options import (
     add_model,
     add_outputs,
@@ -15,13 +14,10 @@ from sparsejax.cli.bench_options import (
     reaching,
     write_json,
 )
-from sparsejax.cli.compression_options import compression_from
 from sparsejax.cli.evaluate import numbers
-from sparsejax.errors import InvalidArgumentError
 
 
-def add_fragmentation(suites: Any) -> None:
-    """The parser of `sparsejax bench fragmentation`."""
+def add_parser(suites: Any) -> None:
     fragmentation = suites.add_parser(
         "fragmentation",
         help="empty slots in the pages of requests that evict at every step, by memory strategy",
@@ -64,70 +60,10 @@ def add_fragmentation(suites: Any) -> None:
     )
     add_outputs(fragmentation)
     add_model(fragmentation)
-    fragmentation.set_defaults(run=run_fragmentation)
+    fragmentation.set_defaults(run=run)
 
 
-def run_latency(args: argparse.Namespace, wanted: list[tuple[int, int]]) -> int:
-    """`sparsejax bench latency` with a method, or with several that are asked for the same."""
-    if args.method == "deltakv":
-        return bench_delta.run_latency(args, wanted)
-    asked = [compression_from(args, method=name) for name in args.method.split(",")]
-    if any(compression.selects for compression in asked):
-        if not all(compression.selects for compression in asked):
-            raise InvalidArgumentError("--method names methods that select and others: measure them apart.")
-        return bench_selection.run_latency(args, wanted, asked)
-    if args.profile is not None:
-        raise InvalidArgumentError("--profile profiles steps that evict nothing: leave it or --method out.")
-    from sparsejax.engine.memory import reserve_device_memory
-
-    reserve_device_memory(args.gpu_memory_utilization)
-    import jax
-
-    from sparsejax import LLM
-    from sparsejax.bench import ceilings, compressed_latency, latency, plots
-    from sparsejax.engine.build import default_batched_tokens
-
-    ceiling = ceilings.measure()
-    print(ceiling, flush=True)
-    name, config, params = load(args)
-    chunk = args.max_mixed_tokens or args.max_num_batched_tokens or default_batched_tokens(jax.default_backend())
-    rows = []
-    for batch, context in wanted:
-        dense_context = None if args.compare_dense is None else args.compare_dense or context
-        needed = compressed_latency.model_length(
-            context, args.steps, batch=batch, chunk=chunk, dense_context=dense_context
-        )
-        for compression in asked:
-            llm = LLM.from_params(
-                config if args.model else reaching(config, needed),
-                params,
-                max_num_seqs=args.max_num_seqs or batch,
-                max_model_len=args.max_model_len or needed,
-                methods=(compression.method,),
-                **engine_options(args, config, params),
-            )
-            row = compressed_latency.measure(
-                llm,
-                ceiling,
-                compression,
-                batch=batch,
-                context=context,
-                steps=args.steps,
-                dense_context=dense_context,
-                repeats=args.prefills,
-            )
-            rows.append(row)
-            print(compressed_latency.format_table([row]), flush=True)
-            llm.engine.close()
-            # What was measured so far is kept, whatever becomes of the rest.
-            write_json(args.json, latency.as_dict(rows, ceiling, model=name))
-    print(f"\n{name}\n{compressed_latency.format_table(rows)}")
-    if args.plot is not None:
-        plots.plot_compressed_latency(rows, args.plot)
-    return 0
-
-
-def run_fragmentation(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     check_outputs(args)
     budgets = numbers("--budgets", args.budgets)
     from sparsejax.engine.memory import reserve_device_memory
