@@ -66,7 +66,7 @@ def test_first_token_is_that_of_a_dense_pass(params, expected):
 
 
 def test_chunked_and_preempted_equal_one_shot(make_llm, expected):
-    llm = make_llm(max_num_batched_tokens=7, num_pages=4 * 27)  # 26 entries: enough to admit all, not to finish them
+    llm = make_llm(max_num_batched_tokens=7, num_pages=4 * 28)  # 27 entries: enough to admit all, not to finish them
     assert [tokens(llm.generate(prompt, GREEDY, use_tqdm=False))[0] for prompt in PROMPTS] == expected
     outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert tokens(outputs) == expected
