@@ -6,7 +6,7 @@ base 2, that is of scores multiplied by LOG2_E, because exp2 is one instruction 
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ class SoftmaxState(NamedTuple):
     """What is known after some blocks of keys. Queries are the last axis but for `values`, which ends in [queries, D].
 
     Attributes:
-      values: f32[..., queries, D], sum of `2**(score - top) * value`; or a pytree of such sums.
+      values: f32[..., queries, D], sum of `2**(score - top) * value`.
       top: f32[..., queries], largest score so far (EMPTY_LSE when none).
       total: f32[..., queries], sum of `2**(score - top)`.
     """
 
-    values: Any
+    values: jax.Array
     top: jax.Array
     total: jax.Array
 
@@ -48,7 +48,7 @@ def absorb(
     state: SoftmaxState,
     scores: jax.Array,
     live: jax.Array | None,
-    weighted_sum: Callable[[jax.Array], Any],
+    weighted_sum: Callable[[jax.Array], jax.Array],
     *,
     scale: float = 1.0,
     exp2: Callable[[jax.Array], jax.Array] = jnp.exp2,
@@ -59,7 +59,7 @@ def absorb(
       state: the state so far.
       scores: f32[..., queries, keys], base 2 once multiplied by `scale`. What dead entries hold does not matter.
       live: bool, broadcastable to `scores`: which keys each query attends to. None means all.
-      weighted_sum: maps weights f32[..., queries, keys] to `weights @ values`, of the structure of `state.values`.
+      weighted_sum: maps weights f32[..., queries, keys] to `weights @ values`.
       scale: positive factor of the scores. Applied here it joins the subtraction of the largest in one instruction.
       exp2: the exponential to use.
     """
@@ -68,12 +68,12 @@ def absorb(
     top = jnp.maximum(state.top, scores.max(axis=-1) * scale)
     weights = exp2(scores * scale - top[..., None])
     shrink = exp2(state.top - top)
-    values = jax.tree.map(lambda old, new: old * shrink[..., None] + new, state.values, weighted_sum(weights))
+    values = state.values * shrink[..., None] + weighted_sum(weights)
     return SoftmaxState(values, top, state.total * shrink + weights.sum(axis=-1))
 
 
-def finish(state: SoftmaxState) -> tuple[Any, jax.Array]:
+def finish(state: SoftmaxState) -> tuple[jax.Array, jax.Array]:
     """(out f32[..., queries, D], natural log-sum-exp f32[..., queries]); 0 and EMPTY_LSE for queries without keys."""
     total = jnp.maximum(state.total, 1e-30)
     lse = jnp.where(state.total > 0.0, (state.top + jnp.log2(total)) * LN_2, EMPTY_LSE)
-    return jax.tree.map(lambda values: values / total[..., None], state.values), lse
+    return state.values / total[..., None], lse

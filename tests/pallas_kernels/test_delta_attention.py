@@ -10,7 +10,7 @@ from delta_cases import abstract_store, make_delta, rotations
 from kernel_cases import MODES, assert_same_attention, normal
 from lowering import lower_for_h200, triton_calls
 
-from pallas_kernels import DeltaTile, delta_attention, delta_attention_reference
+from pallas_kernels import DeltaTile, delta_attention, delta_attention_reference, delta_attention_triton
 from pallas_kernels.delta_store import view_positions
 
 HISTORIES, RECENTS = (0, 2, 3, 19, 40, 0), (5, 0, 1, 12, 7, 0)
@@ -58,6 +58,19 @@ def test_attends_to_what_reading_back_gives(mode, heads, group, dim, size, page,
     options = {"layout": case.layout, "num_kv_heads": heads, "scale": dim**-0.5}
     got = delta_attention(*arguments, **options, return_lse=True, tile=DeltaTile(32, 2, 1, block, 2), **mode)
     assert_same_attention(got, delta_attention_reference(*arguments, **options), dtype)
+
+
+def test_a_part_of_a_long_list_is_many_blocks(monkeypatch):
+    monkeypatch.setattr(delta_attention_triton, "_MOST_PARTS", 2)
+    case, up, _ = make(2, 16, 40, 8, jnp.float32)
+    positions = listed(case)
+    cos, sin = rotations(np.maximum(positions, 0), 16)
+    q = normal(4, len(HISTORIES), 6, 16, dtype=jnp.float32)
+    arguments = (q, case.store, case.rows, case.recent_rows, case.history, positions, cos, sin, up, None)
+    options = {"layout": case.layout, "num_kv_heads": 2, "scale": 0.25}
+    mode = {"implementation": "triton", "interpret": True}
+    got = delta_attention(*arguments, **options, return_lse=True, tile=DeltaTile(16, 2, 1, 16, 1), **mode)
+    assert_same_attention(got, delta_attention_reference(*arguments, **options), jnp.float32)
 
 
 def test_the_view_of_a_row_is_its_sinks_what_is_recent_and_what_was_selected():
