@@ -1,8 +1,8 @@
 """What a compressor's options cost and give: references of a token (K), numbers of a latent, share of centers.
 
-    python -m train.tiny_corpus corpus.jsonl --documents 8000 --length 2048 --seed 1
+    python -m train.tiny_corpus corpus.jsonl --documents 400 --length 2048 --seed 1
     sparsejax pack-data corpus.jsonl packed --length 2048 --no-wrap
-    python examples/compressor_ablation.py packed ablation --steps 120 --lengths 2048 --samples 8
+    python examples/compressor_ablation.py packed ablation --lengths 2048 --samples 8
 
 makes a compressor of the embedded model for each value of each option, the others being those of --base: principal
 components of the data, trained for --steps more (0: not at all). Each serves method deltakv on the retrieval tasks.
@@ -51,7 +51,10 @@ def variants(base: Sizes, values: dict[str, Sequence[Any]]) -> list[Sizes]:
 
 
 def make_compressor(sizes: Sizes, data: Path, out: Path, *, steps: int, batch_size: int) -> Path:
-    """Trains it as `sparsejax train-compressor --init pca` does."""
+    """Trains it as `sparsejax train-compressor --init pca` does, unless an earlier run of this script did."""
+    made = out / "compressor"
+    if made.is_dir():
+        return made
     options = TrainOptions(
         max_steps=steps,
         batch_size=batch_size,
@@ -85,7 +88,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         folder = make_compressor(
             sizes,
             args.data,
-            args.out / str(sizes).replace(" ", "_"),
+            args.out / f"{sizes} steps={args.steps}".replace(" ", "_"),
             steps=args.steps,
             batch_size=args.batch_size,
         )
@@ -104,6 +107,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             settings = make_settings(["deltakv"], args.budgets, variant=latent)
             rows = compare_methods(llm, settings[1:] if dense else settings, **samples, dense=dense)
             llm.engine.close()
+            del llm
             dense = dense or [row for row in rows if row.mode == "dense"]
             own = dataclasses.asdict(sizes)
             found = [_line(row, own if row.mode == "storing" else {}) for row in over_tasks(rows)]

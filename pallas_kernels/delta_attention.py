@@ -1,8 +1,9 @@
-"""Decode attention over tokens of a DeltaKV cache, which are read back in registers and never written.
+"""Decode attention over tokens of a DeltaKV cache, whose keys and values are never written.
 
 One new token per request attends to a list of positions: sinks, tokens selected from the history and recent ones
 (`view_positions`). Only keys need the up-projection of every token. Values do not: with probabilities p and latents z
-`sum p_i (z_i @ up + r_i) = (sum p_i z_i) @ up + sum p_i r_i`, one product a span.
+`sum p_i (z_i @ up + r_i) = (sum p_i z_i) @ up + sum p_i r_i`, one product a head. Logits and partial sums pass through
+memory; latents that are codes are unpacked once for all heads.
 """
 
 import functools

@@ -117,7 +117,9 @@ def mean(vectors: Sequence[jax.Array]) -> jax.Array:
     return total / len(vectors)
 
 
-def latent_chunk(refs: StoreRefs, tile: TokenTile, step, width: int, dtype) -> tuple[jax.Array, Any, Any]:
+def latent_chunk(
+    refs: StoreRefs, tile: TokenTile, step, width: int, dtype
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """One chunk of the latents: (z dtype[n, width], which numbers i32[width], which exist bool[width] or None)."""
     number = step * width + jnp.arange(width, dtype=jnp.int32)
     exists = None if refs.size % width == 0 else number < refs.size

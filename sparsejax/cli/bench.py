@@ -199,7 +199,7 @@ def run_throughput(args: argparse.Namespace) -> int:
             greedy_only=True,
             compression=compression,
             uniform=True,
-            forks=shares,
+            forks=llm.engine.scheduler.config.max_resident_rows > 0,
             texts=(min(prompts), max(prompts) if compression.once else longest),
             progress=compiling,
         )

@@ -103,7 +103,9 @@ def run(args: argparse.Namespace) -> int:
     check_delta_options(args)
     kinds = {compression.policy.family for compression in asked}
     if len(kinds) > 1:
-        raise InvalidArgumentError("--method names methods that select and others: measure them apart.")
+        raise InvalidArgumentError(
+            f"--method names methods of different families ({', '.join(sorted(kinds))}): measure them apart."
+        )
     (kind,) = kinds
     _check(args, kind)
     from sparsejax.bench.profile import format_profile, keep_command_buffers

@@ -180,6 +180,7 @@ def _sweep(args: argparse.Namespace, samples: dict) -> None:
         # The dense lines of the first engine are those that all others are compared with.
         rows += compare_methods(llm, asked[1:] if rows else asked, **samples, dense=rows)
         llm.engine.close()
+        del llm  # the weights are loaded once more, and two copies would leave the next engine less memory
         # What was measured so far is kept, whatever becomes of the rest.
         _write(args, [row.as_dict() for row in rows])
     print(format_methods(rows))

@@ -120,7 +120,7 @@ def add_parser(subparsers) -> None:
             "clip": ("largest norm of a gradient", None),
             "batch_size": ("sequences a device takes at once", None),
             "accumulation": ("batches that make one step", None),
-            "max_steps": ("steps of the run (default: --epochs passes over the data)", None),
+            "max_steps": ("steps of the run; 0: none, for --init pca (default: --epochs passes over the data)", None),
             "epochs": ("passes over the data", None),
             "length": ("tokens of a sequence to use (default: all)", None),
             "document_masks": ("keep attention and loss within a document", None),

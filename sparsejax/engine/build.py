@@ -19,9 +19,10 @@ from sparsejax.engine.runner import Runner
 from sparsejax.engine.sampling import MAX_EOS_IDS
 from sparsejax.engine.scheduler import Scheduler, SchedulerConfig
 from sparsejax.engine.state import init_state
+from sparsejax.engine.variants import most_read
 from sparsejax.engine.warm_up import warm_up
 from sparsejax.errors import InvalidArgumentError
-from sparsejax.methods import Method
+from sparsejax.methods import DeltaKV, Method
 from sparsejax.methods.kvzip import FIRST_INSTRUCTION, NEXT_INSTRUCTION
 from sparsejax.models import Decoder, ModelConfig
 
@@ -116,6 +117,7 @@ def build_engine(
                 implementation=config.implementation,
                 records=records & CHUNK_RECORDS,
                 store=None if store is None else store.spec,
+                store_top=_store_top(config, max_model_len),
                 selecting=selecting,
             )
         state = jax.eval_shape(
@@ -147,15 +149,16 @@ def build_engine(
             selecting=selecting,
             instructions=_instructions(tokenizer),
             store=None if store is None else store.spec,
+            allocate=not config.warmup,
         )
-    if config.warmup:
-        warm_up(
-            runner,
-            greedy_only=config.warmup == "greedy",
-            forks=max_resident_rows > 0,
-            compression=config.default_compression,
-            progress=lambda variants: tqdm(variants, desc="compiling", unit="step"),
-        )
+        if config.warmup:
+            warm_up(
+                runner,
+                greedy_only=config.warmup == "greedy",
+                forks=max_resident_rows > 0,
+                compression=config.default_compression,
+                progress=lambda variants: tqdm(variants, desc="compiling", unit="step"),
+            )
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=max_num_seqs,
@@ -173,6 +176,14 @@ def build_engine(
         )
     )
     return Engine(runner, scheduler, tokenizer=tokenizer, seed=config.seed)
+
+
+def _store_top(config: EngineConfig, max_model_len: int) -> int:
+    """History tokens that compressed requests read by default."""
+    asked = config.default_compression
+    method = asked.policy if asked is not None and asked.compresses else DeltaKV()
+    assert isinstance(method, DeltaKV)
+    return most_read(method, max_model_len)
 
 
 def named_methods(config: EngineConfig) -> tuple[str, ...]:

@@ -25,8 +25,7 @@ def compile_ahead(
     the types, shardings or static arguments of the call are others.
 
     Args:
-      programs: (jitted function, arguments) of each; nothing is run and nothing donated. What takes longest to compile
-        had better come first.
+      programs: (jitted function, arguments) of each; nothing is run and nothing donated.
       progress: wraps the list, for a progress bar; an item is done when it has been compiled.
 
     Returns:

@@ -27,7 +27,6 @@ from sparsejax.models import Decoder
 
 # A CPU run is for trying things out: enough for tens of thousands of tokens of a small model.
 CPU_POOL_BYTES = 512 << 20
-ANALYSED_TOP = 2048  # tokens read by a decode, in the steps whose memory is analysed
 MARGIN = 0.01  # of the device's memory, left for allocator rounding
 
 
@@ -66,9 +65,12 @@ def scratch_bytes(
     implementation: Implementation | None,
     records: frozenset[str] = frozenset(),
     store: StoreSpec | None = None,
+    store_top: int = 0,
     selecting: Sequence[str] = (),
 ) -> int:
     """Temporary memory of the largest steps, from XLA's own analysis of the compiled programs.
+
+    store_top: history tokens that a decode of a compressed request reads; requests that read more need more memory.
 
     Scratch does not grow with the pool (steps update it in place), so a small layout is analysed.
     """
@@ -91,7 +93,7 @@ def scratch_bytes(
         variants = selections.warm_options(selections.defaults(selecting), mixed=True, uniform=False)
         select = variants[-1] if variants else None  # the one that serves them all
     if store is not None:
-        most = StoreOptions(store, chunk=True, compressed=True, top=ANALYSED_TOP)
+        most = StoreOptions(store, chunk=True, compressed=True, top=store_top)
     options = StepOptions(
         plain=False,
         logprobs=True,

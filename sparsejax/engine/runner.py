@@ -60,6 +60,7 @@ class Runner:
       instructions: token ids that ask for the first part of a text, and for the others, in reconstruction passes.
       store: how requests are stored compressed; given with the layout of a `DeltaCache`, and params that have the
         compressor's.
+      allocate: take the cache's memory at once; else `reset` does it, before anything runs.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Runner:
         selecting: Sequence[str] = (),
         instructions: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
         store: StoreSpec | None = None,
+        allocate: bool = True,
     ) -> None:
         self.decoder = decoder
         self.params = params
@@ -118,7 +120,8 @@ class Runner:
         self.reconstruction = Reconstruction(*instructions, longest=self.eviction_shapes.slots[-1])
         self.cache: Any  # KVCache or DeltaCache
         self.state: DecodeState
-        self.reset()
+        if allocate:
+            self.reset()
         self.steps = compiled_steps(decoder)  # pyright: ignore[reportArgumentType]
         self._decode_rows: tuple[tuple[int, ...], jax.Array] = ((), jnp.zeros(1, jnp.int32))
         self._unforced: dict[int, jax.Array] = {}
@@ -156,7 +159,7 @@ class Runner:
 
     @property
     def _device(self) -> Any:
-        return next(iter(jax.tree.leaves(self.params)[0].devices()))
+        return next(iter(self.params["embed"].devices()))
 
     def close(self) -> None:
         """Drops cache and state."""
@@ -290,14 +293,12 @@ class Runner:
             some = entries[first : first + RING_ROWS[-1]]
             work = np.zeros((2, buckets.bucket(len(some), RING_ROWS)), np.int32)
             work[:, : len(some)] = np.transpose([(each.request.row or 0, each.text_length) for each in some])
-            outputs.append((some, self._compress_rings(work)))
+            outputs.append((some, self._compress_rings((work[0], work[1]))))
         return outputs
 
-    def _compress_rings(self, work: np.ndarray) -> StoreOutput:
+    def _compress_rings(self, work: tuple[np.ndarray, np.ndarray]) -> StoreOutput:
         steps = self.steps
-        self.cache, output = steps.compress_rings(
-            self.params, self.cache, (work[0], work[1]), self.store, self.implementation
-        )
+        self.cache, output = steps.compress_rings(self.params, self.cache, work, self.store, self.implementation)
         return output
 
     def measure(self) -> Measured:
@@ -326,10 +327,15 @@ class Runner:
             succeeded.append(ok)
         return succeeded
 
+    def idle_rings(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(rows, lengths) of every size of `compress_rings`; none unless requests are stored compressed."""
+        sizes = [] if self.store is None else RING_ROWS
+        return [(np.zeros(size, np.int32), np.zeros(size, np.int32)) for size in sizes]
+
     def warm_up_rings(self) -> None:
-        """Compiles the compression of full rings, on the null row; only where requests are stored compressed."""
-        for rows in RING_ROWS:
-            self._compress_rings(np.zeros((2, rows), np.int32))
+        """Compiles the compression of full rings, on the null row."""
+        for work in self.idle_rings():
+            self._compress_rings(work)
 
     def idle_steps(self) -> list[tuple[Callable, Any]]:
         """(step, work) of every model step and every size, with work that names the null row only."""

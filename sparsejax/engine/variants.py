@@ -101,11 +101,9 @@ class StepVariants:
         )
 
     def _top(self, compression: CompressionParams) -> int:
-        """Bound on the history tokens that a decode reads, whatever its text: one of few."""
         method = compression.policy
         assert isinstance(method, DeltaKV)
-        most = max(method.wanted(self.max_slots), SMALLEST_TOP)
-        return 1 << (most - 1).bit_length()
+        return most_read(method, self.max_slots)
 
     def _every_select(self, mixed: bool, asked: CompressionParams, uniform: bool) -> list[Selecting | None]:
         """How the decodes of steps may select, with these parameters or with the defaults of the other methods."""
@@ -133,3 +131,9 @@ class StepVariants:
             for chunk in chunks
             for dense, compressed in kinds
         ]
+
+
+def most_read(method: DeltaKV, max_slots: int) -> int:
+    """Bound on the history tokens that a decode reads, whatever its text of up to `max_slots` tokens: one of few."""
+    most = max(method.wanted(max_slots), SMALLEST_TOP)
+    return 1 << (most - 1).bit_length()

@@ -58,16 +58,22 @@ def warm_up(
         eviction = _Eviction(runner, compression, texts)
     runner.close()
     cache, state = runner.shapes()
-    programs = [(step, (runner.params, cache, state, work, options)) for step, work, options in calls]
-    compile_ahead([*programs, *(eviction.programs(cache, state) if eviction else [])], progress=progress)
+    programs = [
+        *((step, (runner.params, cache, state, work, options)) for step, work, options in calls),
+        *(
+            (steps.compress_rings, (runner.params, cache, work, runner.store, runner.implementation))
+            for work in runner.idle_rings()
+        ),
+        *(eviction.programs(cache, state) if eviction else []),
+    ]
+    compile_ahead(programs, progress=progress)
     runner.reset()
     for step, work, options in calls:
         runner.cache, runner.state, _ = step(runner.params, runner.cache, runner.state, work, options)
     runner.release([0])
     if forks:
         runner.fork([Fork(0, 0, 0)])
-    if runner.store is not None:
-        runner.warm_up_rings()
+    runner.warm_up_rings()
     if eviction:
         eviction.run()
     jax.block_until_ready(jax.tree.leaves(runner.cache)[-1])

@@ -55,8 +55,8 @@ def plot_methods(rows: Sequence[MethodRow], path: str | Path) -> None:
                 if line:
                     axis.plot(*zip(*line, strict=True), label=name, **style)
                 if line and mode == "storing":
-                    text, place = f"{name}: {100 * found[0].kept:.0f} % of KV bytes", 0.05 + 0.07 * place
-                    axis.text(0.97, place, text, transform=axis.transAxes, ha="right", color=style["color"])
+                    text, height = f"{name}: {100 * found[0].kept:.0f} % of KV bytes", 0.05 + 0.07 * place
+                    axis.text(0.97, height, text, transform=axis.transAxes, ha="right", color=style["color"])
             axis.set_title(f"{_TITLES[mode]}, {length} tokens")
             what = "tokens read, % of dense" if mode in _READING else "KV cache kept, % of dense bytes"
             axis.set_xlabel(what)

@@ -49,7 +49,9 @@ def test_it_reports_times_limits_and_measured_bytes(tmp_path, monkeypatch, capsy
 def test_a_trace_is_served_and_its_compressions_are_counted(tmp_path, capsys):
     config, report = tmp_path / "config.json", tmp_path / "report.json"
     config.write_text(json.dumps(RAW))
-    sizes = "--trace 2x40x6 --chunk 32 --page-size 4 --num-pages 400 --max-num-seqs 1 --no-warmup"
+    trace = tmp_path / "trace.jsonl"  # of prompts that share tokens, which compressed rows cannot
+    trace.write_text('{"input_tokens": 40, "output_tokens": 6, "shared_tokens": 8}\n' * 2)
+    sizes = f"--trace {trace} --chunk 32 --page-size 4 --num-pages 400 --max-num-seqs 1"
     store = "--kv-compressed-size 8 --cluster-ratio 0.25 --engine-recent-tokens 4 --full-attention-layers 0"
     command = f"bench throughput --method deltakv --top-tokens 8 --random-weights {config} {sizes} {store}"
     assert main([*command.split(), "--json", str(report)]) == 0
@@ -59,6 +61,7 @@ def test_a_trace_is_served_and_its_compressions_are_counted(tmp_path, capsys):
     # full when the text has 44 tokens.
     assert served["compressions"] == 2 * 3
     assert served["compression_seconds"] > 0
+    assert served["programs_compiled"] == 0
     assert served["kv_bytes_before"] == 0
     assert "deltakv: 6 compressions" in capsys.readouterr().out
 
