@@ -25,6 +25,7 @@ from typing import Any
 from sparsejax import LLM
 from sparsejax.assets import tiny_model_path
 from sparsejax.evaluation.method_sweep import MethodRow, compare_methods, make_settings, over_tasks
+from train.compressor.log import read_metrics
 from train.compressor.options import TrainOptions
 from train.compressor.run import Run, train
 
@@ -53,8 +54,18 @@ def variants(base: Sizes, values: dict[str, Sequence[Any]]) -> list[Sizes]:
 def make_compressor(sizes: Sizes, data: Path, out: Path, *, steps: int, batch_size: int) -> Path:
     """Trains it as `sparsejax train-compressor --init pca` does, unless an earlier run of this script did."""
     made = out / "compressor"
-    if made.is_dir():
-        return made
+    return made if made.is_dir() else _train(sizes, data, out, steps=steps, batch_size=batch_size, init="pca")
+
+
+def squared_error(sizes: Sizes, data: Path, compressor: Path, out: Path, *, batch_size: int) -> float:
+    """Mean squared error of keys and values, summed over the layers, as a step of training sees it in a first batch."""
+    metrics = out / "metrics.jsonl"
+    if not metrics.is_file():
+        _train(sizes, data, out, steps=1, batch_size=batch_size, init=str(compressor))
+    return read_metrics(metrics)[0]["mse"]
+
+
+def _train(sizes: Sizes, data: Path, out: Path, *, steps: int, batch_size: int, init: str) -> Path:
     options = TrainOptions(
         max_steps=steps,
         batch_size=batch_size,
@@ -73,7 +84,7 @@ def make_compressor(sizes: Sizes, data: Path, out: Path, *, steps: int, batch_si
         "bias": False,
     }
     return train(
-        Run(model=str(tiny_model_path()), data=data, out=out, compressor=compressor, options=options, init="pca")
+        Run(model=str(tiny_model_path()), data=data, out=out, compressor=compressor, options=options, init=init)
     )
 
 
@@ -85,13 +96,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     dense: list[MethodRow] = []
     lines: list[dict[str, Any]] = []
     for sizes in variants(base, {name: found for name, found in wanted.items() if name in (args.only or OPTIONS)}):
-        folder = make_compressor(
-            sizes,
-            args.data,
-            args.out / f"{sizes} steps={args.steps}".replace(" ", "_"),
-            steps=args.steps,
-            batch_size=args.batch_size,
-        )
+        out = args.out / f"{sizes} steps={args.steps}".replace(" ", "_")
+        folder = make_compressor(sizes, args.data, out, steps=args.steps, batch_size=args.batch_size)
+        error = squared_error(sizes, args.data, folder, out / "error", batch_size=args.batch_size)
         for latent in args.latent_dtypes:
             llm = LLM(
                 methods=("full", "deltakv"),
@@ -109,7 +116,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             llm.engine.close()
             del llm
             dense = dense or [row for row in rows if row.mode == "dense"]
-            own = dataclasses.asdict(sizes)
+            own = {**dataclasses.asdict(sizes), "error": error}
             found = [_line(row, own if row.mode == "storing" else {}) for row in over_tasks(rows)]
             print("\n".join(map(_told, found)), flush=True)
             lines += found
@@ -120,7 +127,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _line(row: MethodRow, sizes: dict[str, Any]) -> dict[str, Any]:
     told = row.as_dict()
     names = ("mode", "length", "budget", "score", "low", "high", "kept", "read", "kv_bytes")
-    empty = dict.fromkeys(OPTIONS)
+    empty = dict.fromkeys((*OPTIONS, "error"))
     return {**empty, **sizes, "latent": row.variant, **{name: told[name] for name in names}, "samples": len(row.hits)}
 
 
@@ -129,7 +136,7 @@ def _told(line: dict[str, Any]) -> str:
     return (
         f"{named:26} {line['latent']:9} {line['length']:6} tokens  budget {line['budget'] or '-':>6}  kept "
         f"{line['kept']:6.1%}  read {line['read']:6.1%}  exact {line['score']:6.1%} "
-        f"[{line['low']:.1%}, {line['high']:.1%}]"
+        f"[{line['low']:.1%}, {line['high']:.1%}]" + ("" if line["error"] is None else f"  error {line['error']:.4f}")
     )
 
 
@@ -143,15 +150,15 @@ def write(lines: list[dict[str, Any]], out: Path) -> None:
 
 
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    """Exact answers over each option's values, and under them the bytes that were kept, at the longest length."""
+    """Exact answers over each option's values, and under them bytes kept and squared error, at the longest length."""
     from matplotlib.figure import Figure
 
     longest = max(line["length"] for line in lines)
     stored = [line for line in lines if line["mode"] == "storing" and line["length"] == longest]
     (dense, *_) = (line for line in lines if line["mode"] == "dense" and line["length"] == longest)
     base = {name: max([line[name] for line in stored], key=[line[name] for line in stored].count) for name in OPTIONS}
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots(2, len(OPTIONS), sharey="row", squeeze=False)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(3, len(OPTIONS), sharey="row", squeeze=False)
     for column, name in enumerate(OPTIONS):
         others = [other for other in OPTIONS if other != name]
         chosen = [line for line in stored if all(line[other] == base[other] for other in others)]
@@ -166,14 +173,18 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
             kept = {line[name]: 100 * line["kept"] for line in chosen if line["latent"] == latent}
             places = [i for i, value in enumerate(values) if value in kept]
             axes[1, column].plot(places, [kept[values[i]] for i in places], "s-", label=latent)
+        errors = {line[name]: line["error"] for line in chosen}
+        axes[2, column].plot(range(len(values)), [errors[value] for value in values], "^-", color="black")
         axes[0, column].axhline(100 * dense["score"], color="black", linestyle=":", label="dense")
-        axes[1, column].set_xlabel(TITLES[name])
+        axes[2, column].set_xlabel(TITLES[name])
         for axis in axes[:, column]:
             axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel(f"exact answers, %, {longest} tokens")
     axes[1, 0].set_ylabel("KV bytes, % of dense")
     axes[1, 0].set_ylim(bottom=0)
+    axes[2, 0].set_ylabel("squared error, all layers")
+    axes[2, 0].set_ylim(bottom=0)
     axes[0, 0].legend(fontsize="small")
     axes[1, 0].legend(fontsize="small")
     figure.savefig(path, dpi=80)

@@ -44,6 +44,7 @@ def test_a_compressor_is_made_and_scored(example, tmp_path):
     assert (dense["mode"], dense["kept"], dense["neighbors"]) == ("dense", 1.0, None)
     assert [line[name] for name in ("neighbors", "size", "ratio", "latent")] == [4, 64, 0.1, "int4"]
     assert 0.8 < line["kept"] < 1.0
+    assert (dense["error"], 0 < line["error"] < 5) == (None, True)
     assert (tmp_path / "out/K=4_size=64_ratio=0.1_steps=0/compressor/model.safetensors").exists()
     # Results that share lines are put together once.
     (tmp_path / "more.json").write_text(json.dumps([dense, line | {"size": 32, "kept": 0.3}]))
