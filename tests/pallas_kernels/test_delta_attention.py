@@ -84,21 +84,21 @@ def test_the_view_of_a_row_is_its_sinks_what_is_recent_and_what_was_selected():
 
 
 @pytest.mark.parametrize(
-    ("batch", "q_heads", "heads", "dim", "size", "dtype", "latent_dtype", "bias"),
+    ("batch", "q_heads", "heads", "dim", "size", "dtype", "latent_dtype", "bias", "top"),
     [
-        (8, 32, 8, 128, 512, jnp.bfloat16, "bfloat16", False),
-        (8, 32, 8, 128, 512, jnp.bfloat16, "int4", False),
-        (1, 28, 4, 128, 256, jnp.bfloat16, "int4", True),
-        (2, 6, 2, 80, 96, jnp.float32, "float32", True),
+        (8, 32, 8, 128, 512, jnp.bfloat16, "bfloat16", False, 2048),
+        (8, 32, 8, 128, 512, jnp.bfloat16, "int4", False, 2048),
+        (1, 28, 4, 128, 256, jnp.bfloat16, "int4", True, 32768),
+        (2, 6, 2, 80, 96, jnp.float32, "float32", True, 2048),
     ],
 )
-def test_lowers_for_cuda_at_production_shapes(batch, q_heads, heads, dim, size, dtype, latent_dtype, bias):
+def test_lowers_for_cuda_at_production_shapes(batch, q_heads, heads, dim, size, dtype, latent_dtype, bias, top):
     store, layout = abstract_store(
         heads=heads, dim=dim, size=size, dtype=dtype, latent_dtype=latent_dtype, requests=batch
     )
     shape = jax.ShapeDtypeStruct
     row = shape((batch,), jnp.int32)
-    width = 16 + 256 + 2048
+    width = 16 + 256 + top
     rotation = shape((batch, width, dim // 2), jnp.float32)
     features = 2 * heads * dim
     text = lower_for_h200(

@@ -10,6 +10,7 @@ from kernel_cases import TOLERANCE, normal
 from pallas_kernels import (
     DeltaTile,
     delta_attention,
+    delta_attention_triton,
     delta_compress,
     delta_reconstruct,
     reference_mean,
@@ -70,6 +71,11 @@ def test_attention(heads, group, dim, size, dtype, latent_dtype, tile):
     options = {"layout": case.layout, "num_kv_heads": heads, "scale": dim**-0.5, "return_lse": True}
     got = delta_attention(*arguments, **options, tile=tile, implementation="triton")
     close(got, delta_attention(*arguments, **options, implementation="xla"), dtype)
+
+
+def test_attention_in_few_parts_of_many_blocks(monkeypatch):
+    monkeypatch.setattr(delta_attention_triton, "_MOST_PARTS", 4)
+    test_attention(*SHAPES[0], tile=DeltaTile(64, 4, 2, 16, 4))  # a tile of its own, compiled for the bound above
 
 
 @pytest.mark.parametrize(("heads", "group", "dim", "size", "dtype", "latent_dtype"), SHAPES)
