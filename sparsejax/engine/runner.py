@@ -120,6 +120,7 @@ class Runner:
         self.reconstruction = Reconstruction(*instructions, longest=self.eviction_shapes.slots[-1])
         self.cache: Any  # KVCache or DeltaCache
         self.state: DecodeState
+        self._moment_slots = MomentSlots(max_prefill_seqs)
         if allocate:
             self.reset()
         self.steps = compiled_steps(decoder)  # pyright: ignore[reportArgumentType]
