@@ -69,6 +69,16 @@ def check_table_heads(name: str, heads: int, address: PageAddress, num_kv_heads:
         )
 
 
+def check_places(entry: jax.Array, slot: jax.Array, tokens: int, address: PageAddress, num_kv_heads: int) -> None:
+    """Raises unless entry and slot i32[Lt, T, Ht] say where `tokens` tokens go, in the layer of `address` too."""
+    check_shape("entry", entry, (None, tokens, None))
+    check_shape("slot", slot, tuple(entry.shape))
+    check_integer(entry=entry, slot=slot)
+    check_table_heads("entry", entry.shape[2], address, num_kv_heads)
+    if not 0 <= address.table_layer < entry.shape[0]:
+        raise ValueError(f"address.table_layer is {address.table_layer}, but entry has {entry.shape[0]} layers")
+
+
 def query_group(num_q_heads: int, num_kv_heads: int) -> int:
     """Query heads per KV head; raises ValueError when they do not divide."""
     if num_kv_heads < 1 or num_q_heads % num_kv_heads:

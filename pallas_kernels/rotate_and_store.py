@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.checks import check_integer, check_pool, check_shape, check_table_heads, query_group
+from pallas_kernels.checks import check_places, check_pool, check_shape, query_group
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.store_kv import store_kv, store_kv_reference
@@ -77,12 +77,7 @@ def rotate_and_store(
     query_group(heads - 2 * num_kv_heads, num_kv_heads)
     check_shape("cos", cos, (tokens, dim // 2))
     check_shape("sin", sin, (tokens, dim // 2))
-    check_shape("entry", entry, (None, tokens, None))
-    check_shape("slot", slot, tuple(entry.shape))
-    check_integer(entry=entry, slot=slot)
-    check_table_heads("entry", entry.shape[2], address, num_kv_heads)
-    if not 0 <= address.table_layer < entry.shape[0]:
-        raise ValueError(f"address.table_layer is {address.table_layer}, but entry has {entry.shape[0]} layers")
+    check_places(entry, slot, tokens, address, num_kv_heads)
     implementation, interpret = resolve(implementation, interpret)
     if implementation == "xla" or tokens == 0:
         q, k, v = _split(qkv, num_kv_heads)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.checks import check_integer, check_pool, check_shape, check_table_heads
+from pallas_kernels.checks import check_places, check_pool, check_shape
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two, vector_mask
@@ -48,12 +48,7 @@ def store_kv(
     check_shape("k", k, (None, None, dim))
     check_shape("v", v, tuple(k.shape))
     tokens, heads, _ = k.shape
-    check_shape("entry", entry, (None, tokens, None))
-    check_shape("slot", slot, tuple(entry.shape))
-    check_integer(entry=entry, slot=slot)
-    check_table_heads("entry", entry.shape[2], address, heads)
-    if not 0 <= address.table_layer < entry.shape[0]:
-        raise ValueError(f"address.table_layer is {address.table_layer}, but entry has {entry.shape[0]} layers")
+    check_places(entry, slot, tokens, address, heads)
     implementation, interpret = resolve(implementation, interpret)
     if tokens == 0:
         return k_pages, v_pages
