@@ -203,7 +203,6 @@ def attend_spans(
         name="decode_attention_spans",
     )(*inputs)
     merged, merged_lse = merge_items(
-        out, lse, layer, work, heads=heads, whole=(merged, merged_lse), interpret=interpret,
-        name="decode_attention_merge",
-    )  # fmt: skip
+        out, lse, layer, work, heads=heads, whole=(merged, merged_lse), interpret=interpret
+    )
     return merged, merged_lse, logits[0] if logits else None

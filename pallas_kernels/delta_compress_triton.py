@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.delta_tiles import load_references, mean
+from pallas_kernels.delta_tiles import chunk_count, chunk_width, load_references, mean
 from pallas_kernels.tiles import WHOLE, exact_dot, index_grid, next_power_of_two
 
 
@@ -96,8 +96,7 @@ def _compress_kernel(
     number = pl.program_id(1) * tile.numbers + jnp.arange(tile.numbers, dtype=jnp.int32)
     real, exists = token < x_ref.shape[0], number < down_ref.shape[1]
     row = plgpu.load(row_ref.at[token], mask=real, other=0)
-    width = min(_CHUNK, max(16, next_power_of_two(dim)))
-    chunks = -(-dim // width)
+    width, chunks = chunk_width(dim, _CHUNK), chunk_count(dim, _CHUNK)
 
     @pl.when(row.max() > 0)
     def _():

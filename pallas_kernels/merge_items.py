@@ -15,12 +15,11 @@ from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two, vector_ma
 _BLOCKS = (4, 64)  # items per step: as many as a head has at most, within these bounds
 
 
-def _merge_kernel(out_ref, lse_ref, layer_ref, first_item_ref, *refs, heads, block, but_whole):
+def _merge_kernel(out_ref, lse_ref, layer_ref, first_item_ref, _, __, merged_ref, merged_lse_ref, *, heads, block):
     """One query head: the mean of its items' outputs, weighted by the exponentials of their log-sum-exps.
 
-    With `but_whole`, heads of one item are left as they are.
+    Heads of one item are left as they are.
     """
-    merged_ref, merged_lse_ref = refs[-2:]
     head_row, member = pl.program_id(0), pl.program_id(1)
     layer = 0 if first_item_ref.shape[0] == 1 else layer_ref[0]
     first_item = first_item_ref[layer, head_row]
@@ -48,7 +47,7 @@ def _merge_kernel(out_ref, lse_ref, layer_ref, first_item_ref, *refs, heads, blo
             scale=LOG2_E,
         )
 
-    @pl.when(parts != 1 if but_whole else parts >= 0)
+    @pl.when(parts != 1)
     def _():
         state = online_softmax.start((1,), column.shape[0])
         state = jax.lax.fori_loop(0, pl.cdiv(parts, block), visit, state)
@@ -66,37 +65,29 @@ def merge_items(
     work: WorkList,
     *,
     heads: int,
-    dtype=None,
-    whole: tuple[jax.Array, jax.Array] | None = None,
+    whole: tuple[jax.Array, jax.Array],
     interpret: bool,
-    name: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out dtype[B, Hq, D], lse f32[B, Hq]) from those of the items, f32[items, G, D] and f32[items, G].
+    """(out [B, Hq, D], lse f32[B, Hq]) from those of the items, f32[items, G, D] and f32[items, G].
 
     Args:
       layer: what `PageAddress.split_layer` gave; its table layer picks the work list.
       heads: H; the items are those of B * H (request, KV head) pairs.
-      dtype: of the result; not with `whole`, which has it.
-      whole: (out, lse) of the result, written in place, that hold the heads of one item already; None: those, too, are
-        in `out` and `lse`.
-      name: of the kernel.
+      whole: (out, lse) of the result, written in place, that hold the heads of one item already.
     """
-    items, group, dim = out.shape
+    items, group, _ = out.shape
     batch = (work.first_item.shape[1] - 1) // heads
     parts = next_power_of_two(-(-items // (batch * heads)))
     block = min(max(parts, _BLOCKS[0]), _BLOCKS[1])
-    inputs = (out, lse, layer, work.first_item, *(whole or ()))
+    inputs = (out, lse, layer, work.first_item, *whole)
     return pl.pallas_call(
-        functools.partial(_merge_kernel, heads=heads, block=block, but_whole=whole is not None),
+        functools.partial(_merge_kernel, heads=heads, block=block),
         grid=(batch * heads, group),
         in_specs=[WHOLE] * len(inputs),
         out_specs=[WHOLE, WHOLE],
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, heads * group, dim), dtype if whole is None else whole[0].dtype),
-            jax.ShapeDtypeStruct((batch, heads * group), jnp.float32),
-        ],
-        input_output_aliases={} if whole is None else {4: 0, 5: 1},
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in whole],
+        input_output_aliases={4: 0, 5: 1},
         compiler_params=plgpu.CompilerParams(num_warps=max(1, block // 16), num_stages=1),
         interpret=interpret,
-        name=name,
+        name="decode_attention_merge",
     )(*inputs)
