@@ -57,7 +57,7 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
     index_ref, refs = (refs[0], refs[1:]) if indexed else (None, refs)
     position_ref, refs = (refs[0], refs[1:]) if positioned else (None, refs)
     place_ref, refs = (refs[0], refs[1:]) if recorded else (None, refs)
-    head_row_ref, first_ref, last_ref, first_item_ref, merged_ref, merged_lse_ref, out_ref, lse_ref, *logits_ref = refs
+    head_row_ref, first_ref, last_ref, parts_ref, merged_ref, merged_lse_ref, out_ref, lse_ref, *logits_ref = refs
     item = pl.program_id(0)
     address = address.join_layer(layer_ref, table_ref.shape[0])
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
@@ -68,7 +68,7 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
         head_row = head_row_ref[address.table_layer, item]
         b, h = head_row // heads, head_row % heads
         row = row_ref[address.table_layer, item]
-        parts = first_item_ref[address.table_layer, head_row + 1] - first_item_ref[address.table_layer, head_row]
+        parts = parts_ref[address.table_layer, head_row]
         length = length_ref[address.table_layer, row, h if length_ref.shape[2] > 1 else 0]
         member = jnp.arange(max(_MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
         column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
@@ -168,7 +168,8 @@ def attend_spans(
         raise ValueError(f"tile.block must divide {ALIGNMENT} when logits are kept, got {tile.block}")
     optional = [x for x in (indices, position, places) if x is not None]
     item_row = rows[work.head_row // heads]
-    inputs = [q, k_pages, v_pages, page_table, lengths, item_row, layer, *optional, *work]
+    inputs = [q, k_pages, v_pages, page_table, lengths, item_row, layer, *optional]
+    inputs += [work.head_row, work.first, work.last, work.parts]
     merged_shape = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((batch, q_heads), jnp.float32),

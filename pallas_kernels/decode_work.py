@@ -1,7 +1,8 @@
 """The work list of decode attention: heads of unequal length, cut into items of about equal length.
 
-A head that is about as long as an item stays whole: it is read by one program and needs no merging. Longer heads are
-cut into equal parts, so no program is started for a few slots at a head's end.
+A head no longer than an item stays whole: it is read by one program and needs no merging. Longer heads are cut into
+equal parts, so no program is started for a few slots at a head's end. The GPU starts programs in the order of the list,
+which begins with the longest: what is left for the end is short, and no multiprocessor waits long for another.
 
 It depends on the lengths and rows only, and not on any query or layer index: one list serves all layers, and XLA
 computes it once for a whole step.
@@ -28,8 +29,8 @@ class SpanLimits(NamedTuple):
     """How long the items may be, and so how many there are. A "span" is what an item should be long.
 
     Attributes:
-      wave: programs that the GPU runs at once. While no item need be longer than `wave_span` for it, there are at most
-        as many items as this, or one for each head.
+      wave: programs that the GPU runs at once. The slots of all heads over this are the span, while that is no longer
+        than `wave_span`: one wave, and what remains of some heads.
       min_span: no span is shorter, so that a program's start is worth while.
       wave_span: longest item of a single wave. Beyond it, programs that happen to run slower would hold up the end.
       max_span: span of many waves, which start and end at different times.
@@ -38,43 +39,36 @@ class SpanLimits(NamedTuple):
     """
 
     wave: int = 396  # 3 programs on each of an H200's 132 multiprocessors
-    min_span: int = 128
+    min_span: int = 256
     wave_span: int = 3072
     max_span: int = 2048
     most_spans: int = 4096
     multiple: int = 128
-
-    def single_wave(self, heads: int) -> int:
-        """Spans that cover the slots of `heads` in a single wave.
-
-        Items need be no more than these and 3/4 of the heads together: a head's last quarter of a span need not make an
-        item of its own. With so many heads that nothing would be left, a third of a wave: enough to keep the memory
-        busy.
-        """
-        return max(self.wave - 3 * heads // 4, self.wave // 3, 1)
 
 
 DEFAULT_LIMITS = SpanLimits()
 
 
 class WorkList(NamedTuple):
-    """The items of each table layer, in the order of the heads. What follows the last one reads nothing.
+    """The items of each table layer, longest first; those of a head follow each other. Behind the last one is nothing.
 
     Attributes:
       head_row: i32[Lt, items] `b * H + h` of each item.
       first, last: i32[Lt, items] the slots (or places in the index list) that it reads: first .. last-1.
-      first_item: i32[Lt, B*H + 1] where the items of each head start. Heads that read nothing have none.
+      first_item: i32[Lt, B*H] where the items of each head start.
+      parts: i32[Lt, B*H] how many they are; heads that read nothing have none.
     """
 
     head_row: jax.Array
     first: jax.Array
     last: jax.Array
     first_item: jax.Array
+    parts: jax.Array
 
 
 def max_items(num_heads: int, max_slots: int, limits: SpanLimits = DEFAULT_LIMITS) -> int:
     """The static bound on the items of `num_heads` (request, KV head) pairs of at most `max_slots` slots each."""
-    spans = limits.single_wave(num_heads)
+    spans = limits.wave
     if max_slots > limits.wave_span:
         spans = max(spans, min(limits.most_spans, -(-num_heads * max_slots // limits.max_span)))
     return num_heads + min(spans, num_heads * (max_slots // limits.min_span))
@@ -121,29 +115,38 @@ def _work_list(lengths, rows, *, num_kv_heads, max_slots, num_indices, limits):
 def span_list(length: jax.Array, *, max_slots: int, limits: SpanLimits = DEFAULT_LIMITS) -> WorkList:
     """The items of heads of `length` i32[Lt, heads], none longer than `max_slots`."""
     heads = length.shape[1]
-    total = length.sum(axis=1, keepdims=True)
-    span = jnp.maximum(-(-total // limits.single_wave(heads)), limits.min_span)
-    fits = jnp.minimum(span, length.max(axis=1, keepdims=True)) <= limits.wave_span
+    total, longest = length.sum(axis=1, keepdims=True), length.max(axis=1, keepdims=True)
+    span = jnp.maximum(-(-total // limits.wave), limits.min_span)
+    fits = jnp.minimum(span, longest) <= limits.wave_span
     span = jnp.where(fits, span, jnp.maximum(limits.max_span, -(-total // limits.most_spans)))  # [Lt, 1]
 
-    # With the last quarter of a span shared out among the other items of its head there are fewer items, which differ
-    # by as much. That is for waves that would overflow, and for many waves.
-    items = -(-length // span)  # [Lt, heads]
-    is_one_wave = fits & (items.sum(axis=1, keepdims=True) <= limits.wave)
-    shared = jnp.where(length > 0, jnp.maximum(-(-(length - span // 4) // span), 1), 0)
-    items = jnp.where(is_one_wave, items, shared)
-    first_item = jnp.pad(jnp.cumsum(items, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))  # [Lt, heads + 1]
-    item = jnp.arange(max_items(heads, max_slots, limits), dtype=jnp.int32)[None]
-    # The head of an item is the number of heads whose items end at or before it. Comparing with all is one small fused
-    # reduction; a binary search would be a loop of tiny kernels.
-    head_row = (first_item[:, None, 1:] <= item[..., None]).sum(axis=2, dtype=jnp.int32)
-    exists = head_row < heads
-    head_row = jnp.minimum(head_row, heads - 1)
+    # Of many waves, a head's last quarter of a span is shared out among its other items, which makes fewer.
+    ends_late = jnp.where(fits, 0, span // 4)
+    parts = jnp.where(length > 0, jnp.maximum(-(-(length - ends_late) // span), 1), 0)  # [Lt, heads]
+    first_item = _items_before(parts, -(-length // jnp.maximum(parts, 1)))
+
+    # Comparing every item with all heads is one small fused reduction; a search would be a loop of tiny kernels.
+    item = jnp.arange(max_items(heads, max_slots, limits), dtype=jnp.int32)[None, :, None]
+    is_of = (first_item[:, None] <= item) & (item < (first_item + parts)[:, None])  # [Lt, items, heads]
+    head_row = (is_of * jnp.arange(heads, dtype=jnp.int32)).sum(axis=2, dtype=jnp.int32)
+    item, exists = item[..., 0], is_of.any(axis=2)
 
     def of_head(values):
         return jnp.take_along_axis(values, head_row, axis=1)
 
-    place, parts, length = item - of_head(first_item), jnp.maximum(of_head(items), 1), of_head(length)
-    units = -(-length // limits.multiple)
-    first, last = (units * i // parts * limits.multiple for i in (place, place + 1))
-    return WorkList(head_row, jnp.where(exists, first, 0), jnp.where(exists, jnp.minimum(last, length), 0), first_item)
+    place, parts_of = item - of_head(first_item), jnp.maximum(of_head(parts), 1)
+    length_of = of_head(length)
+    units = -(-length_of // limits.multiple)
+    first, last = (units * i // parts_of * limits.multiple for i in (place, place + 1))
+    first, last = jnp.where(exists, first, 0), jnp.where(exists, jnp.minimum(last, length_of), 0)
+    return WorkList(head_row, first, last, first_item, parts)
+
+
+def _items_before(parts: jax.Array, size: jax.Array) -> jax.Array:
+    """i32[Lt, heads] the items of heads whose items are longer, or as long and of a head with a smaller number.
+
+    Every head is compared with all others, which is one fused reduction: a sort would be many small kernels.
+    """
+    head = jnp.arange(size.shape[1])
+    is_before = (size[:, None] > size[..., None]) | ((size[:, None] == size[..., None]) & (head < head[:, None]))
+    return (is_before * parts[:, None]).sum(axis=2, dtype=jnp.int32)

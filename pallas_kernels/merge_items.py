@@ -15,15 +15,16 @@ from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two, vector_ma
 _BLOCKS = (4, 64)  # items per step: as many as a head has at most, within these bounds
 
 
-def _merge_kernel(out_ref, lse_ref, layer_ref, first_item_ref, _, __, merged_ref, merged_lse_ref, *, heads, block):
+def _merge_kernel(
+    out_ref, lse_ref, layer_ref, first_item_ref, parts_ref, _, __, merged_ref, merged_lse_ref, *, heads, block
+):
     """One query head: the mean of its items' outputs, weighted by the exponentials of their log-sum-exps.
 
     Heads of one item are left as they are.
     """
     head_row, member = pl.program_id(0), pl.program_id(1)
     layer = 0 if first_item_ref.shape[0] == 1 else layer_ref[0]
-    first_item = first_item_ref[layer, head_row]
-    parts = first_item_ref[layer, head_row + 1] - first_item
+    first_item, parts = first_item_ref[layer, head_row], parts_ref[layer, head_row]
     group, dim = out_ref.shape[1:]
     column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
 
@@ -76,17 +77,17 @@ def merge_items(
       whole: (out, lse) of the result, written in place, that hold the heads of one item already.
     """
     items, group, _ = out.shape
-    batch = (work.first_item.shape[1] - 1) // heads
+    batch = work.parts.shape[1] // heads
     parts = next_power_of_two(-(-items // (batch * heads)))
     block = min(max(parts, _BLOCKS[0]), _BLOCKS[1])
-    inputs = (out, lse, layer, work.first_item, *whole)
+    inputs = (out, lse, layer, work.first_item, work.parts, *whole)
     return pl.pallas_call(
         functools.partial(_merge_kernel, heads=heads, block=block),
         grid=(batch * heads, group),
         in_specs=[WHOLE] * len(inputs),
         out_specs=[WHOLE, WHOLE],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in whole],
-        input_output_aliases={4: 0, 5: 1},
+        input_output_aliases={5: 0, 6: 1},
         compiler_params=plgpu.CompilerParams(num_warps=max(1, block // 16), num_stages=1),
         interpret=interpret,
         name="decode_attention_merge",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,12 @@ from pallas_kernels import (
 
 DTYPE = jnp.bfloat16
 BYTES = 2  # of an element of DTYPE
+
+
+Lengths = Literal["equal", "ragged", "served"]
+"""Of the heads in a batch: all alike, one table for all layers and heads; from 0.1 to 0.9 of the context, a table per
+layer and head; or as the requests of a service have them, one table for all: log-normal around a sixteenth of the
+context, of which the longest fills it."""
 
 
 class Program(NamedTuple):
@@ -114,21 +120,22 @@ def _decode(
     context: int,
     page: int,
     heads: Heads,
-    ragged: bool,
+    lengths_are: Lengths,
     scored: bool,
     layers: int,
     *,
     tile: DecodeTile | None = None,
     limits: SpanLimits | None = None,
 ) -> Program:
-    """Ragged: a table per layer and head, lengths from 0.1 to 0.9 of the context. Otherwise one table for all.
-
-    Scored: every request records what its slots were attended to.
-    """
+    """`scored`: every request records what its slots were attended to."""
+    ragged = lengths_are == "ragged"
     lengths = np.zeros((layers, batch + 1, heads.kv) if ragged else (1, batch + 1, 1), np.int32)
     lengths[:, 1:] = context
+    rng = np.random.default_rng(1)
     if ragged:
-        lengths[:, 1:] = np.random.default_rng(1).uniform(0.1, 0.9, lengths[:, 1:].shape) * context
+        lengths[:, 1:] = rng.uniform(0.1, 0.9, lengths[:, 1:].shape) * context
+    elif lengths_are == "served":
+        lengths[:, 1:] = np.clip(rng.lognormal(np.log(context / 16), 1.0, lengths[:, 1:].shape), 16, context)
     addresses = _addresses(layers, heads, ragged)
     columns = -(-context // page)
     table, entries = _random_table(lengths, page, columns)
@@ -319,13 +326,17 @@ def _move(moves: int, page: int, heads: Heads) -> Program:
 
 
 def _decode_case(
-    batch: int, context: int, page: int, heads: Heads = LLAMA_8B, ragged: bool = False, scored: bool = False
+    batch: int, context: int, page: int, heads: Heads = LLAMA_8B, lengths: Lengths = "equal", scored: bool = False
 ) -> Case:
     size = f"{context // 1024}k" if context % 1024 == 0 else str(context)
     model = "" if heads == LLAMA_8B else f", {heads.query}/{heads.kv} heads"
-    name = f"decode {batch} x {size}, page {page}{model}{', ragged' if ragged else ''}{', scored' if scored else ''}"
-    layers = max(1, min(8, (4 << 30) // (batch * context * heads.kv * heads.slot_bytes)))
-    return Case(name, "decode_attention", "read", partial(_decode, batch, context, page, heads, ragged, scored, layers))
+    kind = "" if lengths == "equal" else f", {lengths}"
+    name = f"decode {batch} x {size}, page {page}{model}{kind}{', scored' if scored else ''}"
+    typical = context // 10 if lengths == "served" else context
+    layers = max(1, min(8, (4 << 30) // (batch * typical * heads.kv * heads.slot_bytes)))
+    return Case(
+        name, "decode_attention", "read", partial(_decode, batch, context, page, heads, lengths, scored, layers)
+    )
 
 
 def cases() -> list[Case]:
@@ -335,7 +346,8 @@ def cases() -> list[Case]:
     return [
         *(_decode_case(*shape, page) for page in (32, 1) for shape in uniform),
         *(_decode_case(*shape, 32, QWEN_7B) for shape in uniform),
-        *(_decode_case(*shape, 32, ragged=True) for shape in ragged),
+        *(_decode_case(*shape, 32, lengths="ragged") for shape in ragged),
+        *(_decode_case(batch, 8192, 32, lengths="served") for batch in (96, 256)),
         _decode_case(64, 4096, 32),
         # As a serving batch has them: short contexts, some tokens past a round number.
         *(_decode_case(batch, 2111, 32) for batch in (1, 16, 32, 64, 128, 256)),
@@ -375,7 +387,8 @@ def tiny_cases() -> list[Case]:
     heads = Heads(4, 2, 16)
     return [
         _decode_case(2, 64, 8, heads),
-        _decode_case(2, 64, 8, heads, ragged=True),
+        _decode_case(2, 64, 8, heads, "ragged"),
+        _decode_case(2, 64, 8, heads, "served"),
         _decode_case(2, 64, 8, heads, scored=True),
         Case("record tiny", "record_attention", "read", partial(_record, 4, 16, 48, 8, heads, False)),
         Case("block mass tiny", "block_attention_mass", "matmul", partial(_block_mass, 32, 16, heads)),

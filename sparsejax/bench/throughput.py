@@ -20,6 +20,7 @@ from sparsejax.bench.traces import Trace
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.limits import check_limits, most_tokens
 from sparsejax.engine.llm import LLM
+from sparsejax.engine.quiet_collector import quiet_collector
 from sparsejax.engine.request import Request
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.engine.submission import Submission
@@ -183,6 +184,7 @@ def serve(
                 f"{name} has {request.input_tokens} tokens and asks for {request.output_tokens} more; max_model_len "
                 f"and the cache allow {request.input_tokens + most} together."
             )
+    engine.reset_prefix_cache()  # prompts of different traces may begin alike
     before, waited, preempted = runner.compilations, engine.wait_seconds, engine.scheduler.num_preemptions
     with watch_compilations() as compiled:
         served = _Server(llm, trace, work, compression, observe).run(use_tqdm)
@@ -267,7 +269,7 @@ class _Server:
         start = time.perf_counter()
         total = len(self.requests)
         try:
-            with tqdm(total=total, desc="serving", unit="request", disable=not use_tqdm) as bar:
+            with quiet_collector(), tqdm(total=total, desc="serving", unit="request", disable=not use_tqdm) as bar:
                 while self._active or len(self.submissions) < total:
                     self._add_arrived(time.perf_counter() - start)
                     if not self._active:

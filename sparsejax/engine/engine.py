@@ -76,6 +76,11 @@ class Engine:
         self._answers: dict[str, tuple[Submission, Answer]] = {}  # by request id of each answer, unfinished
 
     @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+        return self.scheduler.num_unfinished
+
+    @property
     def has_unfinished(self) -> bool:
         """Whether a step has anything to do: requests to serve, or results to read."""
         return self.scheduler.has_unfinished or self._in_flight is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,15 @@ from sparsejax.engine.build_store import load_store
 from sparsejax.engine.engine import Engine
 from sparsejax.engine.inputs import Prompt, TokenizedPrompt
 from sparsejax.engine.outputs import RequestOutput
+from sparsejax.engine.quiet_collector import quiet_collector
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.engine.submission import Submission
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.models import ModelConfig
 
 logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LOOKS = 0.1  # of a progress bar at requests that go on
 
 
 class LLM:
@@ -278,16 +282,22 @@ class LLM:
         self, prompts: Sequence[TokenizedPrompt], sampling_params: Any, compression_params: Any, use_tqdm: bool
     ) -> list[RequestOutput]:
         submissions = self._submit(prompts, sampling_params, compression_params)
+        active, unfinished, shown = submissions, self.engine.num_unfinished, 0.0
+        bar = tqdm(total=len(submissions), desc="generating", unit="prompt", disable=not use_tqdm)
         try:
-            with tqdm(total=len(submissions), desc="generating", unit="prompt", disable=not use_tqdm) as bar:
-                finished = 0
-                while finished < len(submissions):
+            with bar, quiet_collector():
+                while active:
                     self.engine.step()
-                    before, finished = finished, sum(submission.finished for submission in submissions)
-                    bar.update(finished - before)
+                    # A pass over all requests at every step would take as long as the step if there were thousands.
+                    before, unfinished, now = unfinished, self.engine.num_unfinished, time.monotonic()
+                    if unfinished == before and now - shown < SECONDS_BETWEEN_LOOKS:
+                        continue
+                    shown, running = now, [each for each in active if not each.finished]
                     computed = sum(answer.request.num_computed for s in submissions for answer in s.answers)
                     generated = sum(submission.num_generated_tokens for submission in submissions)
                     bar.set_postfix({"cached tokens": computed, "generated": generated}, refresh=False)
+                    bar.update(len(active) - len(running))
+                    active = running
         finally:  # an interrupted call leaves nothing behind in the engine
             for submission in submissions:
                 self.engine.cancel(submission)

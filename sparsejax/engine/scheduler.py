@@ -120,6 +120,11 @@ class Scheduler:
         return len(self._admitted)
 
     @property
+    def num_unfinished(self) -> int:
+        """Requests that wait or hold a row."""
+        return len(self._requests)
+
+    @property
     def has_unfinished(self) -> bool:
         return bool(self._requests)
 

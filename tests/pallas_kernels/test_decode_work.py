@@ -1,5 +1,7 @@
 """The work list of decode attention: it covers every slot once, in few and even items."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,13 +34,15 @@ def test_covers_every_slot_once(seed):
         read[head, first:last] += 1
     np.testing.assert_array_equal(read, np.arange(most) < lengths.reshape(-1, 1))
     assert len(work.head_row) == max_items(15, most, SMALL)
-    assert len(items) == work.first_item[-1]
+    assert len(items) == work.parts.sum()
     for head in range(15):
-        own = slice(work.first_item[head], work.first_item[head + 1])
+        own = slice(work.first_item[head], work.first_item[head] + work.parts[head])
         assert {head} >= set(work.head_row[own].tolist())
         size = (work.last - work.first)[own]
         assert (size > 0).all()
         assert size.size == 0 or np.ptp(-(-size // SMALL.multiple)) <= 1  # about equal parts
+    means = [lengths.reshape(-1)[head] / work.parts[head] for head, *_ in items]
+    assert all(before > after - 1 for before, after in itertools.pairwise(means))  # the longest first
 
 
 def test_every_layer_has_a_list_of_its_own():
@@ -82,21 +86,30 @@ def test_many_heads_of_one_item_each_are_not_cut():
     """A batch whose heads fit into items needs no merging, however many there are and whatever they have decoded."""
     lengths = np.random.default_rng(0).integers(2000, 2600, (256, 8))
     work, items = items_of(lengths, SpanLimits(), max_slots=8192)
-    assert [(first, last) for _, first, last in items] == [(0, length) for length in lengths.reshape(-1)]
-    np.testing.assert_array_equal(work.first_item, np.arange(256 * 8 + 1))
+    order = np.argsort(-lengths.reshape(-1), kind="stable")
+    assert items == [(head, 0, lengths.reshape(-1)[head]) for head in order]
+    np.testing.assert_array_equal(work.first_item[order], np.arange(256 * 8))
 
 
 @pytest.mark.parametrize(("batch", "context"), [(1, 1000), (1, 131_000), (4, 8192), (16, 2100), (24, 2050), (32, 2090)])
-def test_a_wave_of_items_is_no_more_than_the_gpu_runs_at_once(batch, context):
+def test_one_wave_is_what_the_gpu_runs_at_once_and_a_rest_of_every_head(batch, context):
     _, items = items_of(np.full((batch, 8), context), SpanLimits(), max_slots=131_072)
-    assert len(items) <= max(SpanLimits().wave, batch * 8)
+    assert len(items) <= SpanLimits().wave + batch * 8
     assert max(last - first for _, first, last in items) <= SpanLimits().wave_span + 128
+
+
+def test_a_batch_with_a_few_long_heads_cuts_those():
+    lengths = np.full((96, 8), 500)
+    lengths[:2] = 4000
+    work, items = items_of(lengths, SpanLimits(), max_slots=8192)
+    assert set(work.parts[16:]) == {1}
+    assert max(last - first for _, first, last in items) <= lengths.sum() / SpanLimits().wave + 128
 
 
 def test_nothing_held_is_no_work():
     work, items = items_of([[0, 0]], SMALL, max_slots=64)
     assert not items
-    np.testing.assert_array_equal(work.first_item, 0)
+    np.testing.assert_array_equal(work.parts, 0)
 
 
 def test_listed_indices_are_read_whole_by_heads_that_hold_anything():

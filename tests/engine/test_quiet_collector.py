@@ -1,0 +1,51 @@
+"""What exists is left alone while the engine runs, and only then."""
+
+import gc
+import weakref
+
+import pytest
+
+from sparsejax.engine.quiet_collector import quiet_collector
+
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+
+def test_old_garbage_waits_and_new_garbage_is_collected():
+    old = Cycle()
+    gone = weakref.ref(old)
+    with quiet_collector():
+        del old
+        new = Cycle()
+        gone_too = weakref.ref(new)
+        del new
+        gc.collect()
+        assert gone() is not None
+        assert gone_too() is None
+    gc.collect()
+    assert gone() is None
+
+
+def test_ends_with_an_error_and_nests():
+    def fail():
+        with quiet_collector():
+            with quiet_collector():
+                pass
+            assert gc.get_freeze_count() > 0
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_the_caller_froze_stays_frozen():
+    gc.freeze()
+    try:
+        with quiet_collector():
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
