@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import online_softmax
-from pallas_kernels.decode_scores import ALIGNMENT, add_decode_scores, has_place, logit_places, most_places
+from pallas_kernels.decode_scores import add_decode_scores
 from pallas_kernels.decode_work import DecodeTile
+from pallas_kernels.kept_logits import ALIGNMENT, KeptLogits, has_place, keep, kept_shapes, logit_places
 from pallas_kernels.merge_items import merge_items
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.tiles import (
@@ -50,14 +51,13 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
     """One item of the work list: its output and log-sum-exp.
 
     They go to merged [B, Hq, D] and merged_lse [B, Hq] if the item is its whole head, else to out [items, G, D] and
-    lse [items, G]. When `recorded`, the logits (before `scale`) are kept too, of the items that have a place in the
-    logits [G, places].
+    lse [items, G]. When `recorded`, the logits are kept too, of the items that have a place.
     """
     q_ref, k_ref, v_ref, table_ref, length_ref, row_ref, layer_ref, *refs = refs
     index_ref, refs = (refs[0], refs[1:]) if indexed else (None, refs)
     position_ref, refs = (refs[0], refs[1:]) if positioned else (None, refs)
     place_ref, refs = (refs[0], refs[1:]) if recorded else (None, refs)
-    head_row_ref, first_ref, last_ref, parts_ref, merged_ref, merged_lse_ref, out_ref, lse_ref, *logits_ref = refs
+    head_row_ref, first_ref, last_ref, parts_ref, merged_ref, merged_lse_ref, out_ref, lse_ref, *kept = refs
     item = pl.program_id(0)
     address = address.join_layer(layer_ref, table_ref.shape[0])
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
@@ -76,11 +76,10 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
         real = vector_mask(member < group, columns, dim)
         q = plgpu.load(q_ref.at[b, h * group + members, columns], mask=real, other=0.0)
         in_block = jnp.arange(tile.block, dtype=jnp.int32)
-        kept = None
+        kept_at = None
         if place_ref is not None:
-            start = place_ref[address.table_layer, head_row]
-            # Written so that Triton sees what the index is a multiple of: it then stores vectors.
-            kept = has_place(start, last, *logits_ref), start * ALIGNMENT + first // tile.block * tile.block
+            place = place_ref[address.table_layer, head_row]
+            kept_at = KeptLogits(*kept), place, has_place(place, last, KeptLogits(*kept))
 
         def attend(state, steps, masked):
             """Absorbs the blocks `steps` = (from, to)."""
@@ -111,10 +110,12 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
                     exp2=exp2,
                 )
                 # Only here, where the tile is not needed any more: any earlier it costs registers.
-                if kept is not None:
-                    stays, start = kept
-                    at_member, at_place = index_grid(member, start + step * tile.block + in_block)
-                    plgpu.store(logits_ref[0].at[at_member, at_place], logits, mask=stays & (at_member < group))
+                if kept_at is not None:
+                    into, place, stays = kept_at
+                    keep(
+                        into, logits, state.top, place, first, step, stays=stays, group=group, scale=scale,
+                        block=tile.block,
+                    )  # fmt: skip
                 return state
 
             return jax.lax.fori_loop(steps[0], steps[1], visit, state)
@@ -142,12 +143,12 @@ def decode_attention_triton(
     """(out [B, Hq, D], lse f32[B, Hq], score or None)."""
     options = {"address": address, "heads": heads, "scale": scale, "tile": tile, "interpret": interpret}
     places = None if score is None else logit_places(lengths, rows, power, heads=heads)
-    out, lse, logits = attend_spans(
+    out, lse, kept = attend_spans(
         q, k_pages, v_pages, page_table, lengths, rows, indices, position, places, work, layer, **options
     )
     if score is not None:
         score = add_decode_scores(
-            score, logits, places, lse, q, k_pages, page_table, rows, position, power, work, layer, **options
+            score, kept, places, lse, q, k_pages, page_table, rows, position, power, work, layer, **options
         )
     return out, lse, score
 
@@ -156,10 +157,10 @@ def attend_spans(
     q, k_pages, v_pages, page_table, lengths, rows, indices, position, places, work, layer, *, address, heads, scale,
     tile, interpret,
 ):  # fmt: skip
-    """(out [B, Hq, D], lse f32[B, Hq], logits f32[G, places] or None).
+    """(out [B, Hq, D], lse f32[B, Hq], `KeptLogits` or None).
 
     Args:
-      places: where the logits (before `scale`) of each head go, as `logit_places` says; None: nowhere.
+      places: where the logits of each head go, as `logit_places` says; None: nowhere.
     """
     batch, q_heads, dim = q.shape
     group = q_heads // heads
@@ -180,9 +181,9 @@ def attend_spans(
         jax.ShapeDtypeStruct((items, group), jnp.float32),
     ]
     if places is not None:
-        num_places = most_places(batch * heads, group, page_table.shape[3] * k_pages.shape[1])
-        out_shape.append(jax.ShapeDtypeStruct((group, num_places), jnp.float32))
-    merged, merged_lse, out, lse, *logits = pl.pallas_call(
+        max_slots = page_table.shape[3] * k_pages.shape[1]
+        out_shape += kept_shapes(batch * heads, group, max_slots, pool_dtype=k_pages.dtype, block=tile.block)
+    merged, merged_lse, out, lse, *kept = pl.pallas_call(
         functools.partial(
             _span_kernel,
             address=address,
@@ -206,4 +207,4 @@ def attend_spans(
     merged, merged_lse = merge_items(
         out, lse, layer, work, heads=heads, whole=(merged, merged_lse), interpret=interpret
     )
-    return merged, merged_lse, logits[0] if logits else None
+    return merged, merged_lse, KeptLogits(*kept) if kept else None

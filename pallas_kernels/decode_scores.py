@@ -1,7 +1,7 @@
 """Adds to the scores of slots how much one decode step attended to them.
 
-A probability takes the log-sum-exp of all spans of a head. So the spans leave their logits behind, G numbers a slot
-next to the 2 * D of its K and V, and a second kernel over the same work list turns them into scores.
+A probability takes the log-sum-exp of all spans of a head. So the spans leave their logits behind (`kept_logits`), and
+a second kernel over the same work list turns them into scores.
 """
 
 import functools
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.kept_logits import KeptLogits, block_grid, has_place, read_kept
 from pallas_kernels.online_softmax import EMPTY_LSE, LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
@@ -23,44 +24,15 @@ from pallas_kernels.tiles import (
     vector_mask,
 )
 
-# The logits that are kept. What lies beyond is computed a second time: correct whatever the lengths, and slower.
-_MOST_BYTES = 256 << 20
-
-ALIGNMENT = 128
-"""Every head's logits start at a multiple of this, which is one of every block: blocks are stored whole."""
-
-_NOWHERE = 1 << 30  # the place of a head without one
 _BLOCK, _NUM_WARPS = 512, 4  # slots of a step that reads logits
-
-
-def most_places(heads: int, group: int, max_slots: int) -> int:
-    """The static size of the logits f32[group, places] of `heads` (request, KV head) pairs."""
-    return ALIGNMENT * min(heads * -(-max_slots // ALIGNMENT), max(1, _MOST_BYTES // (4 * group * ALIGNMENT)))
-
-
-@functools.partial(jax.jit, static_argnames=("heads",))
-def logit_places(lengths: jax.Array, rows: jax.Array, power: jax.Array, *, heads: int) -> jax.Array:
-    """i32[Lt, B*H] where the logits of each (request, KV head) start, in units of ALIGNMENT.
-
-    Requests that record nothing take no place. As the work list it does not depend on the layer: one serves a step.
-    """
-    layers, batch = lengths.shape[0], rows.shape[0]
-    length = jnp.broadcast_to(lengths[:, rows], (layers, batch, heads))
-    units = jnp.where(power[:, None] > 0, -(-length // ALIGNMENT), 0).reshape(layers, -1)
-    end = jnp.cumsum(units, axis=1, dtype=jnp.int32)
-    return jnp.where(units > 0, end - units, _NOWHERE)
-
-
-def has_place(place, last, logits_ref):
-    """Whether an item that ends before slot `last` of a head with `place` keeps its logits, inside a kernel."""
-    return place + pl.cdiv(last, ALIGNMENT) <= logits_ref.shape[1] // ALIGNMENT
 
 
 def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
     """One item of the work list: adds the sum over the group of p**power to the score of each of its slots."""
-    _, logits_ref, place_ref, lse_ref, q_ref, k_ref, table_ref, rows_ref, power_ref, layer_ref, *refs = refs
-    position_ref, refs = (refs[0], refs[1:]) if positioned else (None, refs)
+    _, *kept, place_ref, lse_ref, q_ref, k_ref, table_ref, rows_ref, power_ref, layer_ref = refs[:11]
+    position_ref, refs = (refs[11], refs[12:]) if positioned else (None, refs[11:])
     head_row_ref, first_ref, last_ref, score_ref = refs
+    kept = KeptLogits(*kept)
     item = pl.program_id(0)
     address = address.join_layer(layer_ref, table_ref.shape[0])
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
@@ -69,53 +41,72 @@ def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
     b, h = head_row // heads, head_row % heads
     power = power_ref[b]
     logits_place = place_ref[address.table_layer, head_row]
-    kept = has_place(logits_place, last, logits_ref)
 
-    def add(block, members, logits_of):
-        """Adds to all slots, `block` at a time; `logits_of(slot, live, page, place)` gives f32[members, block]."""
-        row, factor = rows_ref[b], power.astype(jnp.float32) * LOG2_E
-        member = jnp.arange(members, dtype=jnp.int32)
-        real = member < group
-        lse = plgpu.load(lse_ref.at[jnp.broadcast_to(b, member.shape), h * group + member], mask=real, other=-EMPTY_LSE)
+    def add(steps, slots_of, mass_of):
+        """Adds to all slots: `slots_of(step)` gives some, `mass_of(step, live, page, place)` what goes to each."""
+        row = rows_ref[b]
 
         def visit(step, carry):
-            slot = first + step * block + jnp.arange(block, dtype=jnp.int32)
+            slot = slots_of(step)
             live = slot < last
             page, place = locate_slots(table_ref, row, h, slot, live, address=address, page_size=page_size)
-            logits = logits_of(member, slot, live, page, place)
-            mass = exp2(logits * (scale * factor) - (lse * factor)[:, None]).sum(axis=0)
+            mass = mass_of(step, live, page, place)
             if position_ref is not None:
                 live &= plgpu.load(position_ref.at[page, place], mask=live, other=-1) >= 0
             held = plgpu.load(score_ref.at[page, place], mask=live, other=0.0)
             plgpu.store(score_ref.at[page, place], held + mass, mask=live)
             return carry
 
-        jax.lax.fori_loop(0, pl.cdiv(last - first, block), visit, 0)
+        jax.lax.fori_loop(0, steps, visit, 0)
 
-    def read(member, slot, live, page, place):
-        del page, place
-        at_member, at_place = index_grid(member, logits_place * ALIGNMENT + slot)
-        mask = (at_member < group) & live[None, :]
-        return plgpu.load(logits_ref.at[at_member, at_place], mask=mask, other=0.0)
+    def read():
+        """`_BLOCK` slots at a time."""
+        block = tile.block
+        blocks, factor = max(_BLOCK // block, 1), power.astype(jnp.float32)
+        lse = [lse_ref[b, h * group + member] * LOG2_E for member in range(group)]
 
-    def compute(member, slot, live, page, place):
-        del slot
+        def begin(step):
+            return first + step * (blocks * block)
+
+        def mass_of(step, live, page, place):
+            del page, place
+            mass = jnp.zeros(live.shape, jnp.float32)
+            for member in range(group):
+                logits = read_kept(kept, member, logits_place, begin(step), live)
+                mass += exp2((logits - lse[member]) * factor)
+            return mass
+
+        add(pl.cdiv(last - first, blocks * block), lambda step: block_grid(begin(step), blocks, block), mass_of)
+
+    def compute():
+        """A tile at a time."""
+        factor = power.astype(jnp.float32) * LOG2_E
+        member = jnp.arange(max(16, next_power_of_two(group)), dtype=jnp.int32)
+        real = member < group
+        lse = plgpu.load(lse_ref.at[jnp.broadcast_to(b, member.shape), h * group + member], mask=real, other=-EMPTY_LSE)
         members, columns = index_grid(member, jnp.arange(next_power_of_two(dim), dtype=jnp.int32))
-        mask = vector_mask(member < group, columns, dim)
-        q = plgpu.load(q_ref.at[b, h * group + members, columns], mask=mask, other=0.0)
-        return exact_dot(q, load_vectors(k_ref, page, place, live, dim=dim).T)
+        q_at = q_ref.at[b, h * group + members, columns]
+        q = plgpu.load(q_at, mask=vector_mask(real, columns, dim), other=0.0)
+        in_block = jnp.arange(tile.block, dtype=jnp.int32)
 
-    records = (first < last) & (power > 0)
-    pl.when(records & kept)(lambda: add(_BLOCK, next_power_of_two(group), read))
-    pl.when(records & ~kept)(lambda: add(tile.block, max(16, next_power_of_two(group)), compute))
+        def mass_of(step, live, page, place):
+            del step
+            logits = exact_dot(q, load_vectors(k_ref, page, place, live, dim=dim).T)
+            return exp2(logits * (scale * factor) - (lse * factor)[:, None]).sum(axis=0)
+
+        add(pl.cdiv(last - first, tile.block), lambda step: first + step * tile.block + in_block, mass_of)
+
+    records, stays = (first < last) & (power > 0), has_place(logits_place, last, kept)
+    pl.when(records & stays)(read)
+    pl.when(records & ~stays)(compute)
 
 
 def add_decode_scores(
-    score, logits, places, lse, q, k_pages, page_table, rows, position, power, work, layer, *, address, heads, scale,
+    score, kept, places, lse, q, k_pages, page_table, rows, position, power, work, layer, *, address, heads, scale,
     tile, interpret,
 ):  # fmt: skip
-    """Score f32[P, page], in place, from the logits f32[G, places] (before `scale`) and the log-sum-exps f32[B, Hq]."""
-    inputs = [score, logits, places, lse, q, k_pages, page_table, rows, power, layer]
+    """Score f32[P, page], in place, from the logits that were kept and the log-sum-exps f32[B, Hq]."""
+    inputs = [score, *kept, places, lse, q, k_pages, page_table, rows, power, layer]
     inputs += [*([] if position is None else [position]), work.head_row, work.first, work.last]
     return pl.pallas_call(
         functools.partial(

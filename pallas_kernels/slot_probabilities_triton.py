@@ -1,7 +1,6 @@
 """`slot_probabilities` as Pallas-Triton kernels: decode attention that keeps its logits, and two that read them.
 
-What is kept is bounded (`decode_scores`). Logits that have no place are computed a second time: correct whatever the
-lengths, and slower.
+Logits that have no place (`kept_logits`) are computed a second time.
 """
 
 import functools
@@ -12,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode_attention_triton import attend_spans
-from pallas_kernels.decode_scores import ALIGNMENT, has_place, logit_places
+from pallas_kernels.kept_logits import KeptLogits, block_grid, has_place, logit_places, read_kept
 from pallas_kernels.online_softmax import DEAD_SCORE, EMPTY_LSE, LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
@@ -46,105 +45,127 @@ def _computed_logits(q_ref, k_ref, table_ref, row, b, head, slot, live, *, addre
 
 
 def _lse_kernel(
-    logits_ref, place_ref, length_ref, first_ref, last_ref, q_ref, k_ref, table_ref, rows_ref, layer_ref, lse_ref, *,
-    address, heads, group, scale, tile, exp2,
+    distances_ref, tops_ref, place_ref, length_ref, first_ref, last_ref, q_ref, k_ref, table_ref, rows_ref, layer_ref,
+    lse_ref, *, address, heads, group, scale, tile, exp2,
 ):  # fmt: skip
     """One query head: the log-sum-exp, base 2, of its scaled logits over the candidates."""
     head_row, own = pl.program_id(0), pl.program_id(1)
     address = address.join_layer(layer_ref)
     b, head = head_row // heads, head_row % heads
     row, first, last = rows_ref[b], first_ref[b], last_ref[b]
-    place = place_ref[address.table_layer, head_row]
-    kept = has_place(place, _head_length(length_ref, address, row, head), logits_ref)
+    kept, place = KeptLogits(distances_ref, tops_ref), place_ref[address.table_layer, head_row]
+    stays = has_place(place, _head_length(length_ref, address, row, head), kept)
 
-    def normalise(member, begin, block, logits_of):
-        """Writes the log-sum-exps of the members i32[m]; `logits_of(slot, live)` gives f32[m, block]."""
+    def accumulate(begin, lanes, width, logits_of):
+        """(top, total) f32[lanes] of the sums of 2**logit; `logits_of(step)` gives (f32[lanes, width], is live)."""
 
         def visit(step, state):
             top, total = state
-            slot = begin + step * block + jnp.arange(block, dtype=jnp.int32)
-            live = (slot >= first) & (slot < last)
-            logits = jnp.where(live[None, :], logits_of(slot, live) * (scale * LOG2_E), DEAD_SCORE)
+            logits, live = logits_of(step)
+            logits = jnp.where(live, logits, DEAD_SCORE)
             new_top = jnp.maximum(top, logits.max(axis=1))
             return new_top, total * exp2(top - new_top) + exp2(logits - new_top[:, None]).sum(axis=1)
 
-        start = jnp.full(member.shape, EMPTY_LSE, jnp.float32), jnp.zeros(member.shape, jnp.float32)
-        steps = jnp.where(first < last, pl.cdiv(last - begin, block), 0)
-        top, total = jax.lax.fori_loop(0, steps, visit, start)
+        start = jnp.full((lanes,), EMPTY_LSE, jnp.float32), jnp.zeros((lanes,), jnp.float32)
+        steps = jnp.where(first < last, pl.cdiv(last - begin, width), 0)
+        return jax.lax.fori_loop(0, steps, visit, start)
+
+    def read():
+        """Each lane a block of slots."""
+        block = tile.block
+        blocks = max(_LSE_BLOCK // block, 1)
+        aligned = first // block * block
+
+        def logits_of(step):
+            begin = aligned + step * (blocks * block)
+            slot = block_grid(begin, blocks, block)
+            live = (slot >= first) & (slot < last)
+            return read_kept(kept, own, place, begin, live), live
+
+        top, total = accumulate(aligned, blocks, blocks * block, logits_of)
+        most = top.max()
+        total = (total * exp2(top - most)).sum()
+        lse_ref[b, head * group + own] = jnp.where(
+            total > 0.0, most + jnp.log2(jnp.maximum(total, 1e-30)), EMPTY_LSE
+        )  # fmt: skip
+
+    def compute():
+        """Each lane a query head, all of the group in one program."""
+        member = jnp.arange(max(_MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
+
+        def logits_of(step):
+            slot = first + step * tile.block + jnp.arange(tile.block, dtype=jnp.int32)
+            live = slot < last
+            logits = _computed_logits(q_ref, k_ref, table_ref, row, b, head, slot, live, address=address, group=group)
+            return logits * (scale * LOG2_E), live[None, :]
+
+        top, total = accumulate(first, member.shape[0], tile.block, logits_of)
         lse = jnp.where(total > 0.0, top + jnp.log2(jnp.maximum(total, 1e-30)), EMPTY_LSE)
         # Masked lanes point behind the row: interpreted, they would otherwise undo what a live lane writes.
         at = jnp.where(member < group, head * group + member, lse_ref.shape[1] + member)
         plgpu.store(lse_ref.at[jnp.broadcast_to(b, member.shape), at], lse, mask=member < group)
 
-    def read(slot, live):
-        at = jnp.broadcast_to(own, slot.shape), place * ALIGNMENT + slot
-        return plgpu.load(logits_ref.at[at], mask=live, other=0.0)[None, :]
-
-    def compute(slot, live):
-        return _computed_logits(q_ref, k_ref, table_ref, row, b, head, slot, live, address=address, group=group)
-
-    @pl.when(kept | (first >= last))
-    def _():
-        aligned = first // ALIGNMENT * ALIGNMENT  # so that whole vectors are loaded
-        normalise(own + jnp.zeros(1, jnp.int32), aligned, _LSE_BLOCK, read)
-
-    @pl.when(~kept & (first < last) & (own == 0))
-    def _():
-        members = max(_MIN_DOT_ROWS, next_power_of_two(group))
-        normalise(jnp.arange(members, dtype=jnp.int32), first, tile.block, compute)
+    pl.when(stays | (first >= last))(read)
+    pl.when(~stays & (first < last) & (own == 0))(compute)
 
 
 def _max_kernel(
-    logits_ref, place_ref, length_ref, first_ref, last_ref, q_ref, k_ref, table_ref, rows_ref, layer_ref, lse_ref,
-    out_ref, *, address, heads, group, scale, tile, exp2,
+    distances_ref, tops_ref, place_ref, length_ref, first_ref, last_ref, q_ref, k_ref, table_ref, rows_ref, layer_ref,
+    lse_ref, out_ref, *, address, heads, group, scale, tile, exp2,
 ):  # fmt: skip
-    """A block of slots of one request: the largest probability over all query heads."""
-    b, begin = pl.program_id(0), pl.program_id(1) * _MAX_BLOCK
+    """Some blocks of slots of one request: the largest probability over all query heads."""
+    block = tile.block
+    blocks = max(_MAX_BLOCK // block, 1)
+    b, begin = pl.program_id(0), pl.program_id(1) * (blocks * block)
     address = address.join_layer(layer_ref)
     row, first, last = rows_ref[b], first_ref[b], last_ref[b]
+    kept = KeptLogits(distances_ref, tops_ref)
     # Heads have their places in order, so if there is one for the last, there is one for each.
     last_place = place_ref[address.table_layer, b * heads + heads - 1]
-    kept = has_place(last_place, _head_length(length_ref, address, row, heads - 1), logits_ref)
+    stays = has_place(last_place, _head_length(length_ref, address, row, heads - 1), kept)
 
-    def write(begin, block, members, logits_of):
-        """Writes `block` slots; `logits_of(head, slot, live)` gives f32[members, block]."""
-        slot = begin + jnp.arange(block, dtype=jnp.int32)
+    def write(slot, most_of):
+        """Writes some slots; `most_of(head, live)` gives the largest probability in the group of a KV head."""
         live = (slot >= first) & (slot < last)
-        member = jnp.arange(members, dtype=jnp.int32)
-
-        def visit(head, most):
-            at = jnp.broadcast_to(b, member.shape), head * group + member
-            lse = plgpu.load(lse_ref.at[at], mask=member < group, other=-EMPTY_LSE)
-            probability = exp2(logits_of(head, slot, live) * (scale * LOG2_E) - lse[:, None])
-            return jnp.maximum(most, probability.max(axis=0))
-
-        most = jax.lax.fori_loop(0, heads, visit, jnp.zeros((block,), jnp.float32))
+        most = jax.lax.fori_loop(
+            0, heads, lambda head, most: jnp.maximum(most, most_of(head, live)), jnp.zeros(slot.shape, jnp.float32)
+        )
         at = jnp.where(live, slot, out_ref.shape[1] + slot)
         plgpu.store(out_ref.at[jnp.broadcast_to(b, slot.shape), at], most, mask=live)
 
-    def read(head, slot, live):
-        place = place_ref[address.table_layer, b * heads + head]
-        members, at = index_grid(jnp.arange(next_power_of_two(group), dtype=jnp.int32), place * ALIGNMENT + slot)
-        return plgpu.load(logits_ref.at[members, at], mask=(members < group) & live[None, :], other=0.0)
+    def read():
+        def most_of(head, live):
+            place = place_ref[address.table_layer, b * heads + head]
+            most = jnp.zeros(live.shape, jnp.float32)
+            for member in range(group):
+                logits = read_kept(kept, member, place, begin, live)
+                most = jnp.maximum(most, exp2(logits - lse_ref[b, head * group + member]))
+            return most
 
-    def compute(head, slot, live):
-        return _computed_logits(q_ref, k_ref, table_ref, row, b, head, slot, live, address=address, group=group)
+        write(block_grid(begin, blocks, block), most_of)
 
-    has_candidates = (begin < last) & (begin + _MAX_BLOCK > first) & (first < last)
-
-    @pl.when(has_candidates & kept)
-    def _():
-        write(begin, _MAX_BLOCK, next_power_of_two(group), read)
-
-    @pl.when(has_candidates & ~kept)
-    def _():
-        members = max(_MIN_DOT_ROWS, next_power_of_two(group))
+    def compute():
+        member = jnp.arange(max(_MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
 
         def visit(step, carry):
-            write(begin + step * tile.block, tile.block, members, compute)
+            slot = begin + step * block + jnp.arange(block, dtype=jnp.int32)
+
+            def most_of(head, live):
+                logits = _computed_logits(
+                    q_ref, k_ref, table_ref, row, b, head, slot, live, address=address, group=group
+                )
+                at = jnp.broadcast_to(b, member.shape), head * group + member
+                lse = plgpu.load(lse_ref.at[at], mask=member < group, other=-EMPTY_LSE)
+                return exp2(logits * (scale * LOG2_E) - lse[:, None]).max(axis=0)
+
+            write(slot, most_of)
             return carry
 
-        jax.lax.fori_loop(0, _MAX_BLOCK // tile.block, visit, 0)
+        jax.lax.fori_loop(0, blocks, visit, 0)
+
+    has_candidates = (begin < last) & (begin + blocks * block > first) & (first < last)
+    pl.when(has_candidates & stays)(read)
+    pl.when(has_candidates & ~stays)(compute)
 
 
 @functools.partial(jax.jit, static_argnames=("address", "heads", "scale", "tile", "interpret"))
@@ -155,7 +176,7 @@ def slot_probabilities_triton(
     batch, q_heads, _ = q.shape
     group, max_slots = q_heads // heads, page_table.shape[3] * k_pages.shape[1]
     places = logit_places(lengths, rows, (first < last).astype(jnp.int32), heads=heads)
-    out, _, logits = attend_spans(
+    out, _, kept = attend_spans(
         q, k_pages, v_pages, page_table, lengths, rows, None, None, places, work, layer, address=address, heads=heads,
         scale=scale, tile=tile, interpret=interpret,
     )  # fmt: skip
@@ -167,7 +188,8 @@ def slot_probabilities_triton(
         "tile": tile,
         "exp2": kernel_exp2(interpret),
     }
-    inputs = [logits, places, lengths, first, last, q, k_pages, page_table, rows, layer]
+    assert kept is not None, "places were given"
+    inputs = [*kept, places, lengths, first, last, q, k_pages, page_table, rows, layer]
     lse = pl.pallas_call(
         functools.partial(_lse_kernel, **options),
         grid=(batch * heads, group),
@@ -180,7 +202,7 @@ def slot_probabilities_triton(
     )(*inputs)
     probabilities = pl.pallas_call(
         functools.partial(_max_kernel, **options),
-        grid=(batch, -(-max_slots // _MAX_BLOCK)),
+        grid=(batch, -(-max_slots // max(_MAX_BLOCK, tile.block))),
         in_specs=[WHOLE] * (len(inputs) + 1),
         out_specs=WHOLE,
         out_shape=jax.ShapeDtypeStruct((batch, max_slots), jnp.float32),

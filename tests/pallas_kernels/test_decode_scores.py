@@ -14,8 +14,8 @@ from pallas_kernels import (
     SpanLimits,
     decode_attention,
     decode_attention_reference,
-    decode_scores,
     decode_work_list,
+    kept_logits,
 )
 
 BLOCK = 16
@@ -106,7 +106,7 @@ def test_logits_that_have_no_place_are_computed_again(monkeypatch, kept):
     q = normal(1, len(ROWS), 8, 64, dtype=jnp.float32)
     mode = {"implementation": "triton", "interpret": True}
     whole = run(case, q, 2, mode, position=position, score=score, power=POWER)[2]
-    monkeypatch.setattr(decode_scores, "_MOST_BYTES", kept * decode_scores.ALIGNMENT * 4 * 4)
+    monkeypatch.setattr(kept_logits, "_MOST_BYTES", kept * kept_logits.ALIGNMENT * 4 * 4)
     jax.clear_caches()
     part = run(case, q, 2, mode, position=position, score=score, power=POWER)[2]
     jax.clear_caches()
@@ -116,10 +116,10 @@ def test_logits_that_have_no_place_are_computed_again(monkeypatch, kept):
 def test_places_do_not_overlap_and_are_for_those_that_record():
     lengths = jnp.asarray(np.random.default_rng(0).integers(0, 100, (2, 7, 3)), jnp.int32)
     rows, power = jnp.array([2, 5, 1], jnp.int32), jnp.array([1, 0, 2], jnp.int32)
-    places = np.asarray(decode_scores.logit_places(lengths, rows, power, heads=3)).reshape(2, 3, 3)
-    first = places * decode_scores.ALIGNMENT
+    places = np.asarray(kept_logits.logit_places(lengths, rows, power, heads=3)).reshape(2, 3, 3)
+    first = places * kept_logits.ALIGNMENT
     length = np.asarray(lengths[:, rows])
-    most = decode_scores.most_places(9, 4, 100)
+    most = kept_logits.most_places(9, 4, 100, jnp.float32)
     for layer in range(2):
         used = np.zeros(most, int)
         for b, h in np.ndindex(3, 3):

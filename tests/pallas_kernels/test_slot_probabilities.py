@@ -13,8 +13,8 @@ from pallas_kernels import (
     DecodeTile,
     SpanLimits,
     decode_attention_reference,
-    decode_scores,
     decode_work_list,
+    kept_logits,
     slot_probabilities,
     slot_probabilities_reference,
     slot_probabilities_triton,
@@ -89,7 +89,7 @@ def test_normalised_over_the_candidates_and_the_largest_over_all_heads(
 
 
 def test_logits_that_have_no_place_are_computed_again(monkeypatch):
-    monkeypatch.setattr(decode_scores, "_MOST_BYTES", 3 * decode_scores.ALIGNMENT * 4 * 4)
+    monkeypatch.setattr(kept_logits, "_MOST_BYTES", 3 * kept_logits.ALIGNMENT * 4 * 4)
     monkeypatch.setattr(slot_probabilities_triton, "_MAX_BLOCK", 32)
     jax.clear_caches()
     case = paged(page=4)

@@ -1,0 +1,125 @@
+"""Logits that decode attention leaves behind for kernels that need probabilities, which take a log-sum-exp of all spans.
+
+A logit is kept as its distance from the largest one that its query head has seen by then in the span, which is kept
+for every block. So half precision does for 16-bit pools whatever the size of the logits is: the error of a probability
+grows with that distance, to 0.4 % for one of e**-11 of the largest. That is G numbers a slot beside 2 * D of K and V.
+
+What is kept is bounded. Logits that have no place are computed a second time: correct whatever the lengths, and slower.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.online_softmax import LOG2_E
+from pallas_kernels.tiles import index_grid
+
+_MOST_BYTES = 256 << 20  # of the logits that are kept
+
+ALIGNMENT = 128
+"""Every head's logits start at a multiple of this, which is one of every block: blocks are stored whole."""
+
+_NOWHERE = 1 << 30  # the place of a head without one
+
+
+class KeptLogits(NamedTuple):
+    """What the spans of a decode step keep, in base 2 (times LOG2_E) and with the scale applied.
+
+    Attributes:
+      distances: float16 or f32[G, places] logit minus `tops` of its block.
+      tops: f32[G, places // block].
+    """
+
+    distances: jax.Array
+    tops: jax.Array
+
+
+def kept_dtype(pool_dtype) -> jnp.dtype:
+    """The type of the distances beside a pool of `pool_dtype`."""
+    return jnp.dtype(jnp.float16 if jnp.dtype(pool_dtype).itemsize <= 2 else jnp.float32)
+
+
+def most_places(heads: int, group: int, max_slots: int, dtype) -> int:
+    """The static number of places for the logits of `heads` (request, KV head) pairs, kept in `dtype`."""
+    bound = _MOST_BYTES // (jnp.dtype(dtype).itemsize * group * ALIGNMENT)
+    return ALIGNMENT * min(heads * -(-max_slots // ALIGNMENT), max(1, bound))
+
+
+def kept_shapes(heads: int, group: int, max_slots: int, *, pool_dtype, block: int) -> KeptLogits:
+    """Shapes of what is kept by spans that read `block` slots at a time."""
+    dtype = kept_dtype(pool_dtype)
+    places = most_places(heads, group, max_slots, dtype)
+    return KeptLogits(
+        jax.ShapeDtypeStruct((group, places), dtype),  # pyright: ignore[reportArgumentType]
+        jax.ShapeDtypeStruct((group, places // block), jnp.float32),  # pyright: ignore[reportArgumentType]
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("heads",))
+def logit_places(lengths: jax.Array, rows: jax.Array, power: jax.Array, *, heads: int) -> jax.Array:
+    """i32[Lt, B*H] where the logits of each (request, KV head) start, in units of ALIGNMENT.
+
+    Requests of power 0 keep nothing and take no place. As the work list it does not depend on the layer: one serves a
+    step.
+    """
+    layers, batch = lengths.shape[0], rows.shape[0]
+    length = jnp.broadcast_to(lengths[:, rows], (layers, batch, heads))
+    units = jnp.where(power[:, None] > 0, -(-length // ALIGNMENT), 0).reshape(layers, -1)
+    end = jnp.cumsum(units, axis=1, dtype=jnp.int32)
+    return jnp.where(units > 0, end - units, _NOWHERE)
+
+
+def has_place(place, last, kept: KeptLogits):
+    """Whether an item that ends before slot `last` of a head with `place` keeps its logits, inside a kernel."""
+    return place + pl.cdiv(last, ALIGNMENT) <= kept.distances.shape[1] // ALIGNMENT
+
+
+def keep(kept: KeptLogits, logits, top, place, first, step, *, stays, group: int, scale: float, block: int) -> None:
+    """Stores one block of an item, inside a kernel.
+
+    Args:
+      logits: f32[members, block] before `scale`; those of dead slots may be anything.
+      top: f32[members] the largest so far, base 2.
+      place: of the item's head, in units of ALIGNMENT.
+      first: the item's first slot, a multiple of `block`.
+      step: the block's number in the item.
+      stays: whether the item `has_place`.
+    """
+    member = jnp.arange(logits.shape[0], dtype=jnp.int32)
+    # Written so that Triton sees what the index is a multiple of: it then stores vectors.
+    start = place * ALIGNMENT + first // block * block
+    at_member, at_place = index_grid(member, start + step * block + jnp.arange(block, dtype=jnp.int32))
+    distance = logits * (scale * LOG2_E) - top[:, None]
+    mask = stays & (at_member < group)
+    plgpu.store(kept.distances.at[at_member, at_place], distance.astype(kept.distances.dtype), mask=mask)
+    at_block = jnp.broadcast_to(start // block + step, member.shape)
+    plgpu.store(kept.tops.at[member, at_block], top, mask=stays & (member < group))
+
+
+def block_grid(begin, blocks: int, block: int) -> jax.Array:
+    """i32[blocks, block] the slots from `begin` on, as `read_kept` wants them."""
+    shape = (blocks, block)
+    return begin + jax.lax.broadcasted_iota(jnp.int32, shape, 0) * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def read_kept(kept: KeptLogits, member, place, begin, live: jax.Array) -> jax.Array:
+    """f32[blocks, block] logits, base 2, of one member of the group, inside a kernel; dead ones may be anything.
+
+    Args:
+      member: its number in the group.
+      place: of the head, in units of ALIGNMENT.
+      begin: the first slot, a multiple of the block.
+      live: bool[blocks, block].
+    """
+    blocks, block = live.shape
+    start = place * ALIGNMENT + begin // block * block
+    slot = block_grid(start, blocks, block)
+    distance = plgpu.load(kept.distances.at[jnp.broadcast_to(member, slot.shape), slot], mask=live, other=0.0)
+    at = start // block + jnp.arange(blocks, dtype=jnp.int32)
+    exists = at < kept.tops.shape[1]
+    top = plgpu.load(kept.tops.at[jnp.broadcast_to(member, at.shape), at], mask=exists, other=0.0)
+    return distance.astype(jnp.float32) + top[:, None]
