@@ -1,4 +1,4 @@
-"""Logits that decode attention leaves behind for kernels that need probabilities, which take a log-sum-exp of all spans.
+"""Logits that decode attention leaves behind for kernels that need probabilities, which take the sum over all spans.
 
 A logit is kept as its distance from the largest one that its query head has seen by then in the span, which is kept
 for every block. So half precision does for 16-bit pools whatever the size of the logits is: the error of a probability
