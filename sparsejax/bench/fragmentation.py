@@ -32,6 +32,7 @@ from sparsejax.engine.llm import LLM
 from sparsejax.engine.plan import Evict
 from sparsejax.engine.sampling_params import CompressionParams
 from sparsejax.engine.submission import Submission
+from sparsejax.engine.warm_up import warm_up
 from sparsejax.errors import InvalidArgumentError
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
@@ -199,7 +200,7 @@ def run(
     budget: int | None = None,
     *,
     method: str = "h2o",
-    rehearse: bool = True,
+    warm: bool = True,
     use_tqdm: bool = True,
 ) -> Fragmentation:
     """Serves the trace.
@@ -209,7 +210,7 @@ def run(
       strategy: of `STRATEGIES`, or "dense".
       budget: tokens to keep; None if dense.
       method: what evicts.
-      rehearse: serve it once before, untimed, so that everything is compiled.
+      warm: compile everything before.
 
     Raises:
       InvalidArgumentError: an unknown strategy, or a budget where there is none to be (or none where there must be).
@@ -221,8 +222,8 @@ def run(
             f"budget must be given exactly if tokens are evicted; got {budget} for {strategy!r}."
         )
     compression = None if budget is None else params_for(method, strategy, budget)
-    if rehearse:
-        serve(llm, trace, compression, use_tqdm=use_tqdm)
+    if warm:
+        _warm_up(llm, trace, compression)
     result, watch = _watched(llm, trace, compression, use_tqdm=use_tqdm)
     series = [
         (second, value)
@@ -271,6 +272,18 @@ def steady(
     )
 
 
+def _warm_up(llm: LLM, trace: Trace, compression: CompressionParams | None) -> None:
+    """Compiles what the trace needs. Programs that an earlier strategy needed too are found ready."""
+    shortest = min(request.input_tokens for request in trace.requests)
+    warm_up(
+        llm.engine.runner,
+        greedy_only=True,
+        compression=compression or CompressionParams(),
+        uniform=True,
+        texts=(shortest, trace.longest),
+    )
+
+
 def _watched(
     llm: LLM, trace: Trace, compression: CompressionParams | None, *, use_tqdm: bool
 ) -> tuple[Throughput, _Watch]:
@@ -294,7 +307,7 @@ def measure(
     method: str = "h2o",
     steady_rows: int = 16,
     steady_steps: int = 128,
-    rehearse: bool = True,
+    warm: bool = True,
     report: Callable[[str], None] = print,
 ) -> tuple[list[Fragmentation], list[Steady]]:
     """The dense baseline, then every strategy at every budget; each line is reported as soon as it is known.
@@ -304,11 +317,11 @@ def measure(
     """
     rows, lines = [], []
     report(HEADER)
-    rows.append(run(llm, trace, DENSE, rehearse=rehearse))
+    rows.append(run(llm, trace, DENSE, warm=warm))
     report(format_row(rows[-1]))
     for budget in budgets:
         for strategy in strategies:
-            rows.append(run(llm, trace, strategy, budget, method=method, rehearse=rehearse))
+            rows.append(run(llm, trace, strategy, budget, method=method, warm=warm))
             report(format_row(rows[-1]))
             if steady_rows:
                 lines.append(steady(llm, strategy, budget, rows=steady_rows, steps=steady_steps, method=method))

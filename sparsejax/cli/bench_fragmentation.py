@@ -53,7 +53,7 @@ def add_parser(suites: Any) -> None:
         "--steady-steps", type=int, default=128, metavar="N", help="tokens each of them decodes (default: %(default)s)"
     )
     fragmentation.add_argument(
-        "--no-rehearsal", action="store_true", help="serve each once, and compile meanwhile: times are then too long"
+        "--no-warmup", action="store_true", help="compile while serving rather than before: times are then too long"
     )
     fragmentation.add_argument(
         "--quick", action="store_true", help="to try it: a sixteenth of all lengths, 12 requests"
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         method=args.method,
         steady_rows=rows,
         steady_steps=steps,
-        rehearse=not args.no_rehearsal,
+        warm=not args.no_warmup,
         report=lambda line: print(line, flush=True),
     )
     page_size = llm.engine.runner.layout.page_size

@@ -99,7 +99,7 @@ def test_dead_slots_count_as_empty(steady):
 
 
 def test_dense_requests_waste_the_rest_of_their_last_page(llm):
-    result = fragmentation.run(llm, traces.uniform(1, 9, 4), fragmentation.DENSE, rehearse=False, use_tqdm=False)
+    result = fragmentation.run(llm, traces.uniform(1, 9, 4), fragmentation.DENSE, warm=False, use_tqdm=False)
     assert len(result.fragmentation) == 3
     assert set(result.fragmentation) <= {1 - held / (PAGE * math.ceil(held / PAGE)) for held in (9, 10, 11, 12)}
     assert (result.copied_bytes, result.preemptions, result.budget) == (0.0, 0, None)
@@ -187,9 +187,19 @@ def test_latency_of_compressed_prompts(config, tmp_path, capsys):
     assert "snapkv" in capsys.readouterr().out
 
 
+def test_nothing_is_compiled_while_strategies_are_served(llm):
+    trace = Workload(mean_input=14, mean_output=13, longest_input=32, longest=60).trace(5)
+    fragmentation.run(llm, trace, fragmentation.DENSE, use_tqdm=False)
+    for strategy in ("reuse", "sparse_copy"):
+        result = fragmentation.run(llm, trace, strategy, BUDGET, method="random", use_tqdm=False)
+        again = fragmentation.steady(llm, strategy, BUDGET, rows=2, steps=24, method="random", use_tqdm=False)
+        assert result.programs_compiled == 0
+        assert again.steps > 0
+
+
 def test_fragmentation_on_the_command_line(config, tmp_path, capsys):
     report, figure = tmp_path / "a.json", tmp_path / "a.png"
-    command = ["bench", "fragmentation", "--random-weights", str(config), "--quick", "--no-rehearsal", "--chunk", "64"]
+    command = ["bench", "fragmentation", "--random-weights", str(config), "--quick", "--no-warmup", "--chunk", "64"]
     command += ["--budgets", "256", "--strategies", "reuse", "--page-size", str(PAGE), "--num-pages", "600"]
     command += ["--max-num-seqs", "2", "--steady-rows", "1"]
     assert main([*command, "--json", str(report), *(["--plot", str(figure)] if PLOTS else [])]) == 0
