@@ -8,7 +8,7 @@ What is kept is bounded. Logits that have no place are computed a second time: c
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,15 @@ _NOWHERE = 1 << 30  # the place of a head without one
 class KeptLogits(NamedTuple):
     """What the spans of a decode step keep, in base 2 (times LOG2_E) and with the scale applied.
 
+    Arrays, their shapes or, inside a kernel, references to them.
+
     Attributes:
       distances: float16 or f32[G, places] logit minus `tops` of its block.
       tops: f32[G, places // block].
     """
 
-    distances: jax.Array
-    tops: jax.Array
+    distances: Any
+    tops: Any
 
 
 def kept_dtype(pool_dtype) -> jnp.dtype:
@@ -54,8 +56,8 @@ def kept_shapes(heads: int, group: int, max_slots: int, *, pool_dtype, block: in
     dtype = kept_dtype(pool_dtype)
     places = most_places(heads, group, max_slots, dtype)
     return KeptLogits(
-        jax.ShapeDtypeStruct((group, places), dtype),  # pyright: ignore[reportArgumentType]
-        jax.ShapeDtypeStruct((group, places // block), jnp.float32),  # pyright: ignore[reportArgumentType]
+        jax.ShapeDtypeStruct((group, places), dtype),
+        jax.ShapeDtypeStruct((group, places // block), jnp.float32),
     )
 
 

@@ -15,13 +15,12 @@ import functools
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Hashable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax import export
 
 logger = logging.getLogger(__name__)
@@ -64,14 +63,14 @@ def _path(function: Callable, shapes: tuple, static: tuple, device: Any) -> Path
         return None
     abstract = getattr(device, "abstract_device", None)
     kind = jax.devices()[0].device_kind if abstract is None else abstract.device_kind
-    named = (function.__module__, function.__qualname__, shapes, static, kind, jax.__version__, jaxlib.__version__)
+    named = (function.__module__, function.__qualname__, shapes, static, kind, jax.__version__, version("jaxlib"))
     name = hashlib.sha256(f"{_source()} {named}".encode()).hexdigest()
     return folder / f"{function.__qualname__}-{name}"
 
 
 def _folder() -> Path | None:
     """Where lowered kernels are kept, if anywhere: JAX's cache may also be a bucket, which it alone can write to."""
-    cache = jax.config.jax_compilation_cache_dir
+    cache = getattr(jax.config, "jax_compilation_cache_dir", None)
     return Path(cache) / FOLDER if cache and "://" not in cache else None
 
 
@@ -98,6 +97,6 @@ def _read(path: Path) -> export.Exported | None:
 def _write(path: Path, data: bytes | bytearray) -> None:
     """Writes the file at once, for other processes that start with the same cache."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from sparsejax.bench.compilations import watch_compilations
 from sparsejax.bench.traces import Trace
+from sparsejax.engine.garbage import quiet_collector
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.limits import check_limits, most_tokens
 from sparsejax.engine.llm import LLM
-from sparsejax.engine.quiet_collector import quiet_collector
 from sparsejax.engine.request import Request
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.engine.submission import Submission

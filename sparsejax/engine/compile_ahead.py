@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from sparsejax.engine.garbage import no_collection
+
 MOST_THREADS = 8  # XLA has threads of its own for every program
 
 
@@ -37,10 +39,11 @@ def compile_ahead(
     futures: list[Future] = []
     pool = ThreadPoolExecutor(compiler_threads(), thread_name_prefix="compile")
     try:
-        for function, arguments in programs:
-            futures.append(pool.submit(function.lower(*arguments).compile))
-            running.add(futures[-1])
-            running = _count_finished(running, ticks, timeout=0)
+        with no_collection():
+            for function, arguments in programs:
+                futures.append(pool.submit(function.lower(*arguments).compile))
+                running.add(futures[-1])
+                running = _count_finished(running, ticks, timeout=0)
         while running:
             running = _count_finished(running, ticks, timeout=None)
     finally:

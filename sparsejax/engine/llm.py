@@ -22,9 +22,9 @@ from sparsejax.engine import inputs, memory
 from sparsejax.engine.build import build_engine, check_methods, named_methods
 from sparsejax.engine.build_store import load_store
 from sparsejax.engine.engine import Engine
+from sparsejax.engine.garbage import quiet_collector
 from sparsejax.engine.inputs import Prompt, TokenizedPrompt
 from sparsejax.engine.outputs import RequestOutput
-from sparsejax.engine.quiet_collector import quiet_collector
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.engine.submission import Submission
 from sparsejax.errors import InvalidArgumentError

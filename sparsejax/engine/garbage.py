@@ -22,3 +22,18 @@ def quiet_collector() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Within it, no garbage is collected, for work that makes millions of objects and drops few.
+
+    Python searches all of them each time their number has grown by a quarter: a fifth of the time that tracing takes.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,11 +1,11 @@
-"""What exists is left alone while the engine runs, and only then."""
+"""The collector leaves alone what exists while the engine runs, and rests while programs are traced; only then."""
 
 import gc
 import weakref
 
 import pytest
 
-from sparsejax.engine.quiet_collector import quiet_collector
+from sparsejax.engine.garbage import no_collection, quiet_collector
 
 
 class Cycle:
@@ -49,3 +49,16 @@ def test_what_the_caller_froze_stays_frozen():
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
+
+
+def test_collection_pauses_and_goes_on():
+    with no_collection(), no_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with no_collection():
+            pass
+        assert not gc.isenabled()  # as the caller had it
+    finally:
+        gc.enable()
