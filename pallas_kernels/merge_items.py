@@ -13,43 +13,43 @@ from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two, vector_mask
 
 _BLOCKS = (4, 64)  # items per step: as many as a head has at most, within these bounds
+_MANY_HEADS = 264  # KV heads that fill a GPU: two programs on each of an H200's 132 multiprocessors
 
 
 def _merge_kernel(
-    out_ref, lse_ref, layer_ref, first_item_ref, parts_ref, _, __, merged_ref, merged_lse_ref, *, heads, block
+    out_ref, lse_ref, layer_ref, first_item_ref, parts_ref, _, __, merged_ref, merged_lse_ref, *, heads, block, members
 ):
-    """One query head: the mean of its items' outputs, weighted by the exponentials of their log-sum-exps.
+    """Some query heads of a KV head: the mean of its items' outputs, weighted by exponentials of their log-sum-exps.
 
     Heads of one item are left as they are.
     """
-    head_row, member = pl.program_id(0), pl.program_id(1)
+    head_row, first_member = pl.program_id(0), pl.program_id(1) * members
     layer = 0 if first_item_ref.shape[0] == 1 else layer_ref[0]
     first_item, parts = first_item_ref[layer, head_row], parts_ref[layer, head_row]
     group, dim = out_ref.shape[1:]
     column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
 
-    def visit(step, state):
-        part = step * block + jnp.arange(block, dtype=jnp.int32)
-        live = part < parts
-        item = jnp.where(live, first_item + part, 0)
-        lse = plgpu.load(
-            lse_ref.at[item, jnp.broadcast_to(member, item.shape)], mask=live, other=online_softmax.EMPTY_LSE
-        )
-        items, columns = index_grid(item, column)
-        mask = vector_mask(live, columns, dim)
-        out = plgpu.load(out_ref.at[items, jnp.broadcast_to(member, items.shape), columns], mask=mask, other=0.0)
-        # An item whose indices were all dead has nothing to add.
-        live &= lse > online_softmax.EMPTY_LSE / 2
-        return online_softmax.absorb(
-            state,
-            lse[None],
-            live[None],
-            lambda weights: (weights.reshape(-1, 1) * out).sum(axis=0)[None],
-            scale=LOG2_E,
-        )
+    def merge(member):
+        def visit(step, state):
+            part = step * block + jnp.arange(block, dtype=jnp.int32)
+            live = part < parts
+            item = jnp.where(live, first_item + part, 0)
+            lse = plgpu.load(
+                lse_ref.at[item, jnp.broadcast_to(member, item.shape)], mask=live, other=online_softmax.EMPTY_LSE
+            )
+            items, columns = index_grid(item, column)
+            mask = vector_mask(live, columns, dim)
+            out = plgpu.load(out_ref.at[items, jnp.broadcast_to(member, items.shape), columns], mask=mask, other=0.0)
+            # An item whose indices were all dead has nothing to add.
+            live &= lse > online_softmax.EMPTY_LSE / 2
+            return online_softmax.absorb(
+                state,
+                lse[None],
+                live[None],
+                lambda weights: (weights.reshape(-1, 1) * out).sum(axis=0)[None],
+                scale=LOG2_E,
+            )
 
-    @pl.when(parts != 1)
-    def _():
         state = online_softmax.start((1,), column.shape[0])
         state = jax.lax.fori_loop(0, pl.cdiv(parts, block), visit, state)
         out, lse = online_softmax.finish(state)
@@ -57,6 +57,11 @@ def _merge_kernel(
         at = (jnp.broadcast_to(b, column.shape), jnp.broadcast_to(head, column.shape), column)
         plgpu.store(merged_ref.at[at], out.reshape(-1).astype(merged_ref.dtype), mask=column < dim)
         merged_lse_ref[b, head] = lse.max()  # its only element
+
+    @pl.when(parts != 1)
+    def _():
+        for member in range(members):
+            merge(first_member + member)
 
 
 def merge_items(
@@ -80,10 +85,12 @@ def merge_items(
     batch = work.parts.shape[1] // heads
     parts = next_power_of_two(-(-items // (batch * heads)))
     block = min(max(parts, _BLOCKS[0]), _BLOCKS[1])
+    # Where there are many heads most are one item: fewer programs then, which find that there is nothing to do.
+    members = group if batch * heads >= _MANY_HEADS else 1
     inputs = (out, lse, layer, work.first_item, work.parts, *whole)
     return pl.pallas_call(
-        functools.partial(_merge_kernel, heads=heads, block=block),
-        grid=(batch * heads, group),
+        functools.partial(_merge_kernel, heads=heads, block=block, members=members),
+        grid=(batch * heads, group // members),
         in_specs=[WHOLE] * len(inputs),
         out_specs=[WHOLE, WHOLE],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in whole],

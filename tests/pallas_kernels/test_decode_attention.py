@@ -24,6 +24,7 @@ from pallas_kernels import (
     decode_attention,
     decode_attention_reference,
     decode_work_list,
+    merge_items,
 )
 
 BLOCK = 16
@@ -119,6 +120,20 @@ def test_listing_every_slot_equals_reading_all(mode):
     order = np.random.default_rng(3).permutation(MAX_SLOTS)
     indices = jnp.broadcast_to(jnp.asarray(order, jnp.int32), (len(ROWS), 1, MAX_SLOTS))
     assert_same_attention(attend(case, q, 2, mode, indices), attend(case, q, 2, mode), jnp.float32)
+
+
+def test_many_heads_are_merged_by_fewer_programs(monkeypatch):
+    case = make_paged(
+        lengths=LENGTHS, granularity="per_head", heads=2, dim=64, page=8, columns=MAX_SLOTS // 8, dtype=jnp.float32
+    )
+    q = normal(1, len(ROWS), 2 * 7, 64, dtype=jnp.float32)
+    mode = {"implementation": "triton", "interpret": True}
+    few = attend(case, q, 2, mode)
+    monkeypatch.setattr(merge_items, "_MANY_HEADS", 1)
+    jax.clear_caches()
+    many = attend(case, q, 2, mode)
+    jax.clear_caches()
+    jax.tree.map(np.testing.assert_array_equal, many, few)
 
 
 @pytest.mark.parametrize("mode", MODES)
