@@ -25,6 +25,7 @@ from pallas_kernels.tiles import (
 )
 
 _LSE_BLOCK, _LSE_WARPS = 4096, 8  # logits of one query head that are read at once
+_LSE_PROGRAMS, _LSE_MOST_PARTS = 1056, 8  # programs to start: eight on each of an H200's 132 multiprocessors
 _MAX_BLOCK, _MAX_WARPS = 512, 4  # slots of a program that takes the largest
 _MIN_DOT_ROWS = 16  # the smallest tile of a tensor-core product
 
@@ -48,8 +49,9 @@ def _lse_kernel(
     distances_ref, tops_ref, place_ref, length_ref, first_ref, last_ref, q_ref, k_ref, table_ref, rows_ref, layer_ref,
     lse_ref, *, address, heads, group, scale, tile, exp2,
 ):  # fmt: skip
-    """One query head: the log-sum-exp, base 2, of its scaled logits over the candidates."""
-    head_row, own = pl.program_id(0), pl.program_id(1)
+    """One query head and part of the candidates: the log-sum-exp, base 2, of the scaled logits."""
+    head_row, own, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    parts = lse_ref.shape[2]
     address = address.join_layer(layer_ref)
     b, head = head_row // heads, head_row % heads
     row, first, last = rows_ref[b], first_ref[b], last_ref[b]
@@ -57,7 +59,10 @@ def _lse_kernel(
     stays = has_place(place, _head_length(length_ref, address, row, head), kept)
 
     def accumulate(begin, lanes, width, logits_of):
-        """(top, total) f32[lanes] of the sums of 2**logit; `logits_of(step)` gives (f32[lanes, width], is live)."""
+        """(top, total) f32[lanes] of the part's sums of 2**logit.
+
+        `logits_of(step)` gives (f32[lanes, any], which are live) of the step's `width` slots.
+        """
 
         def visit(step, state):
             top, total = state
@@ -68,7 +73,7 @@ def _lse_kernel(
 
         start = jnp.full((lanes,), EMPTY_LSE, jnp.float32), jnp.zeros((lanes,), jnp.float32)
         steps = jnp.where(first < last, pl.cdiv(last - begin, width), 0)
-        return jax.lax.fori_loop(0, steps, visit, start)
+        return jax.lax.fori_loop(steps * part // parts, steps * (part + 1) // parts, visit, start)
 
     def read():
         """Each lane a block of slots."""
@@ -85,9 +90,9 @@ def _lse_kernel(
         top, total = accumulate(aligned, blocks, blocks * block, logits_of)
         most = top.max()
         total = (total * exp2(top - most)).sum()
-        lse_ref[b, head * group + own] = jnp.where(
+        lse_ref[b, head * group + own, part] = jnp.where(
             total > 0.0, most + jnp.log2(jnp.maximum(total, 1e-30)), EMPTY_LSE
-        )  # fmt: skip
+        )
 
     def compute():
         """Each lane a query head, all of the group in one program."""
@@ -103,7 +108,8 @@ def _lse_kernel(
         lse = jnp.where(total > 0.0, top + jnp.log2(jnp.maximum(total, 1e-30)), EMPTY_LSE)
         # Masked lanes point behind the row: interpreted, they would otherwise undo what a live lane writes.
         at = jnp.where(member < group, head * group + member, lse_ref.shape[1] + member)
-        plgpu.store(lse_ref.at[jnp.broadcast_to(b, member.shape), at], lse, mask=member < group)
+        at = jnp.broadcast_to(b, member.shape), at, jnp.broadcast_to(part, member.shape)
+        plgpu.store(lse_ref.at[at], lse, mask=member < group)
 
     pl.when(stays | (first >= last))(read)
     pl.when(~stays & (first < last) & (own == 0))(compute)
@@ -190,16 +196,19 @@ def slot_probabilities_triton(
     }
     assert kept is not None, "places were given"
     inputs = [*kept, places, lengths, first, last, q, k_pages, page_table, rows, layer]
+    parts = max(1, min(_LSE_MOST_PARTS, _LSE_PROGRAMS // (batch * q_heads)))
     lse = pl.pallas_call(
         functools.partial(_lse_kernel, **options),
-        grid=(batch * heads, group),
+        grid=(batch * heads, group, parts),
         in_specs=[WHOLE] * len(inputs),
         out_specs=WHOLE,
-        out_shape=jax.ShapeDtypeStruct((batch, q_heads), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((batch, q_heads, parts), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=_LSE_WARPS, num_stages=2),
         interpret=interpret,
         name="slot_probabilities_lse",
     )(*inputs)
+    top = lse.max(axis=2)
+    lse = top + jnp.log2(jnp.exp2(lse - top[..., None]).sum(axis=2))
     probabilities = pl.pallas_call(
         functools.partial(_max_kernel, **options),
         grid=(batch, -(-max_slots // max(_MAX_BLOCK, tile.block))),
