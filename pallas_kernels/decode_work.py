@@ -123,13 +123,16 @@ def span_list(length: jax.Array, *, max_slots: int, limits: SpanLimits = DEFAULT
     # Of many waves, a head's last quarter of a span is shared out among its other items, which makes fewer.
     ends_late = jnp.where(fits, 0, span // 4)
     parts = jnp.where(length > 0, jnp.maximum(-(-(length - ends_late) // span), 1), 0)  # [Lt, heads]
-    first_item = _items_before(parts, -(-length // jnp.maximum(parts, 1)))
+    rank, first_item = _ranked(parts, -(-length // jnp.maximum(parts, 1)))
+    layer = jnp.arange(length.shape[0])[:, None]
+    head = jnp.zeros_like(rank).at[layer, rank].set(jnp.arange(heads, dtype=jnp.int32), unique_indices=True)
 
-    # Comparing every item with all heads is one small fused reduction; a search would be a loop of tiny kernels.
-    item = jnp.arange(max_items(heads, max_slots, limits), dtype=jnp.int32)[None, :, None]
-    is_of = (first_item[:, None] <= item) & (item < (first_item + parts)[:, None])  # [Lt, items, heads]
-    head_row = (is_of * jnp.arange(heads, dtype=jnp.int32)).sum(axis=2, dtype=jnp.int32)
-    item, exists = item[..., 0], is_of.any(axis=2)
+    # As many heads precede an item as end at or before it. Comparing it with all is one small fused reduction, where a
+    # search would be a loop of tiny kernels.
+    item = jnp.arange(max_items(heads, max_slots, limits), dtype=jnp.int32)[None]
+    precede = ((first_item + parts)[:, None] <= item[..., None]).sum(axis=2, dtype=jnp.int32)  # [Lt, items]
+    head_row = jnp.take_along_axis(head, jnp.minimum(precede, heads - 1), axis=1)
+    exists = precede < heads
 
     def of_head(values):
         return jnp.take_along_axis(values, head_row, axis=1)
@@ -142,11 +145,13 @@ def span_list(length: jax.Array, *, max_slots: int, limits: SpanLimits = DEFAULT
     return WorkList(head_row, first, last, first_item, parts)
 
 
-def _items_before(parts: jax.Array, size: jax.Array) -> jax.Array:
-    """i32[Lt, heads] the items of heads whose items are longer, or as long and of a head with a smaller number.
+def _ranked(parts: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(place of each head, i32[Lt, heads], if those with longer items come first; the items of all heads before it).
 
-    Every head is compared with all others, which is one fused reduction: a sort would be many small kernels.
+    Of heads whose items are as long the first comes first. Every head is compared with all others, which is one fused
+    reduction: a sort would be many small kernels.
     """
     head = jnp.arange(size.shape[1])
     is_before = (size[:, None] > size[..., None]) | ((size[:, None] == size[..., None]) & (head < head[:, None]))
-    return (is_before * parts[:, None]).sum(axis=2, dtype=jnp.int32)
+    items_before = jnp.where(is_before, parts[:, None], 0).sum(axis=2, dtype=jnp.int32)
+    return is_before.sum(axis=2, dtype=jnp.int32), items_before
