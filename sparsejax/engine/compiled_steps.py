@@ -13,6 +13,7 @@ import jax
 from sparsejax.cache import DeltaCache, KVCache, fork, release, release_delta
 from sparsejax.engine.compression import CompressOutput, EvictOutput, Measured, compress_rows, evict_rows, measure
 from sparsejax.engine.delta_compress import StoreOutput, compress_full_rings
+from sparsejax.engine.readback import Readback
 from sparsejax.engine.reconstruction import reconstruct
 from sparsejax.engine.recording import RecordState
 from sparsejax.engine.state import DecodeState, StepOutput
@@ -40,16 +41,16 @@ class CompiledSteps:
       compilations: how often each was traced, by name. While serving after a warm-up these stay constant.
     """
 
-    prefill: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
-    decode: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
-    mixed: Callable[..., tuple[KVCache, DecodeState, StepOutput]]
+    prefill: Callable[..., tuple[KVCache, DecodeState, Readback[StepOutput]]]
+    decode: Callable[..., tuple[KVCache, DecodeState, Readback[StepOutput]]]
+    mixed: Callable[..., tuple[KVCache, DecodeState, Readback[StepOutput]]]
     release: Callable[[KVCache, jax.Array], KVCache]
     fork: Callable[..., tuple[KVCache, jax.Array | None, jax.Array]]
-    compress: Callable[..., tuple[KVCache, CompressOutput]]
+    compress: Callable[..., tuple[KVCache, Readback[CompressOutput]]]
     reconstruct: Callable[..., KVCache]
-    evict: Callable[..., tuple[KVCache, RecordState, EvictOutput]]
-    measure: Callable[..., Measured]
-    compress_rings: Callable[..., tuple[DeltaCache, StoreOutput]]
+    evict: Callable[..., tuple[KVCache, RecordState, Readback[EvictOutput]]]
+    measure: Callable[..., Readback[Measured]]
+    compress_rings: Callable[..., tuple[DeltaCache, Readback[StoreOutput]]]
     compilations: Counter[str]
 
 
@@ -69,7 +70,8 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
     def model_step(name: str, step: Callable) -> Callable:
         def run(params, cache, state, work, options):
             work = work if isinstance(work, tuple) else (work,)
-            return step(params, cache, state, *work, decoder=decoder, options=options)
+            cache, state, output = step(params, cache, state, *work, decoder=decoder, options=options)
+            return cache, state, Readback.of(output)
 
         return counted(name, run, static_argnums=4, donate_argnums=(1, 2), compiler_options=COMPILER_OPTIONS)
 
@@ -79,19 +81,25 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
         return cache, None if hole is None else hole.at[:, target].set(-1), ok
 
     def run_compress(params, cache, record, batch, spec):
-        return compress_rows(params, cache, record, batch, decoder=decoder, spec=spec)
+        cache, output = compress_rows(params, cache, record, batch, decoder=decoder, spec=spec)
+        return cache, Readback.of(output)
 
     def run_reconstruct(params, cache, batch, implementation):
         return reconstruct(params, cache, batch, decoder=decoder, implementation=implementation)
 
     def run_evict(cache, record, batch, spec):
-        return evict_rows(cache, record, batch, spec=spec)
+        cache, record, output = evict_rows(cache, record, batch, spec=spec)
+        return cache, record, Readback.of(output)
 
     def run_release(cache, rows):
         return release_delta(cache, rows) if isinstance(cache, DeltaCache) else release(cache, rows)
 
     def run_rings(params, cache, work, spec, implementation):
-        return compress_full_rings(params, cache, *work, spec=spec, implementation=implementation)
+        cache, output = compress_full_rings(params, cache, *work, spec=spec, implementation=implementation)
+        return cache, Readback.of(output)
+
+    def run_measure(cache, hole):
+        return Readback.of(measure(cache, hole))
 
     return CompiledSteps(
         prefill=model_step("prefill", prefill_step),
@@ -104,7 +112,7 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
             "reconstruct", run_reconstruct, static_argnums=3, donate_argnums=1, compiler_options=COMPILER_OPTIONS
         ),
         evict=counted("evict", run_evict, static_argnums=3, donate_argnums=(0, 1)),
-        measure=counted("measure", measure),
+        measure=counted("measure", run_measure),
         compress_rings=counted(
             "compress_rings",
             run_rings,

@@ -89,32 +89,51 @@ class EvictSpec:
         return self.strategy == "sparse_copy" or (self.strategy == "reuse" and self.bulk)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["rows", "budget", "text_length", "sink_tokens", "recent_tokens", "recorded", "seed"],
-    meta_fields=[],
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["numbers"], meta_fields=[])
 @dataclass(frozen=True)
 class EvictBatch:
-    """The rows of an evict step, K of them.
+    """The rows of an evict step, K of them: one array, because every array that goes to a GPU costs time at each step.
 
     Attributes:
-      rows: i32[K], distinct, except that the null row 0 may repeat.
-      budget: i32[K], B, live tokens that each table may keep.
-      text_length: i32[K], tokens of the text so far, evicted ones and the newest cached one included.
-      sink_tokens, recent_tokens: i32[K], first and last positions that are protected, even where they are more than
-        B - n + 1.
-      recorded: i32[K], queries that added to the scores.
-      seed: u32[K], of each request.
+      numbers: i32[7, K], for each row what the properties say, in their order.
     """
 
-    rows: jax.Array
-    budget: jax.Array
-    text_length: jax.Array
-    sink_tokens: jax.Array
-    recent_tokens: jax.Array
-    recorded: jax.Array
-    seed: jax.Array
+    numbers: jax.Array
+
+    @property
+    def rows(self) -> jax.Array:
+        """i32[K], distinct, except that the null row 0 may repeat."""
+        return self.numbers[0]
+
+    @property
+    def budget(self) -> jax.Array:
+        """i32[K], B, live tokens that each table may keep."""
+        return self.numbers[1]
+
+    @property
+    def text_length(self) -> jax.Array:
+        """i32[K], tokens of the text so far, evicted ones and the newest cached one included."""
+        return self.numbers[2]
+
+    @property
+    def sink_tokens(self) -> jax.Array:
+        """i32[K], first positions that are protected, even where they are more than B - n + 1."""
+        return self.numbers[3]
+
+    @property
+    def recent_tokens(self) -> jax.Array:
+        """i32[K], last positions, likewise."""
+        return self.numbers[4]
+
+    @property
+    def recorded(self) -> jax.Array:
+        """i32[K], queries that added to the scores."""
+        return self.numbers[5]
+
+    @property
+    def seed(self) -> jax.Array:
+        """u32[K], of each request."""
+        return jax.lax.bitcast_convert_type(self.numbers[6], jnp.uint32)
 
 
 @partial(

@@ -195,20 +195,11 @@ def idle_evict_calls(
 
 def evict_batch(entries: Sequence[Evict], size: int) -> EvictBatch:
     """The arrays of a call, padded to `size` lanes."""
-    lanes: Any = np.zeros((7, size), np.int64)  # holds seeds, too
+    numbers: Any = np.zeros((7, size), np.int32)
     if entries:  # one pass over the rows: this is done at every step
-        lanes[:, : len(entries)] = np.transpose([_evict_lane(entry) for entry in entries])
-    *numbers, seed = lanes
-    rows, budget, text_length, sinks, recent, recorded = (each.astype(np.int32) for each in numbers)
-    return EvictBatch(
-        rows=rows,
-        budget=budget,
-        text_length=text_length,
-        sink_tokens=sinks,
-        recent_tokens=recent,
-        recorded=recorded,
-        seed=seed.astype(np.uint32),
-    )
+        lanes = np.array([_evict_lane(entry) for entry in entries], np.int64)  # which holds seeds, too
+        numbers[:, : len(entries)] = lanes.T.astype(np.uint32).view(np.int32)
+    return EvictBatch(numbers)
 
 
 def _evict_lane(entry: Evict) -> tuple[int, ...]:

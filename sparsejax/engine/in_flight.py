@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from sparsejax.engine.compression import CompressOutput, EvictOutput, Measured
 from sparsejax.engine.delta_compress import StoreOutput
 from sparsejax.engine.plan import Chunk, Compress, Evict, Fork, FullRing, Plan, Release
+from sparsejax.engine.readback import Output, Readback
 from sparsejax.engine.request import Request
 from sparsejax.engine.runner import Runner
 from sparsejax.engine.state import StepOutput
@@ -21,18 +22,18 @@ from sparsejax.engine.usage import Balance
 
 
 @dataclass(frozen=True)
-class ModelStep:
+class ModelStep(Generic[Output]):
     """A dispatched run of the model.
 
     Attributes:
       sampling: (lane of the output, request) of each token it samples.
       chunks: what was prefilled, in packing order; empty for a decode step.
-      output: on the device, or on the host once read.
+      output: packed on the device, or read.
     """
 
     sampling: list[tuple[int, Request]]
     chunks: Sequence[Chunk]
-    output: StepOutput
+    output: Output
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Results:
       measured: what was free and held after the whole plan.
     """
 
-    steps: list[ModelStep]
+    steps: list[ModelStep[StepOutput]]
     compressed: list[Compressed]
     rings: list[FullRing]
     evictions: list[tuple[Sequence[Evict], Any]]
@@ -91,24 +92,25 @@ class InFlight:
       balance: what the scheduler counted then.
     """
 
-    steps: Sequence[ModelStep]
-    evictions: Sequence[tuple[Sequence[Evict], EvictOutput]]
-    compressions: Sequence[tuple[Sequence[Compress], CompressOutput]]
+    steps: Sequence[ModelStep[Readback[StepOutput]]]
+    evictions: Sequence[tuple[Sequence[Evict], Readback[EvictOutput]]]
+    compressions: Sequence[tuple[Sequence[Compress], Readback[CompressOutput]]]
     entries_before: Mapping[str, Any]
-    rings: Sequence[tuple[Sequence[FullRing], StoreOutput]]
+    rings: Sequence[tuple[Sequence[FullRing], Readback[StoreOutput]]]
     forked: list[jax.Array]
-    measured: Measured | None
+    measured: Readback[Measured] | None
     balance: Balance
 
     def read(self) -> Results:
         """Waits for the device and fetches everything."""
-        steps = [ModelStep(each.sampling, each.chunks, jax.device_get(each.output)) for each in self.steps]
+        steps = [ModelStep(each.sampling, each.chunks, each.output.get()) for each in self.steps]
         start = time.perf_counter()
-        evictions = [(entries, jax.device_get(output)) for entries, output in self.evictions]
-        compressions = [(entries, jax.device_get(output)) for entries, output in self.compressions]
-        rings = [(entries, jax.device_get(output)) for entries, output in self.rings]
+        evictions = [(entries, output.get()) for entries, output in self.evictions]
+        compressions = [(entries, output.get()) for entries, output in self.compressions]
+        rings = [(entries, output.get()) for entries, output in self.rings]
         seconds = time.perf_counter() - start
-        forked, measured = jax.device_get((self.forked, self.measured))
+        forked = jax.device_get(self.forked)
+        measured = None if self.measured is None else self.measured.get()
         outputs = [*(step.output for step in steps), *(output for _, output in (*evictions, *compressions, *rings))]
         last = measured if measured is not None else outputs[-1]
         bulk = [(entries, output) for entries, output in evictions if any(entry.bulk for entry in entries)]
@@ -160,7 +162,7 @@ def _start_copies(values: Any) -> None:
     jax.tree.map(lambda x: x.copy_to_host_async(), values)
 
 
-def _run_model(runner: Runner, plan: Plan) -> list[ModelStep]:
+def _run_model(runner: Runner, plan: Plan) -> list[ModelStep[Readback[StepOutput]]]:
     """A plan's decodes and chunks: as one step if there is one for both, else in this order."""
     firsts = [
         (lane, chunk.request)

@@ -33,6 +33,7 @@ from sparsejax.engine.moment_slots import MomentSlots
 from sparsejax.engine.packing import pack
 from sparsejax.engine.plan import Chunk, Compress, Evict, Fork, FullRing
 from sparsejax.engine.read_tokens import read_tokens
+from sparsejax.engine.readback import Readback
 from sparsejax.engine.reconstruction import Reconstruction
 from sparsejax.engine.recording import CHUNK_RECORDS, idle_record
 from sparsejax.engine.request import Request
@@ -203,14 +204,14 @@ class Runner:
         """Tokens that a decode step of a request has read: see `read_tokens.read_tokens`."""
         return read_tokens(request, self.layout, selections=self.selections, store=self.store)
 
-    def prefill(self, chunks: Sequence[Chunk]) -> StepOutput:
+    def prefill(self, chunks: Sequence[Chunk]) -> Readback[StepOutput]:
         """Dispatches a prefill step; lane i of the output belongs to chunks[i], prompt lanes follow the packing."""
         batch = self._pack(chunks)
         options = self.variants.needed(chunks, ())
         self.cache, self.state, output = self.steps.prefill(self.params, self.cache, self.state, batch, options)
         return output
 
-    def decode(self, requests: Sequence[Request], forced: Mapping[Request, int] = NONE_FORCED) -> StepOutput:
+    def decode(self, requests: Sequence[Request], forced: Mapping[Request, int] = NONE_FORCED) -> Readback[StepOutput]:
         """Dispatches one decode step; lane i of the output belongs to requests[i].
 
         Args:
@@ -237,7 +238,7 @@ class Runner:
 
     def mixed(
         self, chunks: Sequence[Chunk], requests: Sequence[Request], forced: Mapping[Request, int] = NONE_FORCED
-    ) -> StepOutput:
+    ) -> Readback[StepOutput]:
         """Dispatches a step that does what `decode(requests, forced)` and then `prefill(chunks)` do.
 
         Lane i of the output belongs to chunks[i], lane max_prefill_seqs + i to requests[i].
@@ -258,7 +259,7 @@ class Runner:
         self.cache, self.state, output = self.steps.mixed(self.params, self.cache, self.state, work, options)
         return output
 
-    def compress(self, entries: Sequence[Compress]) -> list[tuple[Members, CompressOutput]]:
+    def compress(self, entries: Sequence[Compress]) -> list[tuple[Members, Readback[CompressOutput]]]:
         """Dispatches the compression of rows; lane i of an output belongs to entry i of its members."""
         for entry in entries:
             if "reconstruction" in entry.request.compression.policy.records:
@@ -277,7 +278,7 @@ class Runner:
             self._moment_slots.take_back(entry.request.request_id)
         return outputs
 
-    def evict(self, entries: Sequence[Evict]) -> list[tuple[Sequence[Evict], EvictOutput]]:
+    def evict(self, entries: Sequence[Evict]) -> list[tuple[Sequence[Evict], Readback[EvictOutput]]]:
         """Dispatches per-step evictions; lane i of an output belongs to entry i of its members."""
         outputs = []
         for members, spec, batch in evict_calls(entries, self.eviction_shapes):
@@ -287,7 +288,7 @@ class Runner:
             outputs.append((members, output))
         return outputs
 
-    def compress_rings(self, entries: Sequence[FullRing]) -> list[tuple[Sequence[FullRing], StoreOutput]]:
+    def compress_rings(self, entries: Sequence[FullRing]) -> list[tuple[Sequence[FullRing], Readback[StoreOutput]]]:
         """Dispatches the compression of full rings."""
         outputs = []
         for first in range(0, len(entries), RING_ROWS[-1]):
@@ -297,12 +298,12 @@ class Runner:
             outputs.append((some, self._compress_rings((work[0], work[1]))))
         return outputs
 
-    def _compress_rings(self, work: tuple[np.ndarray, np.ndarray]) -> StoreOutput:
+    def _compress_rings(self, work: tuple[np.ndarray, np.ndarray]) -> Readback[StoreOutput]:
         steps = self.steps
         self.cache, output = steps.compress_rings(self.params, self.cache, work, self.store, self.implementation)
         return output
 
-    def measure(self) -> Measured:
+    def measure(self) -> Readback[Measured]:
         """Dispatches a count of what is free and what every row holds."""
         return self.steps.measure(self.cache, self.state.record.hole if self.state.record else None)
 

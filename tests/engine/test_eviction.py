@@ -88,16 +88,8 @@ def empty_holes():
 
 
 def batch_of(rows, budget, text_length, sinks=0, recent=1):
-    lanes = len(rows)
-    return EvictBatch(
-        rows=ints(*rows),
-        budget=ints(*budget),
-        text_length=ints(*text_length),
-        sink_tokens=np.broadcast_to(np.int32(sinks), (lanes,)),
-        recent_tokens=np.broadcast_to(np.int32(recent), (lanes,)),
-        recorded=ints(*text_length),
-        seed=np.zeros(lanes, np.uint32),
-    )
+    each = np.broadcast_arrays(rows, budget, text_length, sinks, recent, text_length, 0)
+    return EvictBatch(np.stack(each).astype(np.int32))
 
 
 def logical(cache, row, layer, head):
