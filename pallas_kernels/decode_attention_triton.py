@@ -58,6 +58,7 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
     position_ref, refs = (refs[0], refs[1:]) if positioned else (None, refs)
     place_ref, refs = (refs[0], refs[1:]) if recorded else (None, refs)
     head_row_ref, first_ref, last_ref, parts_ref, merged_ref, merged_lse_ref, out_ref, lse_ref, *kept = refs
+    kept = KeptLogits(*kept) if recorded else None
     item = pl.program_id(0)
     address = address.join_layer(layer_ref, table_ref.shape[0])
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
@@ -76,10 +77,10 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
         real = vector_mask(member < group, columns, dim)
         q = plgpu.load(q_ref.at[b, h * group + members, columns], mask=real, other=0.0)
         in_block = jnp.arange(tile.block, dtype=jnp.int32)
-        kept_at = None
-        if place_ref is not None:
-            place = place_ref[address.table_layer, head_row]
-            kept_at = KeptLogits(*kept), place, has_place(place, last, KeptLogits(*kept))
+        logits_place, stays = None, None
+        if kept is not None and place_ref is not None:
+            logits_place = place_ref[address.table_layer, head_row]
+            stays = has_place(logits_place, last, kept)
 
         def attend(state, steps, masked):
             """Absorbs the blocks `steps` = (from, to)."""
@@ -110,10 +111,9 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
                     exp2=exp2,
                 )
                 # Only here, where the tile is not needed any more: any earlier it costs registers.
-                if kept_at is not None:
-                    into, place, stays = kept_at
+                if kept is not None:
                     keep(
-                        into, logits, state.top, place, first, step, stays=stays, group=group, scale=scale,
+                        kept, logits, state.top, logits_place, first, step, stays=stays, group=group, scale=scale,
                         block=tile.block,
                     )  # fmt: skip
                 return state

@@ -67,7 +67,13 @@ class WorkList(NamedTuple):
 
 
 def max_items(num_heads: int, max_slots: int, limits: SpanLimits = DEFAULT_LIMITS) -> int:
-    """The static bound on the items of `num_heads` (request, KV head) pairs of at most `max_slots` slots each."""
+    """The static bound on the items of `num_heads` (request, KV head) pairs of at most `max_slots` slots each.
+
+    Raises:
+      ValueError: limits that would make empty items, or more than the bound.
+    """
+    if not limits.multiple <= limits.min_span <= limits.max_span:
+        raise ValueError(f"limits must have multiple <= min_span <= max_span, got {limits}")
     spans = limits.wave
     if max_slots > limits.wave_span:
         spans = max(spans, min(limits.most_spans, -(-num_heads * max_slots // limits.max_span)))

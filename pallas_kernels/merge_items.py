@@ -85,8 +85,8 @@ def merge_items(
     batch = work.parts.shape[1] // heads
     parts = next_power_of_two(-(-items // (batch * heads)))
     block = min(max(parts, _BLOCKS[0]), _BLOCKS[1])
-    # Where there are many heads most are one item: fewer programs then, which find that there is nothing to do.
-    members = group if batch * heads >= _MANY_HEADS else 1
+    # Where there are many heads of few items most are one: fewer programs then, which find that there is nothing to do.
+    members = group if batch * heads >= _MANY_HEADS and parts <= _BLOCKS[0] else 1
     inputs = (out, lse, layer, work.first_item, work.parts, *whole)
     return pl.pallas_call(
         functools.partial(_merge_kernel, heads=heads, block=block, members=members),

@@ -75,6 +75,9 @@ def _lse_kernel(
         steps = jnp.where(first < last, pl.cdiv(last - begin, width), 0)
         return jax.lax.fori_loop(steps * part // parts, steps * (part + 1) // parts, visit, start)
 
+    def logarithm(top, total):
+        return jnp.where(total > 0.0, top + jnp.log2(jnp.maximum(total, 1e-30)), EMPTY_LSE)
+
     def read():
         """Each lane a block of slots."""
         block = tile.block
@@ -89,10 +92,7 @@ def _lse_kernel(
 
         top, total = accumulate(aligned, blocks, blocks * block, logits_of)
         most = top.max()
-        total = (total * exp2(top - most)).sum()
-        lse_ref[b, head * group + own, part] = jnp.where(
-            total > 0.0, most + jnp.log2(jnp.maximum(total, 1e-30)), EMPTY_LSE
-        )
+        lse_ref[b, head * group + own, part] = logarithm(most, (total * exp2(top - most)).sum())
 
     def compute():
         """Each lane a query head, all of the group in one program."""
@@ -105,11 +105,10 @@ def _lse_kernel(
             return logits * (scale * LOG2_E), live[None, :]
 
         top, total = accumulate(first, member.shape[0], tile.block, logits_of)
-        lse = jnp.where(total > 0.0, top + jnp.log2(jnp.maximum(total, 1e-30)), EMPTY_LSE)
         # Masked lanes point behind the row: interpreted, they would otherwise undo what a live lane writes.
         at = jnp.where(member < group, head * group + member, lse_ref.shape[1] + member)
         at = jnp.broadcast_to(b, member.shape), at, jnp.broadcast_to(part, member.shape)
-        plgpu.store(lse_ref.at[at], lse, mask=member < group)
+        plgpu.store(lse_ref.at[at], logarithm(top, total), mask=member < group)
 
     pl.when(stays | (first >= last))(read)
     pl.when(~stays & (first < last) & (own == 0))(compute)

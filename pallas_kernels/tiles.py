@@ -54,7 +54,7 @@ def kernel_exp2(interpret: bool) -> Callable[[jax.Array], jax.Array]:
 def locate_slots(
     table_ref, row, head, token: jax.Array, live: jax.Array | None, *, address: PageAddress, page_size: int
 ):
-    """(page i32[n], slot i32[n]) of the logical slots `token` of KV head `head` of table row `row`, inside a kernel.
+    """(page, slot), each like `token`, of the logical slots `token` of KV head `head` of table row `row`, in a kernel.
 
     `table_ref` is the whole table [Lt, R, Ht, M]. Slots that are not `live` (None: all are) come out in page
     `address.page(0, head)`.

@@ -39,7 +39,7 @@ BYTES = 2  # of an element of DTYPE
 Lengths = Literal["equal", "ragged", "served"]
 """Of the heads in a batch: all alike, one table for all layers and heads; from 0.1 to 0.9 of the context, a table per
 layer and head; or as the requests of a service have them, one table for all: log-normal around a sixteenth of the
-context, of which the longest fills it."""
+context, which is the most."""
 
 
 class Program(NamedTuple):

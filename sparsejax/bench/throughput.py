@@ -153,7 +153,7 @@ def serve(
     observe: Callable[[Sequence[Submission]], None] | None = None,
     use_tqdm: bool = True,
 ) -> Throughput:
-    """Runs the trace.
+    """Runs the trace. What the engine has cached of earlier prompts is dropped: those of traces may begin alike.
 
     Args:
       llm: built for the method; its max_model_len must reach `trace.longest`. Warm it up before, or compilations will
@@ -184,7 +184,7 @@ def serve(
                 f"{name} has {request.input_tokens} tokens and asks for {request.output_tokens} more; max_model_len "
                 f"and the cache allow {request.input_tokens + most} together."
             )
-    engine.reset_prefix_cache()  # prompts of different traces may begin alike
+    engine.reset_prefix_cache()
     before, waited, preempted = runner.compilations, engine.wait_seconds, engine.scheduler.num_preemptions
     with watch_compilations() as compiled:
         served = _Server(llm, trace, work, compression, observe).run(use_tqdm)

@@ -25,12 +25,14 @@ Source: SpvLLM (the strategies; "reuse" is its slot reuse). The scores are the m
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import Implementation
 from sparsejax.cache import KVCache, repack, row_usage
@@ -89,51 +91,52 @@ class EvictSpec:
         return self.strategy == "sparse_copy" or (self.strategy == "reuse" and self.bulk)
 
 
+class EvictLane(NamedTuple):
+    """What an evict step is told of a row.
+
+    Attributes:
+      row: of the table; the null row 0 pads a batch.
+      budget: B, live tokens that each table may keep.
+      text_length: tokens of the text so far, evicted ones and the newest cached one included.
+      sink_tokens, recent_tokens: first and last positions that are protected, even where they are more than B - n + 1.
+      recorded: queries that added to the scores.
+      seed: of the request, in [0, 2^32).
+    """
+
+    row: Any
+    budget: Any
+    text_length: Any
+    sink_tokens: Any
+    recent_tokens: Any
+    recorded: Any
+    seed: Any
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["numbers"], meta_fields=[])
 @dataclass(frozen=True)
 class EvictBatch:
-    """The rows of an evict step, K of them: one array, because every array that goes to a GPU costs time at each step.
+    """The rows of an evict step, K of them; distinct, except that the null row may repeat.
 
     Attributes:
-      numbers: i32[7, K], for each row what the properties say, in their order.
+      numbers: i32[7, K], those of `EvictLane`: one array, because each that goes to a GPU costs time at every step.
     """
 
-    numbers: jax.Array
+    numbers: Any
+
+    @classmethod
+    def of(cls, lanes: Sequence[EvictLane], size: int) -> EvictBatch:
+        """On the host, padded to `size` lanes."""
+        numbers = np.zeros((len(EvictLane._fields), size), np.int32)
+        if lanes:
+            wide = np.array(lanes, np.int64)  # which holds seeds, too
+            numbers[:, : len(lanes)] = wide.T.astype(np.uint32).view(np.int32)
+        return cls(numbers)
 
     @property
-    def rows(self) -> jax.Array:
-        """i32[K], distinct, except that the null row 0 may repeat."""
-        return self.numbers[0]
-
-    @property
-    def budget(self) -> jax.Array:
-        """i32[K], B, live tokens that each table may keep."""
-        return self.numbers[1]
-
-    @property
-    def text_length(self) -> jax.Array:
-        """i32[K], tokens of the text so far, evicted ones and the newest cached one included."""
-        return self.numbers[2]
-
-    @property
-    def sink_tokens(self) -> jax.Array:
-        """i32[K], first positions that are protected, even where they are more than B - n + 1."""
-        return self.numbers[3]
-
-    @property
-    def recent_tokens(self) -> jax.Array:
-        """i32[K], last positions, likewise."""
-        return self.numbers[4]
-
-    @property
-    def recorded(self) -> jax.Array:
-        """i32[K], queries that added to the scores."""
-        return self.numbers[5]
-
-    @property
-    def seed(self) -> jax.Array:
-        """u32[K], of each request."""
-        return jax.lax.bitcast_convert_type(self.numbers[6], jnp.uint32)
+    def lanes(self) -> EvictLane:
+        """i32[K] each, the seed u32[K]."""
+        lanes = EvictLane._make(self.numbers)
+        return lanes._replace(seed=jax.lax.bitcast_convert_type(lanes.seed, jnp.uint32))
 
 
 @partial(
@@ -181,8 +184,9 @@ def evict_step(
     Raises:
       ValueError: the cache has no table per head, no scores or no positions.
     """
-    rows, page_size = batch.rows, cache.layout.page_size
-    slots = _view(cache, batch, spec)
+    lanes, page_size = batch.lanes, cache.layout.page_size
+    rows = lanes.row
+    slots = _view(cache, lanes, spec)
     num_pages, num_slots = slots.pages.shape[-1], slots.live.shape[-1]
     length = cache.table.length[:, rows]
     fits = jnp.all(length <= num_slots, axis=(0, 2))
@@ -190,7 +194,7 @@ def evict_step(
     before = count_pages(slots.live, used, page_size)
     pages_before = row_usage(cache, rows).held
     active = jnp.sum(before.live, axis=-1)
-    budget = batch.budget[:, None]
+    budget = lanes.budget[:, None]
     excess = jnp.where(fits[:, None] & (active > budget), active - (budget - spec.num_per_evict + 1), 0)
 
     priority = priorities(spec.method.scores(slots), slots.live, slots.protected)
@@ -244,17 +248,17 @@ def evict_step(
     return cache, hole, report
 
 
-def _view(cache: KVCache, batch: EvictBatch, spec: EvictSpec) -> Slots:
+def _view(cache: KVCache, lanes: EvictLane, spec: EvictSpec) -> Slots:
     return gather_slots(
         cache,
-        batch.rows,
+        lanes.row,
         max_slots=spec.max_slots,
-        text_length=batch.text_length,
-        sink_tokens=batch.sink_tokens,
-        recent_tokens=batch.recent_tokens,
-        window_tokens=jnp.zeros_like(batch.rows),
-        recorded=batch.recorded,
-        seed=batch.seed,
+        text_length=lanes.text_length,
+        sink_tokens=lanes.sink_tokens,
+        recent_tokens=lanes.recent_tokens,
+        window_tokens=jnp.zeros_like(lanes.row),
+        recorded=lanes.recorded,
+        seed=lanes.seed,
         num_query_heads=spec.num_query_heads,
     )
 

@@ -15,7 +15,7 @@ from sparsejax.cache import CacheLayout
 from sparsejax.engine import buckets
 from sparsejax.engine.compression import CompressBatch, CompressSpec
 from sparsejax.engine.compression_params import CompressionParams
-from sparsejax.engine.eviction import EvictBatch, EvictSpec
+from sparsejax.engine.eviction import EvictBatch, EvictLane, EvictSpec
 from sparsejax.engine.plan import Compress, Evict
 
 Members = tuple[Compress, ...]
@@ -194,18 +194,22 @@ def idle_evict_calls(
 
 
 def evict_batch(entries: Sequence[Evict], size: int) -> EvictBatch:
-    """The arrays of a call, padded to `size` lanes."""
-    numbers: Any = np.zeros((7, size), np.int32)
-    if entries:  # one pass over the rows: this is done at every step
-        lanes = np.array([_evict_lane(entry) for entry in entries], np.int64)  # which holds seeds, too
-        numbers[:, : len(entries)] = lanes.T.astype(np.uint32).view(np.int32)
-    return EvictBatch(numbers)
+    """The array of a call, padded to `size` lanes."""
+    return EvictBatch.of([_evict_lane(entry) for entry in entries], size)
 
 
-def _evict_lane(entry: Evict) -> tuple[int, ...]:
+def _evict_lane(entry: Evict) -> EvictLane:
     request, text = entry.request, entry.text_length
     params = request.compression
-    return (request.row or 0, entry.budget, text, params.sinks, params.recent(text), _recorded(entry), request.seed)
+    return EvictLane(
+        row=request.row or 0,
+        budget=entry.budget,
+        text_length=text,
+        sink_tokens=params.sinks,
+        recent_tokens=params.recent(text),
+        recorded=_recorded(entry),
+        seed=request.seed,
+    )
 
 
 def _bounds(shapes: EvictionShapes, texts: tuple[int, int] | None) -> Iterator[tuple[int, int]]:

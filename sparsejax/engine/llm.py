@@ -282,7 +282,7 @@ class LLM:
         self, prompts: Sequence[TokenizedPrompt], sampling_params: Any, compression_params: Any, use_tqdm: bool
     ) -> list[RequestOutput]:
         submissions = self._submit(prompts, sampling_params, compression_params)
-        active, unfinished, shown = submissions, self.engine.num_unfinished, 0.0
+        active, unfinished, shown, ended = submissions, self.engine.num_unfinished, 0.0, (0, 0)
         bar = tqdm(total=len(submissions), desc="generating", unit="prompt", disable=not use_tqdm)
         try:
             with bar, quiet_collector():
@@ -292,16 +292,27 @@ class LLM:
                     before, unfinished, now = unfinished, self.engine.num_unfinished, time.monotonic()
                     if unfinished == before and now - shown < SECONDS_BETWEEN_LOOKS:
                         continue
-                    shown, running = now, [each for each in active if not each.finished]
-                    computed = sum(answer.request.num_computed for s in submissions for answer in s.answers)
-                    generated = sum(submission.num_generated_tokens for submission in submissions)
-                    bar.set_postfix({"cached tokens": computed, "generated": generated}, refresh=False)
+                    running = [each for each in active if not each.finished]
+                    ended = _add_tokens(ended, (each for each in active if each.finished))
                     bar.update(len(active) - len(running))
                     active = running
+                    if now - shown >= SECONDS_BETWEEN_LOOKS or not active:
+                        computed, generated = _add_tokens(ended, active)
+                        bar.set_postfix({"cached tokens": computed, "generated": generated}, refresh=False)
+                        shown = now
         finally:  # an interrupted call leaves nothing behind in the engine
             for submission in submissions:
                 self.engine.cancel(submission)
         return [submission.output() for submission in submissions]
+
+
+def _add_tokens(so_far: tuple[int, int], submissions: Iterable[Submission]) -> tuple[int, int]:
+    """(tokens in the cache, tokens generated): those so far, and those of more submissions."""
+    computed, generated = so_far
+    for each in submissions:
+        computed += sum(answer.request.num_computed for answer in each.answers)
+        generated += each.num_generated_tokens
+    return computed, generated
 
 
 def eos_token_ids(model_config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:

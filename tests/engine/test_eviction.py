@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparsejax.cache import CacheLayout, allocate, append, fork, init_cache, release, repack, slots_at, stamp
-from sparsejax.engine.eviction import EvictBatch, EvictSpec, evict_step
+from sparsejax.engine.eviction import EvictBatch, EvictLane, EvictSpec, evict_step
 from sparsejax.methods import get
 from sparsejax.methods.base import Method
 
@@ -89,7 +89,7 @@ def empty_holes():
 
 def batch_of(rows, budget, text_length, sinks=0, recent=1):
     each = np.broadcast_arrays(rows, budget, text_length, sinks, recent, text_length, 0)
-    return EvictBatch(np.stack(each).astype(np.int32))
+    return EvictBatch.of([EvictLane(*lane) for lane in np.transpose(each).tolist()], len(rows))
 
 
 def logical(cache, row, layer, head):

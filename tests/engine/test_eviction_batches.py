@@ -61,12 +61,12 @@ def test_warm_up_covers_every_compression(budget):
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_warm_up_covers_every_eviction(budget, strategy):
     params = CompressionParams(method="random", strategy=strategy, **budget)
-    known = {(spec, batch.rows.shape) for spec, batch in idle_evict_calls(params, SHAPES)}
+    known = {(spec, batch.numbers.shape) for spec, batch in idle_evict_calls(params, SHAPES)}
     for length in range(40, LONGEST, 7):
         for bulk in (False, True):
             entry = Evict(request(params, 40), length, params.budget(length), held=length, bulk=bulk)
             for _, spec, batch in evict_calls([entry], SHAPES):
-                assert (spec, batch.rows.shape) in known, length
+                assert (spec, batch.numbers.shape) in known, length
 
 
 def test_a_budget_of_a_power_of_two_is_not_served_with_slots_for_twice_as_many():

@@ -62,7 +62,8 @@ def run(steps, name, cache, state, work, options):
     """The step on copies, for it takes what it is given."""
     params, compiled = steps
     cache, state = jax.tree.map(jnp.copy, (cache, state))
-    return getattr(compiled, name)(params, cache, state, work, options)
+    cache, state, output = getattr(compiled, name)(params, cache, state, work, options)
+    return cache, state, output.get()
 
 
 def make_request(draw, row: int, length: int, plain: bool) -> Request:

@@ -122,6 +122,12 @@ def test_the_default_bound_is_small_for_large_batches_of_long_contexts():
     assert max_items(1, 1) == 1
 
 
+@pytest.mark.parametrize("limits", [SpanLimits(min_span=64), SpanLimits(min_span=256, max_span=128)])
+def test_limits_that_would_make_empty_or_too_many_items_are_refused(limits):
+    with pytest.raises(ValueError, match="min_span"):
+        items_of([[128]], limits, max_slots=128)
+
+
 def test_layers_that_share_a_table_share_the_list():
     def flops(layers):
         def lists(lengths, rows):

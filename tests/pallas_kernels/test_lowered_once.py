@@ -78,7 +78,14 @@ def test_other_source_and_versions_are_other_kernels(folder, monkeypatch):
     assert len(LOWERED) == len(list(folder.iterdir())) == 3
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"\xff" * 64])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data[: len(data) // 2] + bytes(16) + data[len(data) // 2 + 16 :],
+    ],
+)
 def test_a_damaged_file_is_replaced(folder, damage, caplog):
     first = lower()
     (path,) = folder.iterdir()
@@ -87,8 +94,20 @@ def test_a_damaged_file_is_replaced(folder, damage, caplog):
     forget()
     with caplog.at_level(logging.WARNING):
         assert lower() == first
-    assert "cannot be read" in caplog.text
+    assert "damaged" in caplog.text
     assert path.read_bytes() == good
+    assert path.stat().st_mode & 0o044  # others may share the cache
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(folder, caplog):
+    folder.parent.mkdir(exist_ok=True)
+    folder.write_text("where a folder should be")
+    with caplog.at_level(logging.WARNING):
+        first = lower()
+        forget()
+        assert lower() == first
+    assert "is not kept" in caplog.text
+    assert LOWERED == [(4,), (4,)]
 
 
 @pytest.mark.parametrize(
