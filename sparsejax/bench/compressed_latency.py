@@ -18,6 +18,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,7 @@ from sparsejax.bench.latency import (
     tokens_needed,
     weight_bytes_read,
 )
+from sparsejax.bench.profile import Profile
 from sparsejax.bench.table import Column, format_rows, number, percent
 from sparsejax.bench.timing import summary
 from sparsejax.engine.llm import LLM
@@ -81,6 +84,7 @@ class CompressedLatency:
       step_fraction: of the limit: bytes_read over the read-only bandwidth, over step_seconds.
       speedup: the dense step_seconds over these; None unless compared.
       dense: None unless compared.
+      profile: of the decode steps, what they evict included; None if not profiled.
     """
 
     batch: int
@@ -102,6 +106,7 @@ class CompressedLatency:
     step_fraction: float
     speedup: float | None
     dense: DenseLatency | None
+    profile: Profile | None = None
 
 
 def model_length(context: int, steps: int, *, batch: int, chunk: int, dense_context: int | None) -> int:
@@ -120,6 +125,8 @@ def measure(
     dense_context: int | None = None,
     repeats: int = 2,
     seed: int = 0,
+    profiled: bool = False,
+    trace_folder: Path | None = None,
 ) -> CompressedLatency:
     """Measures one batch.
 
@@ -128,6 +135,7 @@ def measure(
       steps: timed decode steps.
       dense_context: compare with dense decoding behind prompts of so many tokens; None: do not.
       repeats: timed prefills of one prompt alone; the median counts. One more before them compiles.
+      profiled, trace_folder: as in `latency.measure`.
 
     Raises:
       InvalidArgumentError: the method evicts nothing of such prompts, or repeats is not positive.
@@ -151,12 +159,12 @@ def measure(
         ]
         return statistics.median(runs[1:])
 
-    def together(prompts: list[list[int]], params: CompressionParams | None) -> BatchRun:
+    def together(prompts: list[list[int]], params: CompressionParams | None, **options: Any) -> BatchRun:
         num_tokens = tokens_decoded(steps, batch=batch, context=len(prompts[0]), chunk=chunk)
-        return run_batch(llm, prompts, num_tokens=num_tokens, steps=steps, compression=params)
+        return run_batch(llm, prompts, num_tokens=num_tokens, steps=steps, compression=params, **options)
 
     prompt_seconds = alone(compression)
-    run = together(prompts, compression)
+    run = together(prompts, compression, profiled=profiled, trace_folder=trace_folder)
     assert run.live is not None, "something was evicted"
     dense = None
     if dense_context is not None:
@@ -194,6 +202,7 @@ def measure(
         step_fraction=(weights + kept_bytes) / ceilings.read / step.median,
         speedup=None if dense is None else dense.step_seconds / step.median,
         dense=dense,
+        profile=run.profile,
     )
 
 

@@ -172,8 +172,6 @@ def _check(args: argparse.Namespace, kind: str) -> None:
         raise InvalidArgumentError(
             "--compare-dense takes no N with methods that select or store compressed: it serves the same prompts."
         )
-    if kind == "evict" and args.profile is not None:
-        raise InvalidArgumentError("--profile profiles steps that evict nothing: leave it or --method out.")
 
 
 def _dense(args: argparse.Namespace) -> Family:
@@ -202,10 +200,9 @@ def _evicting(args: argparse.Namespace) -> Family:
         return None if args.compare_dense is None else args.compare_dense or context
 
     def measure(llm, ceiling, compression: CompressionParams, shape, profiler):
-        del profiler
         dense = dense_context(shape["context"])
         return compressed_latency.measure(
-            llm, ceiling, compression, **shape, dense_context=dense, repeats=args.prefills
+            llm, ceiling, compression, **shape, dense_context=dense, repeats=args.prefills, **profiler
         )
 
     def needed(batch: int, context: int, chunk: int) -> int:

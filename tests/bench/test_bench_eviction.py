@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparsejax import LLM
-from sparsejax.bench import fragmentation, throughput, traces
+from sparsejax.bench import fragmentation, latency, throughput, traces
 from sparsejax.bench.ceilings import Ceilings
 from sparsejax.bench.compare import compare
 from sparsejax.bench.fragmentation import Workload
@@ -163,11 +164,12 @@ def config(tmp_path, monkeypatch):
     return path
 
 
-def test_latency_of_compressed_prompts(config, tmp_path, capsys):
+def test_latency_of_compressed_prompts(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # --profile adds to it: undone after the test
     report, figure = tmp_path / "a.json", tmp_path / "a.png"
     command = ["bench", "latency", "--random-weights", str(config), "--shapes", "2x48", "--steps", "4", "--chunk", "64"]
     command += ["--method", "snapkv", "--budget-tokens", "16", "--window-tokens", "8", "--page-size", str(PAGE)]
-    command += ["--pool-gib", str(2 * 128 * TOKEN / 2**30), "--compare-dense", "20", "--prefills", "1"]
+    command += ["--pool-gib", str(2 * 128 * TOKEN / 2**30), "--compare-dense", "20", "--prefills", "1", "--profile"]
     assert main([*command, "--json", str(report), *(["--plot", str(figure)] if PLOTS else [])]) == 0
     assert figure.exists() == PLOTS
     data = json.loads(report.read_text())
@@ -183,6 +185,7 @@ def test_latency_of_compressed_prompts(config, tmp_path, capsys):
     assert row["speedup"] == pytest.approx(dense["step_seconds"] / row["step_seconds"])
     assert row["added_share"] == pytest.approx(row["prompt_seconds"] / dense["prompt_seconds"] - 1)
     assert row["compress_seconds"] > 0
+    assert row["profile"]["calls"] == latency.PROFILED_STEPS
     assert all(each.ratio == 1 for each in compare(report, report) if each.a)
     assert "snapkv" in capsys.readouterr().out
 
