@@ -6,6 +6,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+FROZEN_AT_START = gc.get_freeze_count()  # some hundreds of the interpreter's own from Python 3.12 on
+
 
 @contextmanager
 def quiet_collector() -> Iterator[None]:
@@ -15,7 +17,7 @@ def quiet_collector() -> Iterator[None]:
     no step is dispatched, and it may come at any allocation. What is allocated within is collected as ever, and what
     exists once it ends. (Freezing costs nothing: it only moves objects from one list to another.)
     """
-    if gc.get_freeze_count():  # by the caller, who will want it kept so; or we are nested
+    if gc.get_freeze_count() > FROZEN_AT_START:  # by the caller, who will want it kept so; or we are nested
         yield
         return
     gc.freeze()
