@@ -21,8 +21,10 @@ from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
     exact_dot,
+    group_members,
     index_grid,
     kernel_exp2,
+    load_queries,
     load_vectors,
     locate_slots,
     next_power_of_two,
@@ -39,7 +41,6 @@ _TILES = {
     (4, 256): DecodeTile(16, 4, 2),
 }
 _FALLBACK_TILE = DecodeTile(16, 4, 2)
-_MIN_DOT_ROWS = 16  # the smallest tile of a tensor-core product
 
 
 def default_tile(k_pages: jax.Array) -> DecodeTile:
@@ -71,11 +72,11 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
         row = row_ref[address.table_layer, item]
         parts = parts_ref[address.table_layer, head_row]
         length = length_ref[address.table_layer, row, h if length_ref.shape[2] > 1 else 0]
-        member = jnp.arange(max(_MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
+        member = group_members(group)
         column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
         members, columns = index_grid(member, column)
         real = vector_mask(member < group, columns, dim)
-        q = plgpu.load(q_ref.at[b, h * group + members, columns], mask=real, other=0.0)
+        q = load_queries(q_ref, b, h, group=group)
         in_block = jnp.arange(tile.block, dtype=jnp.int32)
         logits_place, stays = None, None
         if kept is not None and place_ref is not None:

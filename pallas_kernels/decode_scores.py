@@ -16,12 +16,11 @@ from pallas_kernels.online_softmax import EMPTY_LSE, LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
     exact_dot,
-    index_grid,
+    group_members,
     kernel_exp2,
+    load_queries,
     load_vectors,
     locate_slots,
-    next_power_of_two,
-    vector_mask,
 )
 
 _BLOCK, _NUM_WARPS = 512, 4  # slots of a step that reads logits
@@ -81,12 +80,10 @@ def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
     def compute():
         """A tile at a time."""
         factor = power.astype(jnp.float32) * LOG2_E
-        member = jnp.arange(max(16, next_power_of_two(group)), dtype=jnp.int32)
-        real = member < group
-        lse = plgpu.load(lse_ref.at[jnp.broadcast_to(b, member.shape), h * group + member], mask=real, other=-EMPTY_LSE)
-        members, columns = index_grid(member, jnp.arange(next_power_of_two(dim), dtype=jnp.int32))
-        q_at = q_ref.at[b, h * group + members, columns]
-        q = plgpu.load(q_at, mask=vector_mask(real, columns, dim), other=0.0)
+        member = group_members(group)
+        at = jnp.broadcast_to(b, member.shape), h * group + member
+        lse = plgpu.load(lse_ref.at[at], mask=member < group, other=-EMPTY_LSE)
+        q = load_queries(q_ref, b, h, group=group)
         in_block = jnp.arange(tile.block, dtype=jnp.int32)
 
         def mass_of(step, live, page, place):

@@ -37,9 +37,8 @@ from pallas_kernels.delta_tiles import (
     up_products,
 )
 from pallas_kernels.online_softmax import LN_2, LOG2_E
-from pallas_kernels.tiles import WHOLE, exact_dot, index_grid, kernel_exp2, next_power_of_two
+from pallas_kernels.tiles import MIN_DOT_ROWS, WHOLE, exact_dot, index_grid, kernel_exp2, next_power_of_two
 
-_MIN_DOT_ROWS = 16  # the smallest tile of a tensor-core product
 _CHUNK = 128  # numbers of a latent that one weighted sum takes
 _VALUE_CHUNK = 128  # and of the values' references
 _MOST_PARTS = 64  # whose sums are kept, and merged at once
@@ -73,7 +72,7 @@ def default_tile(k_pages: jax.Array) -> DeltaTile:
 
 def _padded(rows: int) -> int:
     """Rows of a tile of queries."""
-    return max(_MIN_DOT_ROWS, next_power_of_two(rows))
+    return max(MIN_DOT_ROWS, next_power_of_two(rows))
 
 
 def _logits_kernel(*refs, head_rows, heads, group, block, biased):
@@ -258,7 +257,7 @@ def delta_attention_triton(
     pools = [pool.reshape(-1, pool.shape[2]) for pool in (store.k_pages, store.v_pages, values)]
     inputs = [*pools, near, latent]
     bias = [] if up_bias is None else [up_bias]
-    smallest = max(_MIN_DOT_ROWS, next_power_of_two(width))
+    smallest = max(MIN_DOT_ROWS, next_power_of_two(width))
     block, sum_block = min(tile.block, smallest), min(tile.sum_block, smallest)
     steps = next_power_of_two(pl.cdiv(pl.cdiv(width, sum_block), _MOST_PARTS))
     parts = pl.cdiv(width, sum_block * steps)

@@ -15,10 +15,17 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.checks import check_integer, check_shape, check_table, check_table_heads, query_group
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.paging import PageAddress
-from pallas_kernels.tiles import WHOLE, exact_dot, index_grid, next_power_of_two, vector_mask
+from pallas_kernels.tiles import (
+    WHOLE,
+    exact_dot,
+    group_members,
+    index_grid,
+    load_queries,
+    next_power_of_two,
+    vector_mask,
+)
 
 _PAGES = 64  # whose bounds a program takes
-_MIN_DOT_ROWS = 16  # the smallest tile of a tensor-core product
 
 
 def update_page_bounds(
@@ -179,11 +186,7 @@ def _upper_bounds_kernel(
 
     @pl.when(block * _PAGES < held)
     def _():
-        member = jnp.arange(max(_MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
-        members, columns = index_grid(member, jnp.arange(next_power_of_two(dim), dtype=jnp.int32))
-        q = plgpu.load(
-            q_ref.at[b, head * group + members, columns], mask=vector_mask(member < group, columns, dim), other=0.0
-        )
+        member, q = group_members(group), load_queries(q_ref, b, head, group=group)
         place = block * _PAGES + jnp.arange(_PAGES, dtype=jnp.int32)
         live = place < held
         entry = plgpu.load(table_ref.at[address.table_layer, row, table_head, place], mask=live, other=0)

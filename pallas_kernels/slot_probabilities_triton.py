@@ -16,18 +16,16 @@ from pallas_kernels.online_softmax import DEAD_SCORE, EMPTY_LSE, LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
     exact_dot,
-    index_grid,
+    group_members,
     kernel_exp2,
+    load_queries,
     load_vectors,
     locate_slots,
-    next_power_of_two,
-    vector_mask,
 )
 
 _LSE_BLOCK, _LSE_WARPS = 4096, 8  # logits of one query head that are read at once
 _LSE_PROGRAMS, _LSE_MOST_PARTS = 1056, 8  # programs to start: eight on each of an H200's 132 multiprocessors
 _MAX_BLOCK, _MAX_WARPS = 512, 4  # slots of a program that takes the largest
-_MIN_DOT_ROWS = 16  # the smallest tile of a tensor-core product
 
 
 def _head_length(length_ref, address, row, head):
@@ -37,10 +35,7 @@ def _head_length(length_ref, address, row, head):
 def _computed_logits(q_ref, k_ref, table_ref, row, b, head, slot, live, *, address, group):
     """f32[members, n] logits, before the scale, of the query heads of one KV head."""
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
-    member = jnp.arange(max(_MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
-    members, columns = index_grid(member, jnp.arange(next_power_of_two(dim), dtype=jnp.int32))
-    mask = vector_mask(member < group, columns, dim)
-    q = plgpu.load(q_ref.at[b, head * group + members, columns], mask=mask, other=0.0)
+    q = load_queries(q_ref, b, head, group=group)
     page, place = locate_slots(table_ref, row, head, slot, live, address=address, page_size=page_size)
     return exact_dot(q, load_vectors(k_ref, page, place, live, dim=dim).T)
 
@@ -96,7 +91,7 @@ def _lse_kernel(
 
     def compute():
         """Each lane a query head, all of the group in one program."""
-        member = jnp.arange(max(_MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
+        member = group_members(group)
 
         def logits_of(step):
             slot = first + step * tile.block + jnp.arange(tile.block, dtype=jnp.int32)
@@ -150,7 +145,7 @@ def _max_kernel(
         write(block_grid(begin, blocks, block), most_of)
 
     def compute():
-        member = jnp.arange(max(_MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
+        member = group_members(group)
 
         def visit(step, carry):
             slot = begin + step * block + jnp.arange(block, dtype=jnp.int32)

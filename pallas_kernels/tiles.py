@@ -24,6 +24,23 @@ def index_grid(rows: jax.Array, cols: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(cols[None, :], shape)
 
 
+MIN_DOT_ROWS = 16
+"""The smallest tile of a tensor-core product."""
+
+
+def group_members(group: int) -> jax.Array:
+    """i32[members] the query heads of a KV head by number, and behind them what fills a tile of a product."""
+    return jnp.arange(max(MIN_DOT_ROWS, next_power_of_two(group)), dtype=jnp.int32)
+
+
+def load_queries(q_ref, b, head, *, group: int) -> jax.Array:
+    """[members, padded D] of request b and KV head `head` from q [B, Hq, D], in a kernel; 0 behind the group and D."""
+    member, dim = group_members(group), q_ref.shape[2]
+    members, columns = index_grid(member, jnp.arange(next_power_of_two(dim), dtype=jnp.int32))
+    mask = vector_mask(member < group, columns, dim)
+    return plgpu.load(q_ref.at[b, head * group + members, columns], mask=mask, other=0.0)
+
+
 def exact_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a @ b` of two tiles, accumulated in float32; float32 operands are not rounded to TF32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None

@@ -25,14 +25,13 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
-from sparsejax.bench.throughput import Distribution, Throughput, serve
+from sparsejax.bench.throughput import Distribution, Throughput, prepare, serve
 from sparsejax.bench.traces import Trace, TraceRequest, uniform
 from sparsejax.engine.eviction import EvictReport, Strategy
 from sparsejax.engine.llm import LLM
 from sparsejax.engine.plan import Evict
 from sparsejax.engine.sampling_params import CompressionParams
 from sparsejax.engine.submission import Submission
-from sparsejax.engine.warm_up import warm_up
 from sparsejax.errors import InvalidArgumentError
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
@@ -223,7 +222,7 @@ def run(
         )
     compression = None if budget is None else params_for(method, strategy, budget)
     if warm:
-        _warm_up(llm, trace, compression)
+        prepare(llm, [trace], compression)
     result, watch = _watched(llm, trace, compression, use_tqdm=use_tqdm)
     series = [
         (second, value)
@@ -269,18 +268,6 @@ def steady(
         p99=float(np.percentile(values, 99)),
         steps=len(chosen),
         copied_bytes=watch.copied[-1] - watch.copied[chosen[0]],
-    )
-
-
-def _warm_up(llm: LLM, trace: Trace, compression: CompressionParams | None) -> None:
-    """Compiles what the trace needs. Programs that an earlier strategy needed too are found ready."""
-    shortest = min(request.input_tokens for request in trace.requests)
-    warm_up(
-        llm.engine.runner,
-        greedy_only=True,
-        compression=compression or CompressionParams(),
-        uniform=True,
-        texts=(shortest, trace.longest),
     )
 
 

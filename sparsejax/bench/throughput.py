@@ -7,7 +7,7 @@ arrival. A token's time is when the host had read it; all tokens of a step share
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from sparsejax.engine.llm import LLM
 from sparsejax.engine.request import Request
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.engine.submission import Submission
+from sparsejax.engine.warm_up import warm_up
 from sparsejax.errors import InvalidArgumentError
 
 
@@ -145,6 +146,33 @@ class Throughput:
     itls: list[float]
 
 
+def prepare(
+    llm: LLM,
+    traces: Sequence[Trace],
+    compression: CompressionParams | None = None,
+    *,
+    progress: Callable[[Sequence], Iterable] = lambda steps: steps,
+) -> None:
+    """Compiles what `serve` needs of an idle engine. Programs that earlier traces needed too are found ready.
+
+    Args:
+      compression: of all requests; None: dense.
+      progress: wraps the list of programs, for a progress bar.
+    """
+    compression = compression or CompressionParams()
+    prompts = [request.input_tokens for trace in traces for request in trace.requests]
+    longest = max(prompts) if compression.once else max(trace.longest for trace in traces)
+    warm_up(
+        llm.engine.runner,
+        greedy_only=True,
+        compression=compression,
+        uniform=True,
+        forks=llm.engine.scheduler.config.max_resident_rows > 0,
+        texts=(min(prompts), longest),
+        progress=progress,
+    )
+
+
 def serve(
     llm: LLM,
     trace: Trace,
@@ -156,8 +184,8 @@ def serve(
     """Runs the trace. What the engine has cached of earlier prompts is dropped: those of traces may begin alike.
 
     Args:
-      llm: built for the method; its max_model_len must reach `trace.longest`. Warm it up before, or compilations will
-        be part of what is measured: `warmup="greedy"` suffices, with the compression as `default_compression`.
+      llm: built for the method; its max_model_len must reach `trace.longest`. `prepare` it before, or compilations
+        will be part of what is measured.
       compression: of all requests; None: dense.
       observe: called after every step with the unfinished requests.
 

@@ -177,7 +177,6 @@ def run_throughput(args: argparse.Namespace) -> int:
     reserve_device_memory(args.gpu_memory_utilization)
     from sparsejax import LLM
     from sparsejax.bench import plots, throughput
-    from sparsejax.engine.warm_up import warm_up
 
     name, config, params = load(args)
     longest = max(trace.longest for trace in wanted)
@@ -193,16 +192,7 @@ def run_throughput(args: argparse.Namespace) -> int:
         **delta_engine_options(args, config, params),
     )
     if not args.no_warmup:
-        prompts = [request.input_tokens for trace in wanted for request in trace.requests]
-        warm_up(
-            llm.engine.runner,
-            greedy_only=True,
-            compression=compression,
-            uniform=True,
-            forks=llm.engine.scheduler.config.max_resident_rows > 0,
-            texts=(min(prompts), max(prompts) if compression.once else longest),
-            progress=compiling,
-        )
+        throughput.prepare(llm, wanted, compression, progress=compiling)
     for trace in wanted:
         result = throughput.serve(llm, trace, compression)
         print(throughput.format_report(result), flush=True)
