@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import online_softmax
-from pallas_kernels.decode_scores import add_decode_scores
+from pallas_kernels.decode_scores import ScoreRefs, add_decode_scores, add_kept_scores
 from pallas_kernels.decode_work import DecodeTile
 from pallas_kernels.kept_logits import ALIGNMENT, KeptLogits, has_place, keep, kept_shapes, logit_places
 from pallas_kernels.merge_items import merge_items
@@ -48,16 +48,21 @@ def default_tile(k_pages: jax.Array) -> DecodeTile:
     return _TILES.get((k_pages.dtype.itemsize, max(next_power_of_two(k_pages.shape[2]), 64)), _FALLBACK_TILE)
 
 
-def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned, recorded, exp2):
+def _span_kernel(
+    *refs, address, heads, group, scale, tile, indexed, positioned, recorded, scored, interpreted, exp2
+):  # fmt: skip
     """One item of the work list: its output and log-sum-exp.
 
     They go to merged [B, Hq, D] and merged_lse [B, Hq] if the item is its whole head, else to out [items, G, D] and
-    lse [items, G]. When `recorded`, the logits are kept too, of the items that have a place.
+    lse [items, G]. When `recorded`, the logits are kept too, of the items that have a place; when `scored`, they are
+    turned into scores at once if the item is its whole head.
     """
     q_ref, k_ref, v_ref, table_ref, length_ref, row_ref, layer_ref, *refs = refs
     index_ref, refs = (refs[0], refs[1:]) if indexed else (None, refs)
     position_ref, refs = (refs[0], refs[1:]) if positioned else (None, refs)
     place_ref, refs = (refs[0], refs[1:]) if recorded else (None, refs)
+    power_ref, refs = (refs[0], refs[2:]) if scored else (None, refs)  # behind it the scores, which are an output
+    score_ref, refs = (refs[-1], refs[:-1]) if scored else (None, refs)
     head_row_ref, first_ref, last_ref, parts_ref, merged_ref, merged_lse_ref, out_ref, lse_ref, *kept = refs
     kept = KeptLogits(*kept) if recorded else None
     item = pl.program_id(0)
@@ -114,8 +119,8 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
                 # Only here, where the tile is not needed any more: any earlier it costs registers.
                 if kept is not None:
                     keep(
-                        kept, logits, state.top, logits_place, first, step, stays=stays, group=group, scale=scale,
-                        block=tile.block,
+                        kept, logits, live, state.top, logits_place, first, step, stays=stays, group=group,
+                        scale=scale, block=tile.block,
                     )  # fmt: skip
                 return state
 
@@ -134,6 +139,26 @@ def _span_kernel(*refs, address, heads, group, scale, tile, indexed, positioned,
 
         pl.when(parts == 1)(lambda: write(merged_ref, merged_lse_ref, b, h * group + member, h * group + members))
         pl.when(parts > 1)(lambda: write(out_ref, lse_ref, item, member, members))
+        if kept is None or power_ref is None:
+            return
+        power, own_logits = power_ref[b], kept
+
+        @pl.when((parts == 1) & stays & (power > 0))
+        def _():
+            if not interpreted:
+                plgpu.debug_barrier()  # other threads of this program wrote what this one reads
+            add_kept_scores(
+                ScoreRefs(score_ref, table_ref, row, h, address),
+                own_logits,
+                logits_place,
+                lambda member: merged_lse_ref[b, h * group + member],
+                first,
+                last,
+                power,
+                group=group,
+                block=tile.block,
+                exp2=exp2,
+            )
 
 
 @functools.partial(jax.jit, static_argnames=("address", "heads", "scale", "tile", "interpret"))
@@ -144,8 +169,8 @@ def decode_attention_triton(
     """(out [B, Hq, D], lse f32[B, Hq], score or None)."""
     options = {"address": address, "heads": heads, "scale": scale, "tile": tile, "interpret": interpret}
     places = None if score is None else logit_places(lengths, rows, power, heads=heads)
-    out, lse, kept = attend_spans(
-        q, k_pages, v_pages, page_table, lengths, rows, indices, position, places, work, layer, **options
+    out, lse, kept, score = attend_spans(
+        q, k_pages, v_pages, page_table, lengths, rows, indices, position, places, score, power, work, layer, **options
     )
     if score is not None:
         score = add_decode_scores(
@@ -155,20 +180,23 @@ def decode_attention_triton(
 
 
 def attend_spans(
-    q, k_pages, v_pages, page_table, lengths, rows, indices, position, places, work, layer, *, address, heads, scale,
-    tile, interpret,
+    q, k_pages, v_pages, page_table, lengths, rows, indices, position, places, score, power, work, layer, *, address,
+    heads, scale, tile, interpret,
 ):  # fmt: skip
-    """(out [B, Hq, D], lse f32[B, Hq], `KeptLogits` or None).
+    """(out [B, Hq, D], lse f32[B, Hq], `KeptLogits` or None, score or None).
 
     Args:
       places: where the logits of each head go, as `logit_places` says; None: nowhere.
+      score: written in place; has what this step adds for heads that are one item. For the others see `decode_scores`.
+      power: i32[B]; not used without `score`.
     """
     batch, q_heads, dim = q.shape
     group = q_heads // heads
     items = work.head_row.shape[1]
     if places is not None and ALIGNMENT % tile.block:
         raise ValueError(f"tile.block must divide {ALIGNMENT} when logits are kept, got {tile.block}")
-    optional = [x for x in (indices, position, places) if x is not None]
+    scored = [] if score is None else [power, score]
+    optional = [*(x for x in (indices, position, places) if x is not None), *scored]
     item_row = rows[work.head_row // heads]
     inputs = [q, k_pages, v_pages, page_table, lengths, item_row, layer, *optional]
     inputs += [work.head_row, work.first, work.last, work.parts]
@@ -184,6 +212,7 @@ def attend_spans(
     if places is not None:
         max_slots = page_table.shape[3] * k_pages.shape[1]
         out_shape += kept_shapes(batch * heads, group, max_slots, pool_dtype=k_pages.dtype, block=tile.block)
+    out_shape += scored[1:]
     merged, merged_lse, out, lse, *kept = pl.pallas_call(
         functools.partial(
             _span_kernel,
@@ -195,17 +224,22 @@ def attend_spans(
             indexed=indices is not None,
             positioned=position is not None,
             recorded=places is not None,
+            scored=score is not None,
+            interpreted=interpret,
             exp2=kernel_exp2(interpret),
         ),
         grid=(items,),
         in_specs=[WHOLE] * len(inputs),
         out_specs=[WHOLE] * len(out_shape),
         out_shape=out_shape,
+        input_output_aliases={6 + len(optional): len(out_shape) - 1} if scored else {},
         compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=interpret,
         name="decode_attention_spans",
     )(*inputs)
+    if scored:
+        score = kept.pop()
     merged, merged_lse = merge_items(
         out, lse, layer, work, heads=heads, whole=(merged, merged_lse), interpret=interpret
     )
-    return merged, merged_lse, KeptLogits(*kept) if kept else None
+    return merged, merged_lse, KeptLogits(*kept) if kept else None, score

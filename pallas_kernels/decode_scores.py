@@ -1,10 +1,12 @@
 """Adds to the scores of slots how much one decode step attended to them.
 
-A probability takes the log-sum-exp of all spans of a head. So the spans leave their logits behind (`kept_logits`), and
-a second kernel over the same work list turns them into scores.
+A probability takes the log-sum-exp of all spans of a head. So the spans leave their logits behind (`kept_logits`). The
+program of a head that is one item reads its own back (`add_kept_scores`), while others still read keys; a second kernel
+over the same work list does the rest.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.kept_logits import KeptLogits, block_grid, has_place, read_kept
 from pallas_kernels.online_softmax import EMPTY_LSE, LOG2_E
+from pallas_kernels.paging import PageAddress
 from pallas_kernels.tiles import (
     WHOLE,
     exact_dot,
@@ -26,56 +29,94 @@ from pallas_kernels.tiles import (
 _BLOCK, _NUM_WARPS = 512, 4  # slots of a step that reads logits
 
 
-def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
-    """One item of the work list: adds the sum over the group of p**power to the score of each of its slots."""
-    _, *kept, place_ref, lse_ref, q_ref, k_ref, table_ref, rows_ref, power_ref, layer_ref = refs[:11]
-    position_ref, refs = (refs[11], refs[12:]) if positioned else (None, refs[11:])
-    head_row_ref, first_ref, last_ref, score_ref = refs
-    kept = KeptLogits(*kept)
-    item = pl.program_id(0)
-    address = address.join_layer(layer_ref, table_ref.shape[0])
-    dim, page_size = q_ref.shape[2], k_ref.shape[1]
-    first, last = first_ref[address.table_layer, item], last_ref[address.table_layer, item]
-    head_row = head_row_ref[address.table_layer, item]
-    b, h = head_row // heads, head_row % heads
-    power = power_ref[b]
-    logits_place = place_ref[address.table_layer, head_row]
+class ScoreRefs(NamedTuple):
+    """What scores are added to, inside a kernel, and what it takes to find the slots of table row `row`.
 
-    def add(steps, slots_of, mass_of):
-        """Adds to all slots: `slots_of(step)` gives some, `mass_of(step, live, page, place)` what goes to each."""
-        row = rows_ref[b]
+    Attributes:
+      score: reference to the pool f32[P, page].
+      table: reference to the whole table [Lt, R, Ht, M].
+      row: i32[] row of the table.
+      head: i32[] KV head.
+      address: of the layer.
+    """
+
+    score: Any
+    table: Any
+    row: jax.Array
+    head: jax.Array
+    address: PageAddress
+
+    def add(self, steps, last, slots_of, mass_of) -> None:
+        """Adds to slots before `last`: `slots_of(step)` gives some, `mass_of(step, live, page, place)` each one's.
+
+        Dead slots are to be given 0.
+        """
+        page_size = self.score.shape[1]
 
         def visit(step, carry):
             slot = slots_of(step)
             live = slot < last
-            page, place = locate_slots(table_ref, row, h, slot, live, address=address, page_size=page_size)
+            page, place = locate_slots(
+                self.table, self.row, self.head, slot, live, address=self.address, page_size=page_size
+            )
             mass = mass_of(step, live, page, place)
-            if position_ref is not None:
-                live &= plgpu.load(position_ref.at[page, place], mask=live, other=-1) >= 0
-            held = plgpu.load(score_ref.at[page, place], mask=live, other=0.0)
-            plgpu.store(score_ref.at[page, place], held + mass, mask=live)
+            held = plgpu.load(self.score.at[page, place], mask=live, other=0.0)
+            plgpu.store(self.score.at[page, place], held + mass, mask=live)
             return carry
 
         jax.lax.fori_loop(0, steps, visit, 0)
 
+
+def add_kept_scores(
+    refs: ScoreRefs, kept: KeptLogits, place, lse_of, first, last, power, *, group, block, exp2
+) -> None:
+    """Adds the sum over the group of p**power to the scores of slots first .. last-1, from logits that were kept.
+
+    Args:
+      place: of the head, in units of `kept_logits.ALIGNMENT`.
+      lse_of: member of the group -> f32[] its log-sum-exp, natural.
+      block: slots of a block of the spans.
+    """
+    blocks, factor = max(_BLOCK // block, 1), power.astype(jnp.float32)
+    lse = [lse_of(member) * LOG2_E for member in range(group)]
+
+    def begin(step):
+        return first + step * (blocks * block)
+
+    def mass_of(step, live, page, at):
+        del page, at
+        mass = jnp.zeros(live.shape, jnp.float32)
+        for member in range(group):
+            logits = read_kept(kept, member, place, begin(step), live)
+            mass += exp2((logits - lse[member]) * factor)
+        return mass
+
+    steps = pl.cdiv(last - first, blocks * block)
+    refs.add(steps, last, lambda step: block_grid(begin(step), blocks, block), mass_of)
+
+
+def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
+    """One item of the work list: adds the sum over the group of p**power to the score of each of its slots."""
+    _, *kept, place_ref, lse_ref, q_ref, k_ref, table_ref, rows_ref, power_ref, layer_ref = refs[:11]
+    position_ref, refs = (refs[11], refs[12:]) if positioned else (None, refs[11:])
+    head_row_ref, first_ref, last_ref, parts_ref, score_ref = refs
+    kept = KeptLogits(*kept)
+    item = pl.program_id(0)
+    address = address.join_layer(layer_ref, table_ref.shape[0])
+    dim = q_ref.shape[2]
+    first, last = first_ref[address.table_layer, item], last_ref[address.table_layer, item]
+    head_row = head_row_ref[address.table_layer, item]
+    b, h = head_row // heads, head_row % heads
+    power = power_ref[b]
+    logits_place, parts = place_ref[address.table_layer, head_row], parts_ref[address.table_layer, head_row]
+    own = ScoreRefs(score_ref, table_ref, rows_ref[b], h, address)
+
     def read():
-        """`_BLOCK` slots at a time."""
-        block = tile.block
-        blocks, factor = max(_BLOCK // block, 1), power.astype(jnp.float32)
-        lse = [lse_ref[b, h * group + member] * LOG2_E for member in range(group)]
-
-        def begin(step):
-            return first + step * (blocks * block)
-
-        def mass_of(step, live, page, place):
-            del page, place
-            mass = jnp.zeros(live.shape, jnp.float32)
-            for member in range(group):
-                logits = read_kept(kept, member, logits_place, begin(step), live)
-                mass += exp2((logits - lse[member]) * factor)
-            return mass
-
-        add(pl.cdiv(last - first, blocks * block), lambda step: block_grid(begin(step), blocks, block), mass_of)
+        """Many slots at a time."""
+        add_kept_scores(
+            own, kept, logits_place, lambda member: lse_ref[b, h * group + member], first, last, power, group=group,
+            block=tile.block, exp2=exp2,
+        )  # fmt: skip
 
     def compute():
         """A tile at a time."""
@@ -89,12 +130,15 @@ def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
         def mass_of(step, live, page, place):
             del step
             logits = exact_dot(q, load_vectors(k_ref, page, place, live, dim=dim).T)
-            return exp2(logits * (scale * factor) - (lse * factor)[:, None]).sum(axis=0)
+            mass = exp2(logits * (scale * factor) - (lse * factor)[:, None]).sum(axis=0)
+            if position_ref is None:
+                return mass
+            return jnp.where(plgpu.load(position_ref.at[page, place], mask=live, other=-1) >= 0, mass, 0.0)
 
-        add(pl.cdiv(last - first, tile.block), lambda step: first + step * tile.block + in_block, mass_of)
+        own.add(pl.cdiv(last - first, tile.block), last, lambda step: first + step * tile.block + in_block, mass_of)
 
     records, stays = (first < last) & (power > 0), has_place(logits_place, last, kept)
-    pl.when(records & stays)(read)
+    pl.when(records & stays & (parts > 1))(read)  # else the span has done it
     pl.when(records & ~stays)(compute)
 
 
@@ -102,9 +146,12 @@ def add_decode_scores(
     score, kept, places, lse, q, k_pages, page_table, rows, position, power, work, layer, *, address, heads, scale,
     tile, interpret,
 ):  # fmt: skip
-    """Score f32[P, page], in place, from the logits that were kept and the log-sum-exps f32[B, Hq]."""
+    """Score f32[P, page], in place, from the logits that were kept and the log-sum-exps f32[B, Hq].
+
+    Heads that are one item, and whose logits were kept, have their scores by now.
+    """
     inputs = [score, *kept, places, lse, q, k_pages, page_table, rows, power, layer]
-    inputs += [*([] if position is None else [position]), work.head_row, work.first, work.last]
+    inputs += [*([] if position is None else [position]), work.head_row, work.first, work.last, work.parts]
     return pl.pallas_call(
         functools.partial(
             _score_kernel,

@@ -176,9 +176,9 @@ def slot_probabilities_triton(
     batch, q_heads, _ = q.shape
     group, max_slots = q_heads // heads, page_table.shape[3] * k_pages.shape[1]
     places = logit_places(lengths, rows, (first < last).astype(jnp.int32), heads=heads)
-    out, _, kept = attend_spans(
-        q, k_pages, v_pages, page_table, lengths, rows, None, None, places, work, layer, address=address, heads=heads,
-        scale=scale, tile=tile, interpret=interpret,
+    out, _, kept, _ = attend_spans(
+        q, k_pages, v_pages, page_table, lengths, rows, None, None, places, None, None, work, layer, address=address,
+        heads=heads, scale=scale, tile=tile, interpret=interpret,
     )  # fmt: skip
     options = {
         "address": address,

@@ -351,7 +351,7 @@ def cases() -> list[Case]:
         _decode_case(64, 4096, 32),
         # As a serving batch has them: short contexts, some tokens past a round number.
         *(_decode_case(batch, 2111, 32) for batch in (1, 16, 32, 64, 128, 256)),
-        *(_decode_case(*shape, 32, scored=True) for shape in ((64, 4096), (8, 32768))),
+        *(_decode_case(*shape, 32, scored=True) for shape in ((64, 2111), (64, 4096), (8, 32768))),
         Case(
             "record 32 queries at 32k",
             "record_attention",
