@@ -37,6 +37,7 @@ from pallas_kernels.page_bounds import (
     update_page_bounds,
     update_page_bounds_reference,
 )
+from pallas_kernels.page_scan import PageScan, scan_pages, scan_pages_reference
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.prefill_attention import PrefillTile, prefill_attention, prefill_attention_reference
 from pallas_kernels.record_attention import record_attention, record_attention_reference
@@ -59,6 +60,7 @@ __all__ = [
     "Implementation",
     "LatentPages",
     "PageAddress",
+    "PageScan",
     "PrefillTile",
     "ReconstructTile",
     "RecordTile",
@@ -102,6 +104,8 @@ __all__ = [
     "rotate",
     "rotate_and_store",
     "rotate_and_store_reference",
+    "scan_pages",
+    "scan_pages_reference",
     "scratch_address",
     "scratch_table",
     "select_top",

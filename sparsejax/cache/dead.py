@@ -81,6 +81,32 @@ def drop_pages(cache: KVCache, rows: jax.Array, dropped: jax.Array) -> KVCache:
     return dataclasses.replace(cache, table=table, free=free_list.drop(cache.free, jnp.where(dropped, pages, 0)))
 
 
+def drop_few_pages(cache: KVCache, rows: jax.Array, columns: jax.Array, *, num_columns: int) -> KVCache:
+    """As `drop_pages`, of a few pages of each table: only moving up takes a pass over all, one for each of them.
+
+    Args:
+      cache, rows: as `drop_pages` takes them.
+      columns: i32[Lt, K, Ht, n], distinct within a table; -1 for none. Columns that a table does not hold are ignored.
+      num_columns: C, static; tables that drop pages hold no more.
+    """
+    layout, before = cache.layout, cache.table.pages[:, rows, :, :num_columns]
+    length = cache.table.length[:, rows]
+    entries = jnp.take_along_axis(before, jnp.maximum(columns, 0), axis=-1, mode="clip")
+    entries = jnp.where((columns >= 0) & (columns < before.shape[-1]), entries, 0)
+    tokens = jnp.clip(length[..., None] - columns * layout.page_size, 0, layout.page_size)
+    column, pages, left = jnp.arange(before.shape[-1], dtype=jnp.int32), before, jnp.where(entries > 0, columns, -1)
+    for index in range(columns.shape[-1]):
+        gone = left[..., index, None]
+        following = jnp.pad(pages[..., 1:], [(0, 0)] * 3 + [(0, 1)])
+        pages = jnp.where((gone >= 0) & (column >= gone), following, pages)
+        left -= (gone >= 0) & (left > gone)
+    table = SlotTable(
+        pages=cache.table.pages.at[:, rows, :, :num_columns].set(pages),
+        length=cache.table.length.at[:, rows].add(-jnp.sum(jnp.where(entries > 0, tokens, 0), axis=-1)),
+    )
+    return dataclasses.replace(cache, table=table, free=free_list.drop(cache.free, entries))
+
+
 def _live_in_pages(position: jax.Array, entries: jax.Array, layout: CacheLayout) -> jax.Array:
     """bool[..., page_size]: the in-page slots of each entry [...] that are not dead in all the pages it stands for."""
     page = entries[..., None] * layout.pages_per_entry + jnp.arange(layout.pages_per_entry, dtype=jnp.int32)

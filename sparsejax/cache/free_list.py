@@ -7,6 +7,8 @@ so their cost follows the lanes, not the size of the pool.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.prefix_sums import exclusive_sums
+
 from .state import FreeList
 
 
@@ -23,15 +25,15 @@ def pop(free: FreeList, need: jax.Array, *, width: int) -> tuple[FreeList, jax.A
       The free list without them, and the entries, i32[..., width], 0 at and beyond `need`.
     """
     flat = need.reshape(-1)
-    end = jnp.cumsum(flat)
-    first = (end - flat).reshape(need.shape)
+    before = exclusive_sums(flat)
+    first = before.reshape(need.shape)
     step = jnp.arange(width, dtype=jnp.int32)
     taken = step < need[..., None]
     # The clip only serves lanes that take nothing: a negative index would wrap.
     depth = jnp.maximum(free.count - 1 - first[..., None] - step, 0)
     entries = jnp.where(taken, free.stack[depth], 0)  # [..., width]
     references = free.references.at[_or_dropped(entries, free)].set(1, mode="drop")
-    return FreeList(stack=free.stack, count=free.count - end[-1], references=references), entries
+    return FreeList(stack=free.stack, count=free.count - before[-1] - flat[-1], references=references), entries
 
 
 def share(free: FreeList, entries: jax.Array) -> FreeList:
@@ -60,9 +62,9 @@ def drop(free: FreeList, entries: jax.Array) -> FreeList:
     marked = references.at[unreferenced_entry].min(mark, mode="drop")
     freed = unreferenced & (marked[entries] == mark)
     references = marked.at[unreferenced_entry].set(0, mode="drop")
-    end = jnp.cumsum(freed, dtype=jnp.int32)
-    stack = free.stack.at[jnp.where(freed, free.count + end - 1, size)].set(entries, mode="drop")
-    return FreeList(stack=stack, count=free.count + end[-1], references=references)
+    before = exclusive_sums(freed.astype(jnp.int32))
+    stack = free.stack.at[jnp.where(freed, free.count + before, size)].set(entries, mode="drop")
+    return FreeList(stack=stack, count=free.count + before[-1] + freed[-1], references=references)
 
 
 def _or_dropped(entries: jax.Array, free: FreeList) -> jax.Array:

@@ -34,11 +34,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, PageScan, scan_pages
 from sparsejax.cache import KVCache, repack, row_usage
 from sparsejax.cache.compact import compact_and_count
-from sparsejax.cache.dead import drop_pages
-from sparsejax.engine.victims import PageCounts, count_pages, evict_few, evict_many
+from sparsejax.engine.victims import PageCounts, Victims, count_pages, evict_few, evict_many
 from sparsejax.methods.base import Method
 from sparsejax.methods.protection import priorities
 from sparsejax.methods.slots import Slots, gather_slots
@@ -191,18 +190,22 @@ def evict_step(
     length = cache.table.length[:, rows]
     fits = jnp.all(length <= num_slots, axis=(0, 2))
     used = jnp.arange(num_slots, dtype=jnp.int32) < length[..., None]
-    before = count_pages(slots.live, used, page_size)
+    scores = spec.method.scores(slots)
+    if spec.bulk:
+        scan, before = None, count_pages(slots.live, used, page_size)
+    else:
+        scan = _scan(cache, lanes, slots, scores, length, spec)
+        before = PageCounts(scan.live, scan.dead)
     pages_before = row_usage(cache, rows).held
     active = jnp.sum(before.live, axis=-1)
     budget = lanes.budget[:, None]
     excess = jnp.where(fits[:, None] & (active > budget), active - (budget - spec.num_per_evict + 1), 0)
 
-    priority = priorities(spec.method.scores(slots), slots.live, slots.protected)
-    if spec.bulk:
-        victims = evict_many(priority, slots, used, excess)
+    if scan is None:
+        victims = evict_many(priorities(scores, slots.live, slots.protected), slots, used, excess)
         served = fits
     else:
-        victims = evict_few(priority, slots, excess, most=spec.num_per_evict)
+        victims = evict_few(scan, scores, slots, excess, most=spec.num_per_evict)
         served = fits & jnp.all(excess <= spec.num_per_evict, axis=(0, 2))
     if not spec.copies:
         # Marks in a page would evict from all the rows that hold it.
@@ -220,20 +223,18 @@ def evict_step(
         evicted = evicting & ok
         served &= ok | ~evicting
         if spec.strategy == "reuse":
-            next_hole = jnp.where(evicted[:, None], -1, _lowest_dead(slots.pages > 0, before, page_size))
+            next_hole = jnp.where(evicted[:, None], -1, _lowest_dead(slots.pages > 0, None, before, page_size))
     else:
         evicted = evicting
         position = cache.pool.position
         assert position is not None, "gather_slots has checked it"
         position = victims.mark(position, slots.pages)
         cache = dataclasses.replace(cache, pool=dataclasses.replace(cache.pool, position=position))
-        held = slots.pages > 0
         if spec.strategy != "no_op":
-            emptied = held & (after.live == 0)
-            cache = drop_pages(cache, rows, emptied)
-            held &= ~emptied
+            cache = victims.drop_emptied(cache, rows, after)
         if spec.strategy == "reuse":
-            next_hole = _lowest_dead(held, after, page_size)
+            assert isinstance(victims, Victims), "with this strategy, many are evicted by copying"
+            next_hole = _lowest_dead(slots.pages > 0, victims.emptied(after), after, page_size)
 
     hole = hole.at[:, rows].set(jnp.where((rows > 0)[:, None], next_hole, -1))
     counts = jnp.where(evicted[:, None, None], after.live, before.live)
@@ -263,6 +264,28 @@ def _view(cache: KVCache, lanes: EvictLane, spec: EvictSpec) -> Slots:
     )
 
 
+def _scan(
+    cache: KVCache, lanes: EvictLane, slots: Slots, scores: jax.Array, length: jax.Array, spec: EvictSpec
+) -> PageScan:
+    """Of the rows' pages. Scores that are the recorded ones are read where they are, not gathered first."""
+    pool = cache.pool
+    assert pool.position is not None, "gather_slots has checked it"
+    assert pool.score is not None, "gather_slots has checked it"
+    first, last = (
+        jnp.broadcast_to(of_row[:, None], length.shape)
+        for of_row in (lanes.sink_tokens, lanes.text_length - lanes.recent_tokens)
+    )
+    return scan_pages(
+        pool.position,
+        pool.score if scores is slots.score else scores.astype(jnp.float32),
+        slots.pages,
+        length,
+        first,
+        last,
+        implementation=spec.implementation,
+    )
+
+
 def _relocate(
     cache: KVCache, rows: jax.Array, keep: jax.Array, spec: EvictSpec
 ) -> tuple[KVCache, jax.Array, jax.Array]:
@@ -274,9 +297,18 @@ def _relocate(
     return cache, ok, jnp.where(ok, kept, 0)
 
 
-def _lowest_dead(held: jax.Array, counts: PageCounts, page_size: int) -> jax.Array:
-    """i32[L, K, H]: the lowest dead slot once the pages that are not `held`, bool[L, K, H, C], are gone; -1 if none."""
-    place = jnp.cumsum(held, axis=-1, dtype=jnp.int32) - 1
+def _lowest_dead(held: jax.Array, dropped: jax.Array | None, counts: PageCounts, page_size: int) -> jax.Array:
+    """i32[L, K, H]: the lowest dead slot; -1 if there is none.
+
+    Args:
+      held: bool[L, K, H, C], which pages the tables held before.
+      dropped: i32[L, K, H, n], the columns of those that are gone since; -1 for none. Later pages have moved up.
+    """
+    column = jnp.arange(held.shape[-1], dtype=jnp.int32)
+    place = jnp.broadcast_to(column, held.shape)
+    for gone in [] if dropped is None else [dropped[..., index, None] for index in range(dropped.shape[-1])]:
+        held &= column != gone
+        place -= (gone >= 0) & (gone < column)
     slot = jnp.where(held & (counts.dead < page_size), place * page_size + counts.dead, _NONE)
     lowest = jnp.min(slot, axis=-1)
     return jnp.where(lowest == _NONE, -1, lowest)

@@ -6,18 +6,24 @@ priority goes first; of equal priorities, the older token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import PageScan
+from pallas_kernels.page_scan import LAST, lowest_slot
+from sparsejax.cache import KVCache
+from sparsejax.cache.dead import drop_few_pages, drop_pages
+from sparsejax.methods.protection import priorities
 from sparsejax.methods.select import top_slots
 from sparsejax.methods.slots import Slots
 
-_LAST = int(jnp.iinfo(jnp.int32).max)
 
-
+@partial(jax.tree_util.register_dataclass, data_fields=["live", "dead"], meta_fields=[])
 @dataclass(frozen=True)
 class PageCounts:
     """What the pages of each table hold.
@@ -70,6 +76,18 @@ class Victims:
             dead = jnp.where(here, jnp.minimum(dead, slot % self.page_size), dead)
         return PageCounts(live=live, dead=dead)
 
+    def emptied(self, after: PageCounts) -> jax.Array:
+        """i32[L, K, H, n]: the columns of the pages that hold nothing without them, each once; -1 for none."""
+        column = jnp.where(self.slot >= 0, self.slot // self.page_size, -1)
+        live = jnp.take_along_axis(after.live, jnp.maximum(column, 0), axis=-1, mode="clip")
+        column = jnp.where(live == 0, column, -1)
+        repeated = jnp.any(jnp.tril(column[..., :, None] == column[..., None, :], k=-1), axis=-1)
+        return jnp.where(repeated, -1, column)
+
+    def drop_emptied(self, cache: KVCache, rows: jax.Array, after: PageCounts) -> KVCache:
+        """The cache without the pages that they leave empty."""
+        return drop_few_pages(cache, rows, self.emptied(after), num_columns=after.live.shape[-1])
+
     def mark(self, position: jax.Array, entries: jax.Array) -> jax.Array:
         """`position` i32[N, P] with -1 at the victims; entries i32[L, K, H, C] are the pages of the tables."""
         page = jnp.take_along_axis(entries, jnp.maximum(self.slot, 0) // self.page_size, axis=-1, mode="clip")
@@ -114,6 +132,10 @@ class ManyVictims:
         del before
         return count_pages(self.live & ~self.marks, self.used, self.page_size)
 
+    def drop_emptied(self, cache: KVCache, rows: jax.Array, after: PageCounts) -> KVCache:
+        """The cache without pages that hold nothing without them."""
+        return drop_pages(cache, rows, after.live == 0)
+
     def mark(self, position: jax.Array, entries: jax.Array) -> jax.Array:
         """`position` i32[N, P] with -1 at the victims; entries i32[L, K, H, C] are the pages of the tables."""
         marks = _paged(self.marks, self.page_size)
@@ -131,52 +153,67 @@ def count_pages(live: jax.Array, used: jax.Array, page_size: int) -> PageCounts:
     )
 
 
-def evict_few(priority: jax.Array, slots: Slots, excess: jax.Array, *, most: int) -> Victims:
-    """The `min(excess, most)` slots of lowest priority of each table, protected ones never.
+def evict_few(pages: PageScan, score: jax.Array, slots: Slots, excess: jax.Array, *, most: int) -> Victims:
+    """The `min(excess, most)` slots of lowest score of each table, protected ones never.
 
-    One pass over all slots finds the lowest of each page; then each victim costs a pass over the pages and one over the
-    slots of its page.
+    One pass over all slots has found the lowest of each page; then each victim costs a pass over the pages and one over
+    the slots of its page.
 
     Args:
-      priority: f32[L, K, H, S], NaN lowest.
-      slots: the view that the priorities belong to.
+      pages: of the tables.
+      score: [L, K, H, S], those of the scan; looked at again for further victims only.
+      slots: the view that the scores belong to.
       excess: i32[L, K, H], victims wanted.
       most: n, static.
     """
-    page_size = slots.page_size
-    evictable = _paged(slots.live & ~slots.protected, page_size)
-    key = _paged(priority, page_size)
-    key = jnp.where(evictable, jnp.where(jnp.isnan(key), -jnp.inf, key), jnp.inf)
-    position = jnp.where(evictable, _paged(slots.position, page_size), _LAST)
-    slot = jnp.arange(priority.shape[-1], dtype=jnp.int32).reshape(-1, page_size)
-    column = jnp.arange(slot.shape[0], dtype=jnp.int32)
+    lowest = (pages.key, pages.position, pages.slot)  # of each page: [L, K, H, C]
+    best = lowest_slot(*lowest, axis=3)  # of each table: [L, K, H]
 
     def take(turn, best):
         key, _, slot = best
         return jnp.where((turn < excess) & (key < jnp.inf), slot, -1)
 
-    def next_turn(turn, carry):
-        pages, (key_before, position_before, slot_before), taken = carry
-        # What is left of the last victim's page is what comes after the victim: all before it went in earlier turns.
-        page = slot_before // page_size
+    taken = jnp.full((most, *excess.shape), -1, jnp.int32).at[0].set(take(0, best))
+    if most > 1:
+        next_turn = _next_turn(_paged(priorities(score, slots.live, slots.protected), slots.page_size), slots)
+
+        def visit(turn, carry):
+            lowest, best, taken = carry
+            lowest = next_turn(lowest, best)
+            best = lowest_slot(*lowest, axis=3)
+            return lowest, best, taken.at[turn].set(take(turn, best))
+
+        _, _, taken = jax.lax.fori_loop(1, most, visit, (lowest, best, taken))
+    return Victims(slot=jnp.moveaxis(taken, 0, -1), page_size=slots.page_size)
+
+
+def _next_turn(key: jax.Array, slots: Slots) -> Callable[..., tuple[jax.Array, ...]]:
+    """A function of the lowest slots of the pages, and the last victims: the lowest that are left once these are gone.
+
+    Args:
+      key: f32[L, K, H, C, P].
+    """
+    evictable = _paged(slots.live & ~slots.protected, slots.page_size)
+    key = jnp.where(evictable, jnp.where(jnp.isnan(key), -jnp.inf, key), jnp.inf)
+    position = jnp.where(evictable, _paged(slots.position, slots.page_size), LAST)
+    slot = jnp.arange(key.shape[3] * key.shape[4], dtype=jnp.int32).reshape(key.shape[3:])
+    column = jnp.arange(key.shape[3], dtype=jnp.int32)
+
+    def next_turn(lowest, victim):
+        # What is left of the victim's page is what comes after the victim: all before it went in earlier turns.
+        key_before, position_before, slot_before = victim
+        page = slot_before // slots.page_size
         key_here, position_here, slot_here = (
             jnp.take_along_axis(jnp.broadcast_to(x, key.shape), page[..., None, None], axis=3)[..., 0, :]
             for x in (key, position, slot)
         )
         tied = (key_here == key_before[..., None]) & (position_here > position_before[..., None])
         left = (key_here > key_before[..., None]) | tied
-        lowest = _lowest(jnp.where(left, key_here, jnp.inf), jnp.where(left, position_here, _LAST), slot_here, axis=3)
+        new = lowest_slot(jnp.where(left, key_here, jnp.inf), jnp.where(left, position_here, LAST), slot_here, axis=3)
         here = column == page[..., None]
-        pages = tuple(jnp.where(here, new[..., None], old) for new, old in zip(lowest, pages, strict=True))
-        best = _lowest(*pages, axis=3)
-        return pages, best, taken.at[turn].set(take(turn, best))
+        return tuple(jnp.where(here, there[..., None], old) for there, old in zip(new, lowest, strict=True))
 
-    pages = _lowest(key, position, jnp.broadcast_to(slot, key.shape), axis=4)  # of each page: [L, K, H, C]
-    best = _lowest(*pages, axis=3)  # of each table: [L, K, H]
-    taken = jnp.full((most, *excess.shape), -1, jnp.int32).at[0].set(take(0, best))
-    if most > 1:
-        _, _, taken = jax.lax.fori_loop(1, most, next_turn, (pages, best, taken))
-    return Victims(slot=jnp.moveaxis(taken, 0, -1), page_size=page_size)
+    return next_turn
 
 
 def evict_many(priority: jax.Array, slots: Slots, used: jax.Array, excess: jax.Array) -> ManyVictims:
@@ -206,15 +243,3 @@ def _mentioned(index: jax.Array, size: int) -> jax.Array:
     for place in range(index.shape[-1]):
         found |= index[..., place, None] == number
     return found
-
-
-def _lowest(key: jax.Array, position: jax.Array, slot: jax.Array, *, axis: int) -> tuple[jax.Array, ...]:
-    """(key, position, slot) of the lowest key along an axis, the lower position of equal keys."""
-
-    def lower(a, b):
-        first = (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] <= b[1]))
-        return tuple(jnp.where(first, x, y) for x, y in zip(a, b, strict=True))
-
-    return jax.lax.reduce(
-        (key, position, slot), (jnp.float32(jnp.inf), jnp.int32(_LAST), jnp.int32(0)), lower, dimensions=(axis,)
-    )

@@ -27,6 +27,7 @@ from small_cache import (
 )
 
 import sparsejax.cache as kv
+from sparsejax.cache.dead import drop_few_pages, drop_pages
 
 _allocate = jit(kv.allocate, static_argnames="max_count")
 _compact = jit(kv.compact, static_argnames="max_keep")
@@ -175,6 +176,31 @@ def test_a_shared_dead_page_loses_one_reference():
     assert held(after, 2) == [4, 5, 6, 7]
     assert held(after, 1) == list(range(8))
     assert int(drop_dead_pages(after, lanes([1])).free.count) == int(cache.free.count) + 1
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_few_pages_go_by_column_as_they_do_by_mark(granularity):
+    # A row whose first page another one shares, one with a partial last page, and padding.
+    cache = admit(admit(make(granularity, columns=12), 1, 16), 3, 6)
+    cache, ok = fork(cache, ints(1), ints(2), ints(4))
+    assert ok
+    tables = (cache.layout.table_layers, 3, cache.layout.table_heads)
+    rows, num_columns = ints(1, 3, 0), 4
+    few = jit(functools.partial(drop_few_pages, num_columns=num_columns))
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        # Distinct columns in any order, some of them -1, some that a table does not hold.
+        columns = rng.permuted(np.broadcast_to(ints(-1, -1, *range(num_columns)), (*tables, 6)), axis=-1)[..., :3]
+        marks = (columns[..., None] == np.arange(num_columns)).any(axis=-2)
+        after = few(cache, rows, columns)
+        check_invariants(after)
+        assert_same_but_for_the_order_of_freeing(after, jit(drop_pages)(cache, rows, marks))
+
+
+def assert_same_but_for_the_order_of_freeing(one, other):
+    assert_same(one.table, other.table)
+    assert int(one.free.count) == int(other.free.count)
+    np.testing.assert_array_equal(one.free.references, other.free.references)
 
 
 def test_a_row_longer_than_the_bound_keeps_its_pages():

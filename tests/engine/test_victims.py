@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import scan_pages
 from sparsejax.engine.victims import count_pages, evict_few, evict_many
 from sparsejax.methods.protection import priorities
 
 SHAPE, PAGE = (2, 3, 2, 24), 4
+SINKS, RECENT = 2, 3  # protected positions
 
 
 def random_slots(seed):
@@ -20,7 +22,7 @@ def random_slots(seed):
     used = np.arange(SHAPE[-1]) < rng.integers(0, SHAPE[-1] + 1, SHAPE[:-1])[..., None]
     live = used & (rng.random(SHAPE) < 0.8)
     position = np.where(live, np.argsort(rng.random(SHAPE), axis=-1), -1).astype(np.int32)
-    protected = live & (rng.random(SHAPE) < 0.2)
+    protected = live & ((position < SINKS) | (position >= SHAPE[-1] - RECENT))
     score = rng.choice(np.float32([0, -0.0, 1, 2, -3, np.inf, -np.inf, np.nan]), SHAPE)
     slots = SimpleNamespace(live=live, position=position, protected=protected, page_size=PAGE)
     excess = rng.integers(0, 7, SHAPE[:-1]).astype(np.int32)
@@ -39,11 +41,19 @@ def sorted_victims(slots, score, count):
     return victims
 
 
+def scan_of(slots, used, score):
+    """The pages of all tables, one after the other."""
+    pages = jnp.arange(np.prod(SHAPE) // PAGE, dtype=jnp.int32).reshape(*SHAPE[:-1], -1)
+    length = jnp.sum(used, axis=-1, dtype=jnp.int32)
+    sinks, last = jnp.full_like(length, SINKS), jnp.full_like(length, SHAPE[-1] - RECENT)
+    return scan_pages(jnp.asarray(slots.position).reshape(-1, PAGE), jnp.asarray(score), pages, length, sinks, last)
+
+
 @functools.cache
 def few(most):
-    def choose(live, position, protected, score, excess):
+    def choose(live, position, protected, used, score, excess):
         slots = SimpleNamespace(live=live, position=position, protected=protected, page_size=PAGE)
-        return evict_few(priorities(score, live, protected), slots, excess, most=most).slot
+        return evict_few(scan_of(slots, used, score), score, slots, excess, most=most).slot
 
     return jax.jit(choose)
 
@@ -51,8 +61,8 @@ def few(most):
 @pytest.mark.parametrize("most", [1, 5])
 def test_few(most):
     for seed in range(15):
-        slots, _, score, excess = random_slots(seed)
-        chosen = np.asarray(few(most)(slots.live, slots.position, slots.protected, score, excess))
+        slots, used, score, excess = random_slots(seed)
+        chosen = np.asarray(few(most)(slots.live, slots.position, slots.protected, used, score, excess))
         victims = np.zeros(SHAPE, bool)
         for table in np.ndindex(*SHAPE[:-1]):
             here = chosen[table][chosen[table] >= 0]
@@ -71,7 +81,8 @@ def test_many():
 def test_both_kinds_of_victims_count_and_mark_alike():
     slots, used, score, excess = random_slots(3)
     priority = priorities(score, slots.live, slots.protected)
-    one, many = evict_few(priority, slots, excess, most=6), evict_many(priority, slots, used, excess)
+    one = evict_few(scan_of(slots, used, score), score, slots, excess, most=6)
+    many = evict_many(priority, slots, used, excess)
     rows, columns = np.array([True, False, True]), SHAPE[-1] // PAGE
     before = count_pages(slots.live, used, PAGE)
     entries = 1 + jnp.arange(np.prod(SHAPE[:-1]) * columns).reshape(*SHAPE[:-1], columns)
@@ -89,3 +100,16 @@ def test_both_kinds_of_victims_count_and_mark_alike():
             marked[1:].reshape(SHAPE), np.where(np.asarray(a.mask(SHAPE[-1])), -1, slots.position)
         )
     assert int(one.among(rows).count()[:, 1].sum()) == 0 < int(one.count()[:, 1].sum())
+
+
+def test_pages_that_victims_leave_empty_are_named_once():
+    for seed in range(15):
+        slots, used, score, excess = random_slots(seed)
+        victims = evict_few(scan_of(slots, used, score), score, slots, excess, most=6)
+        before = count_pages(slots.live, used, PAGE)
+        after = victims.counts_after(before)
+        columns = np.asarray(victims.emptied(after))
+        for table in np.ndindex(*SHAPE[:-1]):
+            named = [column for column in columns[table] if column >= 0]
+            emptied = np.flatnonzero((np.asarray(before.live[table]) > 0) & (np.asarray(after.live[table]) == 0))
+            assert sorted(named) == emptied.tolist()
