@@ -41,6 +41,8 @@ from pallas_kernels.tiles import MIN_DOT_ROWS, WHOLE, exact_dot, index_grid, ker
 
 _CHUNK = 128  # numbers of a latent that one weighted sum takes
 _VALUE_CHUNK = 128  # and of the values' references
+_PROJECTED = 32  # numbers of a head's output that a program projects
+_FEW_PROGRAMS = 264  # two on each of an H200's 132 multiprocessors
 _MOST_PARTS = 64  # whose sums are kept, and merged at once
 
 
@@ -113,27 +115,31 @@ def _logits_kernel(*refs, head_rows, heads, group, block, biased):
         plgpu.store(logit_ref.at[b, rows, places], logits, mask=mask)
 
 
-def _sums_kernel(*refs, head_rows, heads, group, scale, block, steps, biased, exp2):
-    """Softmax-weighted sums over a part, `steps` blocks of tokens: of one head's references of values, or of latents.
+def _sums_kernel(*refs, head_rows, heads, group, scale, block, steps, latent_steps, biased, exp2):
+    """Softmax-weighted sums over a part, some blocks of tokens: of one head's references of values, or of latents.
 
     There is a program for each piece of each KV head, and behind them one for each chunk of the latents, which serves
-    all queries.
+    all queries. A part is `steps` blocks for the former and `latent_steps` for the latter.
     """
     store, refs = store_refs(refs, quantised=False)
     logit_ref, *refs = refs
     bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
-    base_ref, latent_ref, lse_ref = refs
+    base_ref, latent_ref, lse_ref, latent_lse_ref = refs
     part, unit, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     dtype, dim, width = store.v.dtype, base_ref.shape[3], logit_ref.shape[2]
     pieces, own_width = chunk_count(dim, _VALUE_CHUNK), chunk_width(dim, _VALUE_CHUNK)
     head, piece = unit // pieces, unit % pieces
     is_base = head < heads
     own_rows = jnp.where(is_base, head, 0) * head_rows
-    everything = part * (block * steps) + jnp.arange(block * steps, dtype=jnp.int32)
-    at = jnp.broadcast_to(b, everything.shape), jnp.zeros_like(everything), everything
-    any_live = plgpu.load(store.near.at[at], mask=everything < width, other=-1).max() >= 0
 
-    def sums_of(row, real, columns: int, weighted_sum):
+    def any_live(steps):
+        """Whether the part, of so many blocks, has a token."""
+        everything = part * (block * steps) + jnp.arange(next_power_of_two(block * steps), dtype=jnp.int32)
+        at = jnp.broadcast_to(b, everything.shape), jnp.zeros_like(everything), everything
+        inside = (everything < width) & (everything < (part + 1) * (block * steps))
+        return plgpu.load(store.near.at[at], mask=inside, other=-1).max() >= 0
+
+    def sums_of(row, real, columns: int, steps: int, weighted_sum):
         """(sums f32[n, columns], lse f32[n]) of the query heads `row` i32[n]."""
 
         def visit(step, state):
@@ -158,7 +164,9 @@ def _sums_kernel(*refs, head_rows, heads, group, scale, block, steps, biased, ex
         row, real = head * group + member, member < group
         at = jnp.broadcast_to(b, row.shape), row, jnp.broadcast_to(part, row.shape)
 
-        @pl.when(any_live)
+        live = any_live(steps)
+
+        @pl.when(live)
         def _():
             number = piece * own_width + jnp.arange(own_width, dtype=jnp.int32)
             exists = None if dim % own_width == 0 else number < dim
@@ -168,61 +176,81 @@ def _sums_kernel(*refs, head_rows, heads, group, scale, block, steps, biased, ex
                 values = mean(load_references(store.v, tokens.near, tokens.live, number, exists))
                 return exact_dot(weights, add_bias(bias_ref, values, tokens.compressed, columns).astype(dtype))
 
-            out, lse = sums_of(row, real, own_width, weighted_sum)
+            out, lse = sums_of(row, real, own_width, steps, weighted_sum)
             rows, numbers = index_grid(row, number)
             plgpu.store(base_ref.at[b, part, rows, numbers], out, mask=real[:, None] & (numbers < dim))
             plgpu.store(lse_ref.at[at], lse, mask=real & (piece == 0))
 
-        @pl.when(jnp.logical_not(any_live))
+        @pl.when(jnp.logical_not(live))
         def _():
             plgpu.store(lse_ref.at[at], jnp.full(row.shape, online_softmax.EMPTY_LSE, jnp.float32), mask=real)
 
-    @pl.when(any_live & jnp.logical_not(is_base))
+    @pl.when(jnp.logical_not(is_base) & (part < latent_ref.shape[1]))
     def _():
         chunk, columns = unit - heads * pieces, chunk_width(store.size, _CHUNK)
         row = jnp.arange(_padded(heads * group), dtype=jnp.int32)
         real = row < heads * group
+        at = jnp.broadcast_to(b, row.shape), row, jnp.broadcast_to(part, row.shape)
+        live = any_live(latent_steps)
 
-        def weighted_sum(weights, tokens):
-            return exact_dot(weights, latent_chunk(store, tokens, chunk, columns, dtype)[0])
+        @pl.when(live)
+        def _():
+            def weighted_sum(weights, tokens):
+                return exact_dot(weights, latent_chunk(store, tokens, chunk, columns, dtype)[0])
 
-        sums, _ = sums_of(row, real, columns, weighted_sum)
-        rows, numbers = index_grid(row, chunk * columns + jnp.arange(columns, dtype=jnp.int32))
-        plgpu.store(latent_ref.at[b, part, rows, numbers], sums, mask=real[:, None] & (numbers < latent_ref.shape[3]))
+            sums, lse = sums_of(row, real, columns, latent_steps, weighted_sum)
+            rows, numbers = index_grid(row, chunk * columns + jnp.arange(columns, dtype=jnp.int32))
+            mask = real[:, None] & (numbers < latent_ref.shape[3])
+            plgpu.store(latent_ref.at[b, part, rows, numbers], sums, mask=mask)
+            plgpu.store(latent_lse_ref.at[at], lse, mask=real & (chunk == 0))
+
+        @pl.when(jnp.logical_not(live))
+        def _():
+            plgpu.store(latent_lse_ref.at[at], jnp.full(row.shape, online_softmax.EMPTY_LSE, jnp.float32), mask=real)
 
 
-def _merge_kernel(base_ref, latent_ref, lse_ref, merged_base_ref, merged_ref, merged_lse_ref, *, exp2):
-    """The sums of one query head over all parts, weighted by the exponentials of the parts' log-sum-exps."""
-    row, b = pl.program_id(0), pl.program_id(1)
-    parts = lse_ref.shape[2]
-    part = jnp.arange(next_power_of_two(parts), dtype=jnp.int32)
-    lse = plgpu.load(lse_ref.at[b, row, part], mask=part < parts, other=online_softmax.EMPTY_LSE)
-    live = lse > online_softmax.EMPTY_LSE / 2
-    top = lse.max()
-    weight = jnp.where(live, exp2((lse - top) * LOG2_E), 0.0)
-    total = jnp.maximum(weight.sum(), 1e-30)
-    weight = weight / total
-    merged_lse_ref[b, row] = jnp.where(top > online_softmax.EMPTY_LSE / 2, top + jnp.log2(total) * LN_2, top)
-    for ref, out in ((base_ref, merged_base_ref), (latent_ref, merged_ref)):
-        size = ref.shape[3]
-        width = min(_CHUNK, next_power_of_two(size))
-        for start in range(0, size, width):
-            number = start + jnp.arange(width, dtype=jnp.int32)
-            parts_at, numbers = index_grid(part, number)
-            exists = number < size
-            mask = live[:, None] & exists[None, :]
-            sums = plgpu.load(ref.at[b, parts_at, jnp.broadcast_to(row, parts_at.shape), numbers], mask=mask, other=0.0)
-            merged = (weight[:, None] * sums).sum(axis=0)
-            plgpu.store(out.at[b, row, number], merged.astype(out.dtype), mask=exists)
+def _merge_kernel(base_ref, latent_ref, lse_ref, latent_lse_ref, merged_base_ref, merged_ref, merged_lse_ref, *, exp2):
+    """A chunk of the sums of one query head over all parts, weighted by the exponentials of the parts' log-sum-exps."""
+    row, unit, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    base_chunks = chunk_count(base_ref.shape[3], _CHUNK)
+
+    def merge(ref, parts_ref, out, chunk):
+        size, parts = ref.shape[3], parts_ref.shape[2]
+        part = jnp.arange(next_power_of_two(parts), dtype=jnp.int32)
+        lse = plgpu.load(parts_ref.at[b, row, part], mask=part < parts, other=online_softmax.EMPTY_LSE)
+        live = lse > online_softmax.EMPTY_LSE / 2
+        top = lse.max()
+        weight = jnp.where(live, exp2((lse - top) * LOG2_E), 0.0)
+        total = jnp.maximum(weight.sum(), 1e-30)
+        weight = weight / total
+        width = chunk_width(size, _CHUNK)
+        number = chunk * width + jnp.arange(width, dtype=jnp.int32)
+        parts_at, numbers = index_grid(part, number)
+        exists = number < size
+        mask = live[:, None] & exists[None, :]
+        sums = plgpu.load(ref.at[b, parts_at, jnp.broadcast_to(row, parts_at.shape), numbers], mask=mask, other=0.0)
+        plgpu.store(out.at[b, row, number], (weight[:, None] * sums).sum(axis=0).astype(out.dtype), mask=exists)
+        return jnp.where(top > online_softmax.EMPTY_LSE / 2, top + jnp.log2(total) * LN_2, top)
+
+    @pl.when(unit < base_chunks)
+    def _():
+        merged_lse_ref[b, row] = merge(base_ref, lse_ref, merged_base_ref, unit)
+
+    @pl.when(unit >= base_chunks)
+    def _():
+        merge(latent_ref, latent_lse_ref, merged_ref, unit - base_chunks)
 
 
 def _project_kernel(base_ref, latent_ref, up_ref, out_ref, *, heads, group):
-    """The output of the queries of one KV head: their latent, projected, and their references."""
-    head, b = pl.program_id(0), pl.program_id(1)
+    """A piece of the output of the queries of one KV head: their latent, projected, and their references."""
+    head, piece, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     dim, size = out_ref.shape[2], latent_ref.shape[2]
     member = jnp.arange(_padded(group), dtype=jnp.int32)
     row, real = head * group + member, member < group
-    columns, own = head_columns(head, heads, dim).value, padded_columns(dim)
+    own_width = chunk_width(dim, _PROJECTED)
+    number = piece * own_width + jnp.arange(own_width, dtype=jnp.int32)
+    own = Columns(number, None if dim % own_width == 0 else number < dim)
+    columns = own._replace(number=(heads + head) * dim + number)
     width = chunk_width(size, _CHUNK // 2)
 
     def visit(step, total):
@@ -243,6 +271,9 @@ def delta_attention_triton(
     layout, heads, scale, tile, interpret,
 ):  # fmt: skip
     """(out [B, Hq, D], lse f32[B, Hq]). `unpacked` [B, V, d] are the latents of the tokens, if the pool holds codes."""
+    if store.k_pages.dtype == jnp.bfloat16:
+        # Each head reads them once more. Their error is at most an eighth of what rounds a rotated key.
+        cos, sin = cos.astype(jnp.float16), sin.astype(jnp.float16)
     batch, q_heads, dim = q.shape
     group, size, width = q_heads // heads, store.latents.size, positions.shape[1]
     everywhere = jnp.full_like(rows, jnp.iinfo(jnp.int32).max)  # the positions that are listed are all held
@@ -291,13 +322,20 @@ def delta_attention_triton(
         tile.num_stages,
         *(*inputs, q, cos, sin, up, *bias),
     )
-    base, latents, lse = call(
-        functools.partial(_sums_kernel, scale=scale, block=sum_block, steps=steps, exp2=exp2, **common),
-        (parts, heads * chunk_count(dim, _VALUE_CHUNK) + chunk_count(size, _CHUNK), batch),
+    # Sums of latents are long: longer parts of them where there are programs enough.
+    chunks = chunk_count(size, _CHUNK)
+    more = 1 << max(0, min(3, (parts * chunks * batch // _FEW_PROGRAMS).bit_length() - 1))
+    latent_parts = pl.cdiv(parts, more)
+    *sums, lse, latent_lse = call(
+        functools.partial(
+            _sums_kernel, scale=scale, block=sum_block, steps=steps, latent_steps=steps * more, exp2=exp2, **common
+        ),
+        (parts, heads * chunk_count(dim, _VALUE_CHUNK) + chunks, batch),
         [
             real((batch, parts, q_heads, dim), jnp.float32),
-            real((batch, parts, q_heads, size), jnp.float32),
+            real((batch, latent_parts, q_heads, size), jnp.float32),
             real((batch, q_heads, parts), jnp.float32),
+            real((batch, q_heads, latent_parts), jnp.float32),
         ],
         "delta_attention_sums",
         tile.sum_warps,
@@ -306,7 +344,7 @@ def delta_attention_triton(
     )
     base, latents, lse = call(
         functools.partial(_merge_kernel, exp2=exp2),
-        (q_heads, batch),
+        (q_heads, chunk_count(dim, _CHUNK) + chunks, batch),
         [
             real(q.shape, jnp.float32),
             real((batch, q_heads, size), q.dtype),
@@ -315,11 +353,11 @@ def delta_attention_triton(
         "delta_attention_merge",
         4,
         1,
-        *(base, latents, lse),
+        *(*sums, lse, latent_lse),
     )
     out = call(
         functools.partial(_project_kernel, heads=heads, group=group),
-        (heads, batch),
+        (heads, chunk_count(dim, _PROJECTED), batch),
         real(q.shape, q.dtype),
         "delta_attention_project",
         4,
