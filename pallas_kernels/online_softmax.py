@@ -77,3 +77,15 @@ def finish(state: SoftmaxState) -> tuple[jax.Array, jax.Array]:
     total = jnp.maximum(state.total, 1e-30)
     lse = jnp.where(state.total > 0.0, (state.top + jnp.log2(total)) * LN_2, EMPTY_LSE)
     return state.values / total[..., None], lse
+
+
+def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `finish` gives for all keys, from out f32[parts, ..., D] and lse f32[parts, ...] for a part of them each."""
+    state = absorb(
+        start(lse.shape[1:], out.shape[-1]),
+        jnp.moveaxis(lse, 0, -1),
+        None,
+        lambda weights: (jnp.moveaxis(weights, -1, 0)[..., None] * out).sum(axis=0),
+        scale=LOG2_E,
+    )
+    return finish(state)

@@ -6,6 +6,9 @@ each attend with half of a tile of queries.
 What is copied starts at a multiple of 8 rows, as the layout of shared memory asks. Hence tiles of queries and blocks of
 keys lie on a grid over the packed chunk that does not move with the segments. A program owns a tile; it visits each
 segment that has tokens in it, and masks the queries of the others.
+
+Where that makes too few programs for the GPU, several share the keys of a tile, and what they found is merged behind
+the kernel (Flash-Decoding, Dao et al. 2023).
 """
 
 import functools
@@ -17,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lowered_once import lowered_once
-from pallas_kernels.online_softmax import DEAD_SCORE, EMPTY_LSE, LN_2, LOG2_E
+from pallas_kernels.online_softmax import DEAD_SCORE, EMPTY_LSE, LN_2, LOG2_E, merge
 from pallas_kernels.segment_visits import segment_visits
 
 BLOCK = 128
@@ -29,6 +32,11 @@ _STAGES = 2  # blocks of K and of V in shared memory
 _SWIZZLE = 128  # bytes
 # Of the 65,536 of a multiprocessor; the two workers and the fetcher may use 512 a thread together.
 _WORKER_REGISTERS, _FETCHER_REGISTERS = 232, 40
+
+_MULTIPROCESSORS = 132  # of an H100 or H200; each runs one program at a time
+_MOST_PARTS = 8
+# A program starts and ends, takes a block, and as one of several parts writes float32, which is read again to merge it.
+_PROGRAM_US, _BLOCK_US, _PARTIAL_US, _MERGE_US = 6.0, 1.2, 5.0, 5.0
 
 
 def refusal(dtype, dim: int, page_size: int) -> str | None:
@@ -42,16 +50,35 @@ def refusal(dtype, dim: int, page_size: int) -> str | None:
     return None
 
 
+def best_parts(programs: int, blocks: int) -> int:
+    """How many programs should share the keys of each tile.
+
+    Args:
+      programs: tiles of all query heads.
+      blocks: blocks of keys that a tile may see.
+    """
+    if programs > 2 * _MULTIPROCESSORS:
+        return 1  # the last wave matters less then, and partial results would take much memory
+
+    def cost(parts):
+        waves = -(-programs * parts // _MULTIPROCESSORS)
+        time = waves * (_PROGRAM_US + -(-blocks // parts) * _BLOCK_US)
+        return time if parts == 1 else time + waves * _PARTIAL_US + _MERGE_US
+
+    return min(range(1, _MOST_PARTS + 1), key=cost)
+
+
 class _Visit(NamedTuple):
     """A visit's steps, a block of keys each: first those that need masks, then whole blocks. int32 inside the kernel.
 
     Attributes:
       row, first, last, key_first: as in `SegmentVisits`.
       held: slots of history.
-      full: full blocks of history, which are the first whole ones.
-      tail, has_tail: slots of history behind them; 1 if there are any. Their block is the second masked one.
+      has_own: 1 if the tile's own block is the first masked one.
+      tail, has_tail, tail_block: slots of history in that block, which is not full; 1 if it is the next masked one.
       lead, has_lead, lead_block: the segment begins this many tokens into that block; 1 if it is the last masked one.
-      masked: number of masked blocks. The first is the tile's own.
+      masked: number of masked blocks.
+      full, full_first: number of full blocks of history, which are the first whole ones, and the first.
       whole, whole_first: number of the segment's whole blocks, and the first.
       total: number of steps.
     """
@@ -61,13 +88,16 @@ class _Visit(NamedTuple):
     last: jax.Array
     key_first: jax.Array
     held: jax.Array
-    full: jax.Array
+    has_own: jax.Array | int
     tail: jax.Array
     has_tail: jax.Array
+    tail_block: jax.Array
     lead: jax.Array
     has_lead: jax.Array
     lead_block: jax.Array
     masked: jax.Array
+    full: jax.Array
+    full_first: jax.Array | int
     whole: jax.Array
     whole_first: jax.Array
     total: jax.Array
@@ -78,9 +108,36 @@ def _flag(condition: jax.Array) -> jax.Array:
     return jnp.where(condition, 1, 0)
 
 
+def _share(visit: _Visit, part: jax.Array, parts: int) -> _Visit:
+    """The steps of a visit that one of `parts` programs takes."""
+    low, high = (jax.lax.div(visit.total * i, jnp.int32(parts)) for i in (part, part + 1))
+
+    def cut(before, count):
+        """(first, number) of those that are taken of `count` steps behind `before` others."""
+        begin, end = (jnp.minimum(jnp.maximum(x - before, 0), count) for x in (low, high))
+        return begin, end - begin
+
+    _, has_own = cut(0, 1)
+    _, has_tail = cut(1, visit.has_tail)
+    _, has_lead = cut(1 + visit.has_tail, visit.has_lead)
+    full_first, full = cut(visit.masked, visit.full)
+    whole_first, whole = cut(visit.masked + visit.full, visit.whole)
+    return visit._replace(
+        has_own=has_own,
+        has_tail=has_tail,
+        has_lead=has_lead,
+        masked=has_own + has_tail + has_lead,
+        full=full,
+        full_first=full_first,
+        whole=whole,
+        whole_first=visit.whole_first + whole_first,
+        total=high - low,
+    )
+
+
 def _kernel(
     q_ref, k_ref, v_ref, k_pages_ref, v_pages_ref, table_ref, history_ref, layer_ref, bounds_ref, row_ref, first_ref,
-    last_ref, key_first_ref, out_ref, *refs, address, group, scale, tiles, piece, with_lse, interpreted,
+    last_ref, key_first_ref, out_ref, *refs, address, group, scale, tiles, piece, parts, with_lse, interpreted,
 ):  # fmt: skip
     q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = refs[with_lse : len(refs) - with_lse]
     q_head = jax.lax.axis_index("head")
@@ -93,6 +150,7 @@ def _kernel(
     table_head = head if table_ref.shape[2] > 1 else 0
     base = tile * BLOCK
     visits = (bounds_ref[tile], bounds_ref[tile + 1])
+    place = (jax.lax.axis_index("part"),) if parts > 1 else ()
 
     def block_of(token):
         return jax.lax.div(token, jnp.int32(BLOCK))
@@ -106,23 +164,27 @@ def _kernel(
         masked = 1 + has_tail + has_lead
         whole_first = lead_block + _flag(lead > 0)
         whole = jnp.maximum(tile - whole_first, 0)
-        return _Visit(
+        visit = _Visit(
             row=row,
             first=first,
             last=last,
             key_first=key_first,
             held=held,
-            full=full,
+            has_own=1,
             tail=tail,
             has_tail=has_tail,
+            tail_block=full,
             lead=lead,
             has_lead=has_lead,
             lead_block=lead_block,
             masked=masked,
+            full=full,
+            full_first=0,
             whole=whole,
             whole_first=whole_first,
             total=masked + full + whole,
         )
+        return _share(visit, place[0], parts) if place else visit
 
     def slot_of(step):
         return jax.lax.rem(step, jnp.int32(_STAGES))
@@ -164,21 +226,24 @@ def _kernel(
 
         def fetch_visit(index, start):
             visit = plan(index)
-            fetch_own(start, tile)
+
+            @pl.when(visit.has_own > 0)
+            def _():
+                fetch_own(start, tile)
 
             @pl.when(visit.has_tail > 0)
             def _():
-                fetch_history(start + 1, visit.full, visit)
+                fetch_history(start + visit.has_own, visit.tail_block, visit)
 
             @pl.when(visit.has_lead > 0)
             def _():
-                fetch_own(start + 1 + visit.has_tail, visit.lead_block)
+                fetch_own(start + visit.has_own + visit.has_tail, visit.lead_block)
 
             after = start + visit.masked
 
             @pl.loop(0, visit.full)
             def _(i):
-                fetch_history(after + i, i, visit)
+                fetch_history(after + i, visit.full_first + i, visit)
 
             @pl.loop(0, visit.whole)
             def _(i):
@@ -286,9 +351,9 @@ def _kernel(
 
             def attend_masked(step, state):
                 order = step - start
-                is_own = order == 0
-                is_tail = (order == 1) & (visit.has_tail > 0)
-                is_lead = (order == 1 + visit.has_tail) & (visit.has_lead > 0)
+                is_own = (order == 0) & (visit.has_own > 0)
+                is_tail = (order == visit.has_own) & (visit.has_tail > 0)
+                is_lead = (order == visit.has_own + visit.has_tail) & (visit.has_lead > 0)
                 low = jnp.where(is_own, jnp.maximum(visit.key_first - base, 0), jnp.where(is_lead, visit.lead, 0))
                 high = jnp.where(is_own, visit.last - base, jnp.where(is_tail, visit.tail, BLOCK))
                 slack = jnp.where(is_own, 0, BLOCK)
@@ -326,41 +391,59 @@ def _kernel(
             change_turns()
 
         weight = jnp.maximum(sums, 1e-30)
-        my_q[...] = (values / spread(weight, values.shape)).astype(q_smem.dtype)
+        mine = pl.ds(base + row_base, _ROWS)
+        if parts > 1:
+            # From registers: shared memory has no room left for float32.
+            out_ref[*place, mine, q_head] = values / spread(weight, values.shape)
+        else:
+            my_q[...] = (values / spread(weight, values.shape)).astype(q_smem.dtype)
         if with_lse:
             lse_ref, lse_smem = refs[0], refs[-1]
             lse_smem[worker] = jnp.where(sums > 0.0, (top + jnp.log2(weight)) * LN_2, EMPTY_LSE)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(lse_smem.at[worker], lse_ref.at[q_head, pl.ds(base + row_base, _ROWS)])
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(my_q, out_ref.at[pl.ds(base + row_base, _ROWS), q_head])
+            plgpu.copy_smem_to_gmem(lse_smem.at[worker], lse_ref.at[*place, q_head, mine])
+        if parts == 1:
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(my_q, out_ref.at[mine, q_head])
         plgpu.wait_smem_to_gmem(0)
 
 
-@functools.partial(jax.jit, static_argnames=("address", "scale", "with_lse", "interpret"))
+@functools.partial(jax.jit, static_argnames=("address", "scale", "with_lse", "parts", "interpret"))
 def prefill_attention_mosaic(
-    q, k, v, k_pages, v_pages, page_table, history, rows, starts, layer, *, address, scale, with_lse, interpret=None,
+    q, k, v, k_pages, v_pages, page_table, history, rows, starts, layer, *, address, scale, with_lse, parts=None,
+    interpret=None,
 ):  # fmt: skip
     """(out [T, Hq, D], lse f32[T, Hq] or None) of `prefill_attention`, where the arguments are described and checked.
 
-    q, k, v have the pools' dtype, S > 0, and `refusal` is None. `interpret`: parameters of Pallas' GPU interpreter.
+    q, k, v have the pools' dtype, S > 0, and `refusal` is None. `parts`: programs that share the keys of a tile; None
+    lets `best_parts` decide. `interpret`: parameters of Pallas' GPU interpreter.
     """
     real_tokens = q.shape[0]
     tokens = -(-real_tokens // BLOCK) * BLOCK
     if tokens > real_tokens:
         q, k, v = (jnp.pad(x, ((0, tokens - real_tokens), (0, 0), (0, 0))) for x in (q, k, v))
     visits = segment_visits(rows, starts, tokens, BLOCK)
-    arrays, options = (q, k, v, k_pages, v_pages, page_table, history, layer, *visits), (address, scale, with_lse)
+    if parts is None:
+        tiles, slots = tokens // BLOCK, page_table.shape[3] * k_pages.shape[1]
+        parts = best_parts(q.shape[1] * tiles, -(-slots // BLOCK) + tiles)
+    arrays = (q, k, v, k_pages, v_pages, page_table, history, layer, *visits)
+    options = (address, scale, with_lse or parts > 1, parts)
     if interpret is None:
         outs = lowered_once(_call, *arrays, options=options)
     else:
         outs = _call(*arrays, options=options, interpret=interpret)
+    if parts > 1:
+        out, lse = merge(outs[0], outs[1].swapaxes(1, 2))
+        return out[:real_tokens].astype(q.dtype), lse[:real_tokens] if with_lse else None
     return outs[0][:real_tokens], outs[1].T[:real_tokens] if with_lse else None
 
 
 def _call(q, k, v, k_pages, *others, options, interpret=None):
-    """[out [T, Hq, D], lse f32[Hq, T] if wanted] of whole tiles. others: the rest of what the kernel reads."""
-    address, scale, with_lse = options
+    """[out [T, Hq, D], lse f32[Hq, T] if wanted] of whole tiles. others: the rest of what the kernel reads.
+
+    With several parts both have these as a first axis, and out is float32.
+    """
+    address, scale, with_lse, parts = options
     tokens, q_heads, dim = q.shape
     piece = min(k_pages.shape[1], BLOCK)
     swizzled = (plgpu.TilingTransform((8, _SWIZZLE // q.dtype.itemsize)), plgpu.SwizzleTransform(_SWIZZLE))
@@ -368,10 +451,11 @@ def _call(q, k, v, k_pages, *others, options, interpret=None):
     # Each copy arrives once at the barrier that says that a block is there, each worker once at the one that frees it.
     ready = plgpu.Barrier(num_arrivals=BLOCK // piece, num_barriers=_STAGES)
     free = plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_STAGES)
-    out_types = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    several = (parts,) if parts > 1 else ()
+    out_types = [jax.ShapeDtypeStruct((*several, *q.shape), jnp.float32 if several else q.dtype)]
     if with_lse:
         # Tokens last: what is copied is contiguous.
-        out_types.append(jax.ShapeDtypeStruct((q_heads, tokens), jnp.float32))
+        out_types.append(jax.ShapeDtypeStruct((*several, q_heads, tokens), jnp.float32))
     return plgpu.kernel(
         functools.partial(
             _kernel,
@@ -380,6 +464,7 @@ def _call(q, k, v, k_pages, *others, options, interpret=None):
             scale=scale,
             tiles=tokens // BLOCK,
             piece=piece,
+            parts=parts,
             with_lse=with_lse,
             interpreted=interpret is not None,
         ),
@@ -396,8 +481,8 @@ def _call(q, k, v, k_pages, *others, options, interpret=None):
             plgpu.Barrier(num_arrivals=_WORKERS),
             *([plgpu.SMEM((_WORKERS, _ROWS), jnp.float32)] if with_lse else []),
         ],
-        grid=(q_heads, tokens // BLOCK),
-        grid_names=("head", "tile"),
+        grid=(*several, q_heads, tokens // BLOCK),
+        grid_names=("part", "head", "tile")[-2 - len(several) :],
         num_threads=_WORKERS + 1,
         thread_name="worker",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),

@@ -373,6 +373,8 @@ def cases() -> list[Case]:
                 ("prefill 8 x 1000", "cuDNN causal 8k", 1000, 0, 8),
                 ("prefill 8k after 24k", "cuDNN causal 32k", 8192, 24576),
                 ("prefill 2k after 30k", "cuDNN causal 32k", 2048, 30720),
+                ("prefill 512 after 32k", "cuDNN causal 32k", 512, 32768),
+                ("prefill 256 after 32k", "cuDNN causal 32k", 256, 32768),
                 ("prefill 2k after 32k, ragged", "cuDNN causal 32k", 2048, 32768, 1, True),
             )
         ),

@@ -1,6 +1,7 @@
 """Prefill attention for Hopper: the kernel interpreted, lowered for CUDA, native, and when it is chosen."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -14,7 +15,7 @@ from lowering import lower_for_h200, mosaic_calls, triton_calls
 from pallas_kernels import PrefillTile, decode_attention, prefill_attention, prefill_attention_reference
 from pallas_kernels.lowered_once import _lowered
 from pallas_kernels.paging import PageAddress
-from pallas_kernels.prefill_attention_mosaic import BLOCK, prefill_attention_mosaic
+from pallas_kernels.prefill_attention_mosaic import BLOCK, _share, _Visit, best_parts, prefill_attention_mosaic
 
 try:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
@@ -32,20 +33,90 @@ def arguments(case, tokens, heads, group, rows, starts):
     return (*new, *case[:4], jnp.array(rows, jnp.int32), jnp.array(starts, jnp.int32))
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the interpreter runs on the CPU")
-def test_interpreted():
-    # Two segments in one tile, the second one ending in the next; a history that ends inside a block, one of full
-    # blocks; padding. One case of four programs: the interpreter takes seconds for each.
-    case = make_paged(
-        lengths=(0, 150, 2 * BLOCK), granularity="per_head", heads=2, dim=64, page=32, columns=8, dtype=jnp.bfloat16
-    )
-    args = arguments(case, 155, 2, 1, (2, 3), (0, 20, 150))
+def call_kernel(args, case, **options):
+    """The kernel itself, with as many parts as are asked for."""
     common, layer = case.address.split_layer()
+    return prefill_attention_mosaic(*args, layer, address=common, scale=case.k_pages.shape[2] ** -0.5, **options)
+
+
+def expected(args, case):
+    return reference(*args, address=case.address, scale=case.k_pages.shape[2] ** -0.5)
+
+
+on_the_cpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="the interpreter runs on the CPU")
+
+
+@on_the_cpu
+@pytest.mark.parametrize(
+    ("parts", "lengths", "tokens", "rows", "starts"),
+    [
+        # Two segments in one tile, the second one ending in the next; a history that ends inside a block, one of full
+        # blocks; padding. One case of four programs: the interpreter takes seconds for each.
+        (1, (0, 150, 2 * BLOCK), 155, (2, 3), (0, 20, 150)),
+        # In one tile segments without history, with less than a block and with several: one of two parts has nothing to
+        # do for the first, the second's end of the history is the other's only block.
+        (2, (0, 40, 2 * BLOCK + 84), 128, (1, 2, 3), (0, 20, 50, 120)),
+    ],
+)
+def test_interpreted(parts, lengths, tokens, rows, starts):
+    case = make_paged(lengths=lengths, granularity="per_head", heads=2, dim=64, page=32, columns=12, dtype=jnp.bfloat16)
+    args = arguments(case, tokens, 2, 1, rows, starts)
     assert InterpretGPUParams is not None
-    got = prefill_attention_mosaic(
-        *args, layer, address=common, scale=0.125, with_lse=True, interpret=InterpretGPUParams()
-    )
-    assert_same_attention(got, reference(*args, address=case.address, scale=0.125), jnp.bfloat16)
+    got = call_kernel(args, case, with_lse=True, parts=parts, interpret=InterpretGPUParams())
+    assert_same_attention(got, expected(args, case), jnp.bfloat16)
+
+
+@on_the_cpu
+def test_a_part_without_steps_counts_for_nothing():
+    case = make_paged(lengths=(0,), granularity="shared", heads=1, dim=64, page=32, columns=1, dtype=jnp.bfloat16)
+    # A whole tile: the interpreter's threads can starve for those of XLA, which padding takes on a machine with few.
+    args = arguments(case, BLOCK, 1, 2, (1,), (0, 7))
+    assert InterpretGPUParams is not None
+    out, lse = call_kernel(args, case, with_lse=False, parts=2, interpret=InterpretGPUParams())
+    assert lse is None
+    want = expected(args, case)
+    assert_same_attention((out, want[1]), want, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_the_shares_of_a_visit_are_its_steps(parts):
+    def steps(visit):
+        """What each step reads, in order."""
+        blocks = [("own", None)] * visit.has_own
+        blocks += [("tail", visit.tail_block)] * visit.has_tail + [("lead", visit.lead_block)] * visit.has_lead
+        assert visit.masked == len(blocks)
+        blocks += [("full", visit.full_first + i) for i in range(visit.full)]
+        blocks += [("whole", visit.whole_first + i) for i in range(visit.whole)]
+        assert visit.total == len(blocks)
+        return blocks
+
+    for tail, lead, full, whole in itertools.product((0, 1), (0, 1), (0, 1, 9), (0, 4)):
+        visit = _Visit(
+            row=1, first=0, last=BLOCK, key_first=0, held=0, has_own=1, tail=5, has_tail=tail, tail_block=full, lead=7,
+            has_lead=lead, lead_block=2, masked=1 + tail + lead, full=full, full_first=0, whole=whole, whole_first=3,
+            total=1 + tail + lead + full + whole,
+        )  # fmt: skip
+        shares = [jax.tree.map(int, _share(jax.tree.map(jnp.int32, visit), i, parts)) for i in range(parts)]
+        assert [step for share in shares for step in steps(share)] == steps(visit)
+        assert max(share.total for share in shares) - min(share.total for share in shares) <= 1
+
+
+def test_few_programs_that_see_many_keys_share_them():
+    heads, long = 32, 256  # blocks
+    parts = {tiles * BLOCK: best_parts(heads * tiles, long + tiles) for tiles in (1, 2, 4, 8, 16)}
+    assert parts == {128: 4, 256: 2, 512: 1, 1024: 1, 2048: 1}
+    assert best_parts(heads, 1 + 1) == 1
+    assert best_parts(28 * 16, 1 << 20) == 1  # its partial results would be large
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(256, 2), (2048, 1)])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_parts_are_lowered(tokens, parts, return_lse):
+    pool = jax.ShapeDtypeStruct((1 << 18, 32, 128), jnp.bfloat16)
+    call = functools.partial(prefill_attention, address=make_address("per_head", 8), scale=1.0, return_lse=return_lse)
+    text = lower_for_h200(call, *call_shapes("per_head", tokens, 4, 32, 8, pool))
+    (line,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu" in line)
+    assert (f"tensor<{parts}x{tokens}x32x128xf32>" in line) == (parts > 1)
 
 
 @pytest.mark.gpu
@@ -83,6 +154,45 @@ def test_native(granularity, group, dim, page, dtype, tokens, rows, starts):
     got = call(return_lse=True)
     assert_same_attention(got, reference(*args, address=case.address, scale=dim**-0.5), dtype)
     np.testing.assert_array_equal(call(), got[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("granularity", "group", "dim", "page", "dtype"),
+    [("shared", 4, 128, 32, jnp.bfloat16), ("per_head", 7, 64, 16, jnp.float16)],
+)
+@pytest.mark.parametrize(
+    ("tokens", "rows", "starts"),
+    [(530, (2, 3, 4, 1), (0, 20, 270, 270, 520)), (7, (2, 1, 3), (0, 3, 4, 7)), (64, (0,), (0, 0))],
+)
+def test_native_in_parts(parts, granularity, group, dim, page, dtype, tokens, rows, starts):
+    case = make_paged(
+        lengths=(0, 300, 37, BLOCK),
+        granularity=granularity,
+        heads=2,
+        dim=dim,
+        page=page,
+        columns=512 // page,
+        dtype=dtype,
+    )
+    args = arguments(case, tokens, 2, group, rows, starts)
+    got = call_kernel(args, case, with_lse=True, parts=parts)
+    assert_same_attention(got, expected(args, case), dtype)
+    out, lse = call_kernel(args, case, with_lse=False, parts=parts)
+    assert lse is None
+    np.testing.assert_array_equal(out, got[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [128, 256])
+def test_a_short_chunk_after_a_long_history(tokens):
+    case = make_paged(lengths=(7000,), granularity="shared", heads=8, dim=128, page=32, columns=256, dtype=jnp.bfloat16)
+    args = arguments(case, tokens, 8, 4, (1,), (0, tokens))
+    assert best_parts(32 * tokens // BLOCK, 64) > 1
+    got = call_kernel(args, case, with_lse=True)
+    assert_same_attention(got, expected(args, case), jnp.bfloat16)
+    assert_same_attention(got, call_kernel(args, case, with_lse=True, parts=1), jnp.bfloat16)
 
 
 @pytest.mark.gpu
