@@ -251,7 +251,7 @@ def _project_kernel(base_ref, latent_ref, up_ref, out_ref, *, heads, group):
     number = piece * own_width + jnp.arange(own_width, dtype=jnp.int32)
     own = Columns(number, None if dim % own_width == 0 else number < dim)
     columns = own._replace(number=(heads + head) * dim + number)
-    width = chunk_width(size, _CHUNK // 2)
+    width = chunk_width(size, 2 * _CHUNK)
 
     def visit(step, total):
         number = step * width + jnp.arange(width, dtype=jnp.int32)
