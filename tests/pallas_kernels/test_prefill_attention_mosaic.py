@@ -181,7 +181,8 @@ def test_native_in_parts(parts, granularity, group, dim, page, dtype, tokens, ro
     assert_same_attention(got, expected(args, case), dtype)
     out, lse = call_kernel(args, case, with_lse=False, parts=parts)
     assert lse is None
-    np.testing.assert_array_equal(out, got[0])
+    # Not to the bit: XLA merges the parts in another program.
+    assert_same_attention((out, got[1]), expected(args, case), dtype)
 
 
 @pytest.mark.gpu
