@@ -30,6 +30,7 @@ from sparsejax.bench.latency import (
     kv_bytes_per_token,
     prefill_flops,
     run_batch,
+    time_prompt,
     tokens_decoded,
     tokens_needed,
     weight_bytes_read,
@@ -152,18 +153,11 @@ def measure(
     chunk = llm.engine.scheduler.config.max_mixed_tokens
     weights = weight_bytes_read(config, params)
 
-    def alone(params: CompressionParams | None) -> float:
-        runs = [
-            run_batch(llm, prompts[:1], num_tokens=1, steps=0, compression=params).first_tokens
-            for _ in range(1 + repeats)
-        ]
-        return statistics.median(runs[1:])
-
     def together(prompts: list[list[int]], params: CompressionParams | None, **options: Any) -> BatchRun:
         num_tokens = tokens_decoded(steps, batch=batch, context=len(prompts[0]), chunk=chunk)
         return run_batch(llm, prompts, num_tokens=num_tokens, steps=steps, compression=params, **options)
 
-    prompt_seconds = alone(compression)
+    prompt_seconds = time_prompt(llm, prompts[0], compression, repeats=repeats)
     run = together(prompts, compression, profiled=profiled, trace_folder=trace_folder)
     assert run.live is not None, "something was evicted"
     dense = None
@@ -173,7 +167,7 @@ def measure(
         dense_step = summary(dense_run.steps).median
         dense = DenseLatency(
             context=dense_context,
-            prompt_seconds=alone(None),
+            prompt_seconds=time_prompt(llm, prompts[0], None, repeats=repeats),
             step_seconds=dense_step,
             step_fraction=dense_bytes / ceilings.read / dense_step,
             bytes_read=dense_bytes,

@@ -27,6 +27,7 @@ from sparsejax.bench.latency import (
     kv_bytes_per_token,
     prefill_flops,
     run_batch,
+    time_prompt,
     tokens_decoded,
     weight_bytes_read,
 )
@@ -134,18 +135,11 @@ def measure(
     limits = llm.engine.scheduler.config.store
     assert limits is not None
 
-    def alone(asked: CompressionParams | None) -> float:
-        runs = [
-            run_batch(llm, prompts[:1], num_tokens=1, steps=0, compression=asked).first_tokens
-            for _ in range(1 + repeats)
-        ]
-        return statistics.median(runs[1:])
-
     def together(prompts: list[list[int]], asked: CompressionParams | None, **options: Any):
         num_tokens = tokens_decoded(steps, batch=len(prompts), context=context, chunk=limits.cell)
         return run_batch(llm, prompts, num_tokens=num_tokens, steps=steps, compression=asked, **options)
 
-    prompt_seconds = alone(compression)
+    prompt_seconds = time_prompt(llm, prompts[0], compression, repeats=repeats)
     runner.warm_up_rings()
     run = together(prompts, compression, profiled=profiled, trace_folder=trace_folder)
     length = run.tokens // batch
@@ -160,7 +154,7 @@ def measure(
         dense = {
             "dense_step_seconds": dense_step,
             "dense_step_fraction": dense_bytes / ceilings.read / dense_step,
-            "dense_prompt_seconds": alone(None),
+            "dense_prompt_seconds": time_prompt(llm, prompts[0], None, repeats=repeats),
         }
     return DeltaLatency(
         batch=batch,

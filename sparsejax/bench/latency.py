@@ -6,6 +6,7 @@ a prefill not faster than its matrix products.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -251,6 +252,15 @@ def run_batch(
         engine.step()
     engine.step()  # releases the rows, so that no later run pays for it
     return BatchRun(first_tokens, seconds, host, held - len(prompts) * steps // 2, live, compressions, seen)
+
+
+def time_prompt(llm: LLM, prompt: list[int], compression: CompressionParams | None, *, repeats: int) -> float:
+    """Seconds of a prompt alone to its first token: the median of the repeats, before which it runs once more."""
+    runs = [
+        run_batch(llm, [prompt], num_tokens=1, steps=0, compression=compression).first_tokens
+        for _ in range(1 + repeats)
+    ]
+    return statistics.median(runs[1:])
 
 
 def _live_tokens(llm: LLM, answers: list[Answer]) -> int:
