@@ -29,6 +29,7 @@ from pallas_kernels import (
     move_slots,
     prefill_attention,
     record_attention,
+    scan_pages,
     store_kv,
 )
 
@@ -325,6 +326,21 @@ def _move(moves: int, page: int, heads: Heads) -> Program:
     return Program(call, 1, 2 * moves * heads.slot_bytes)
 
 
+def _scan(layers: int, batch: int, context: int, page: int, heads: Heads) -> Program:
+    """What a step that evicts looks at: the scores and positions of all tables of a batch."""
+    columns = -(-context // page)
+    tables = (layers, batch, heads.kv)
+    count = layers * batch * heads.kv * columns
+    pages = np.random.default_rng(0).permutation(count).reshape(*tables, columns)
+    position = np.empty((count, page), np.int32)
+    position[pages] = np.arange(columns * page).reshape(columns, page)
+    lengths, sinks, last = (jnp.full(tables, n, jnp.int32) for n in (context, 4, context - 8))
+    score = jax.jit(partial(jax.random.uniform, shape=position.shape))(jax.random.key(1))
+    arguments = (jnp.asarray(position), score, jnp.asarray(pages, jnp.int32), lengths, sinks, last)
+    step = jax.jit(scan_pages)
+    return Program(lambda i: step(*arguments), 1, count // columns * context * 8)
+
+
 def _decode_case(
     batch: int, context: int, page: int, heads: Heads = LLAMA_8B, lengths: Lengths = "equal", scored: bool = False
 ) -> Case:
@@ -381,6 +397,7 @@ def cases() -> list[Case]:
         Case("store_kv 8192 tokens", "store_kv", "copy", partial(_store, 8192, 32, LLAMA_8B)),
         Case("store_kv 256 tokens", "store_kv", "copy", partial(_store, 256, 32, LLAMA_8B)),
         Case("move_slots 512k", "move_slots", "copy", partial(_move, 1 << 19, 32, LLAMA_8B)),
+        Case("scan pages 64 x 2k, 32 layers", "scan_pages", "read", partial(_scan, 32, 64, 2048, 32, LLAMA_8B)),
     ]
 
 
@@ -398,4 +415,5 @@ def tiny_cases() -> list[Case]:
         Case("prefill tiny", "prefill_attention", "cuDNN causal tiny", partial(_prefill, 32, 16, 8, heads, 2, True)),
         Case("store_kv tiny", "store_kv", "copy", partial(_store, 16, 8, heads)),
         Case("move_slots tiny", "move_slots", "copy", partial(_move, 16, 8, heads)),
+        Case("scan pages tiny", "scan_pages", "read", partial(_scan, 2, 2, 30, 8, heads)),
     ]
