@@ -19,8 +19,8 @@ def due_now(requests: Iterable[Request]) -> list[Compress]:
         if request.footprint is None:
             continue
         schedule, length, held = request.footprint.schedule, request.num_computed, request.num_held
-        evicts, over = schedule.evicts(length), schedule.due(held, length)
-        if not (over or (evicts and request.is_evicting)):
+        evicts = schedule.evicts(length)
+        if not ((evicts and request.is_evicting) or schedule.due(held, length)):
             continue
         budget = schedule.params.budget(length)
         request.num_held = schedule.kept(held, length)

@@ -169,12 +169,12 @@ class CompressionParams:
             return prompt_length
         return min(self.context_tokens, prompt_length)
 
-    @property
+    @cached_property
     def sinks(self) -> int:
         """First tokens that are protected."""
         return self.policy.default_sink_tokens if self.sink_tokens is None else self.sink_tokens
 
-    @property
+    @cached_property
     def window(self) -> int:
         """Queries of the observation window; 0: the method has none, or looks at all queries."""
         return self.policy.default_window_tokens if self.window_tokens is None else self.window_tokens
@@ -186,13 +186,22 @@ class CompressionParams:
         if self.budget_tokens is not None:
             return self.budget_tokens
         assert self.keep_fraction is not None
-        return max(math.ceil(self.keep_fraction * text_length), self.sinks + self._least_recent(), 1)
+        return max(math.ceil(self.keep_fraction * text_length), self.sinks + self._least_recent, 1)
 
     def recent(self, text_length: int) -> int:
         """Last tokens that are protected in a text of `text_length` tokens."""
+        if self._recent_of_any is not None:
+            return self._recent_of_any
+        return self._recent_of(self.budget(text_length))
+
+    @cached_property
+    def _recent_of_any(self) -> int | None:
+        """What `recent` is for every text; None: it differs. Asked for each row at every step that evicts."""
         if self.recent_tokens is not None:
-            return self._least_recent()
-        budget = self.budget(text_length)
+            return self._least_recent
+        return self._recent_of(self.budget_tokens) if self.evicts and self.budget_tokens is not None else None
+
+    def _recent_of(self, budget: int) -> int:
         return min(self.policy.default_recent_tokens(budget, self.window), max(budget - self.sinks, 0))
 
     @property
@@ -218,7 +227,7 @@ class CompressionParams:
         """Whether every decode step over budget evicts."""
         return self.evicts and not self.once and self.policy.evicts_per_step and self.interval_tokens is None
 
-    @property
+    @cached_property
     def interval(self) -> int | None:
         """Generated tokens between two compressions, or None if there is but one, or eviction per step."""
         if self.once or self.per_step:
@@ -235,6 +244,7 @@ class CompressionParams:
         """Tokens evicted when a step exceeds the budget."""
         return 1 if self.num_per_evict is None else self.num_per_evict
 
+    @cached_property
     def _least_recent(self) -> int:
         """Recent tokens that are protected whatever the budget is."""
         window = self.window if self.policy.protects_window else 0
@@ -337,10 +347,10 @@ class CompressionParams:
     def _check_budget(self, budget: int) -> None:
         if self.window > budget:
             raise InvalidArgumentError(f"window_tokens ({self.window}) must be at most budget_tokens ({budget}).")
-        protected = self.sinks + self._least_recent()
+        protected = self.sinks + self._least_recent
         if protected > budget:
             raise InvalidArgumentError(
-                f"sink_tokens ({self.sinks}) and recent_tokens ({self._least_recent()}, an observation window that is "
+                f"sink_tokens ({self.sinks}) and recent_tokens ({self._least_recent}, an observation window that is "
                 f"always kept included) must together be at most budget_tokens ({budget})."
             )
         # A step that exceeds the budget holds budget + 1 tokens.

@@ -36,7 +36,7 @@ class CompressionSchedule:
     prompt_length: int
     stride: int | None = None
 
-    @property
+    @cached_property
     def context(self) -> int:
         """Prompt tokens that are compressed; less than the prompt only with `context_tokens`."""
         given = self.params.context_tokens
@@ -95,12 +95,29 @@ class CompressionSchedule:
 
     def due(self, held: int, length: int) -> bool:
         """Whether a row that holds `held` tokens of a text of `length` is compressed now."""
-        if held <= self.params.budget(length):
-            return False
-        decoded = length - self.prompt_length
-        if self.evicts(length) or (decoded <= 0 and length in self.places):
+        return self._may_be_due(length) and held > self.params.budget(length)
+
+    def _may_be_due(self, length: int) -> bool:
+        if self.evicts(length):
             return True
-        return decoded > 0 and self.params.interval is not None and decoded % self.params.interval == 0
+        decoded, interval = length - self.prompt_length, self.params.interval
+        if decoded <= 0:
+            return length in self.places
+        return interval is not None and decoded % interval == 0
+
+    def recorded(self, length: int) -> int:
+        """Queries of a text of `length` whose attention the scores sum up."""
+        if length < self.context:
+            return self._recorded_of(length)
+        behind = 0 if self.params.once else length - self.context
+        return self._recorded_of_context + behind
+
+    @cached_property
+    def _recorded_of_context(self) -> int:
+        return self._recorded_of(self.context)
+
+    def _recorded_of(self, shown: int) -> int:
+        return max(shown - self.params.record_from(shown), 0)
 
     def evicts(self, length: int) -> bool:
         """Whether it is the per-step eviction that acts on a text of `length`, not a compression."""

@@ -161,10 +161,14 @@ def evict_calls(
     entries: Sequence[Evict], shapes: EvictionShapes
 ) -> list[tuple[tuple[Evict, ...], EvictSpec, EvictBatch]]:
     """Groups entries by what is fixed in an evict step; lane i of a batch belongs to entry i of its members."""
-    groups: dict[Hashable, list[Evict]] = defaultdict(list)
+    # Most share their parameters, whose hash takes longer than anything else here.
+    alike: dict[Hashable, list[Evict]] = defaultdict(list)
     for entry in entries:
-        params = entry.request.compression
-        groups[params.policy, params.evict_strategy, params.evict_count, entry.bulk].append(entry)
+        alike[id(entry.request.compression), entry.bulk].append(entry)
+    groups: dict[Hashable, list[Evict]] = defaultdict(list)
+    for some in alike.values():
+        params = some[0].request.compression
+        groups[params.policy, params.evict_strategy, params.evict_count, some[0].bulk] += some
     calls = []
     for some in groups.values():
         spec = shapes.evict_spec(
@@ -225,10 +229,9 @@ def _bounds(shapes: EvictionShapes, texts: tuple[int, int] | None) -> Iterator[t
 
 def _recorded(entry: Compress) -> int:
     """Queries of the text whose attention the scores sum up."""
-    params, text = entry.request.compression, entry.text_length
-    prompt = min(text, params.context_tokens or text, len(entry.request.prompt_token_ids))
-    behind = 0 if params.once else text - prompt
-    return max(prompt - params.record_from(prompt), 0) + behind
+    footprint = entry.request.footprint
+    assert footprint is not None, "only requests that evict are compressed"
+    return footprint.schedule.recorded(entry.text_length)
 
 
 def _lanes(values: Iterable[int], size: int, dtype: type = np.int32) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import pytest
 
 from sparsejax import CompressionParams, SamplingParams
 from sparsejax.cache import CacheLayout
+from sparsejax.engine.compression_schedule import CompressionSchedule
 from sparsejax.engine.eviction_batches import (
     EvictionShapes,
     compress_calls,
@@ -41,7 +44,8 @@ BUDGETS = ({"budget_tokens": 300}, {"keep_fraction": 0.3}, {"keep_fraction": 0.9
 
 
 def request(params: CompressionParams, length: int) -> Request:
-    return Request(f"of {length}", [5] * length, SamplingParams(), params)
+    footprint = SimpleNamespace(schedule=CompressionSchedule(params, length))
+    return Request(f"of {length}", [5] * length, SamplingParams(), params, footprint=footprint)
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
