@@ -6,8 +6,9 @@
 3. Merge and projection: the parts' sums are merged by log-sum-exp, and the sum of the latents is projected.
 
 Between them lie logits and sums; keys and values are never written. One kernel for the first two holds twice the
-registers, and reads the latents for every head twice: 270 us instead of 193 for 8 x 2,320 tokens of Llama-8B's heads on
-an H200, where the logits now read from the L2 cache at its rate.
+registers, and reads the latents for every head twice: 277 us instead of 202 for 8 x 2,320 tokens of Llama-8B's heads on
+an H200. There the logits read from the L2 cache at its rate, so rotations are read in half precision: 183 us, with sums
+of latents over longer parts where there are programs enough, and more programs to merge and project them.
 """
 
 import functools
@@ -52,7 +53,7 @@ class DeltaTile(NamedTuple):
     Attributes:
       block: tokens of a program of the logits.
       num_warps, num_stages: of these programs.
-      sum_block: tokens of a step of a program of the sums; one step unless the list is long.
+      sum_block: tokens of a step of a program of the sums.
       sum_warps: of these programs.
     """
 
@@ -75,6 +76,13 @@ def default_tile(k_pages: jax.Array) -> DeltaTile:
 def _padded(rows: int) -> int:
     """Rows of a tile of queries."""
     return max(MIN_DOT_ROWS, next_power_of_two(rows))
+
+
+def _value_piece(head, heads: int, dim: int, piece, width: int) -> tuple[Columns, Columns]:
+    """The columns of a piece of a KV head's values: in the head, and in the signal concat(K, V)."""
+    number = piece * width + jnp.arange(width, dtype=jnp.int32)
+    own = Columns(number, None if dim % width == 0 else number < dim)
+    return own, own._replace(number=(heads + head) * dim + number)
 
 
 def _logits_kernel(*refs, head_rows, heads, group, block, biased):
@@ -134,10 +142,9 @@ def _sums_kernel(*refs, head_rows, heads, group, scale, block, steps, latent_ste
 
     def any_live(steps):
         """Whether the part, of so many blocks, has a token."""
-        everything = part * (block * steps) + jnp.arange(next_power_of_two(block * steps), dtype=jnp.int32)
+        everything = part * (block * steps) + jnp.arange(block * steps, dtype=jnp.int32)
         at = jnp.broadcast_to(b, everything.shape), jnp.zeros_like(everything), everything
-        inside = (everything < width) & (everything < (part + 1) * (block * steps))
-        return plgpu.load(store.near.at[at], mask=inside, other=-1).max() >= 0
+        return plgpu.load(store.near.at[at], mask=everything < width, other=-1).max() >= 0
 
     def sums_of(row, real, columns: int, steps: int, weighted_sum):
         """(sums f32[n, columns], lse f32[n]) of the query heads `row` i32[n]."""
@@ -168,16 +175,14 @@ def _sums_kernel(*refs, head_rows, heads, group, scale, block, steps, latent_ste
 
         @pl.when(live)
         def _():
-            number = piece * own_width + jnp.arange(own_width, dtype=jnp.int32)
-            exists = None if dim % own_width == 0 else number < dim
-            columns = Columns((heads + head) * dim + number, exists)
+            own, columns = _value_piece(head, heads, dim, piece, own_width)
 
             def weighted_sum(weights, tokens):
-                values = mean(load_references(store.v, tokens.near, tokens.live, number, exists))
+                values = mean(load_references(store.v, tokens.near, tokens.live, *own))
                 return exact_dot(weights, add_bias(bias_ref, values, tokens.compressed, columns).astype(dtype))
 
             out, lse = sums_of(row, real, own_width, steps, weighted_sum)
-            rows, numbers = index_grid(row, number)
+            rows, numbers = index_grid(row, own.number)
             plgpu.store(base_ref.at[b, part, rows, numbers], out, mask=real[:, None] & (numbers < dim))
             plgpu.store(lse_ref.at[at], lse, mask=real & (piece == 0))
 
@@ -247,10 +252,7 @@ def _project_kernel(base_ref, latent_ref, up_ref, out_ref, *, heads, group):
     dim, size = out_ref.shape[2], latent_ref.shape[2]
     member = jnp.arange(_padded(group), dtype=jnp.int32)
     row, real = head * group + member, member < group
-    own_width = chunk_width(dim, _PROJECTED)
-    number = piece * own_width + jnp.arange(own_width, dtype=jnp.int32)
-    own = Columns(number, None if dim % own_width == 0 else number < dim)
-    columns = own._replace(number=(heads + head) * dim + number)
+    own, columns = _value_piece(head, heads, dim, piece, chunk_width(dim, _PROJECTED))
     width = chunk_width(size, 2 * _CHUNK)
 
     def visit(step, total):
@@ -272,7 +274,7 @@ def delta_attention_triton(
 ):  # fmt: skip
     """(out [B, Hq, D], lse f32[B, Hq]). `unpacked` [B, V, d] are the latents of the tokens, if the pool holds codes."""
     if store.k_pages.dtype == jnp.bfloat16:
-        # Each head reads them once more. Their error is at most an eighth of what rounds a rotated key.
+        # Every KV head reads them anew. Their error is at most an eighth of what rounds a rotated key.
         cos, sin = cos.astype(jnp.float16), sin.astype(jnp.float16)
     batch, q_heads, dim = q.shape
     group, size, width = q_heads // heads, store.latents.size, positions.shape[1]

@@ -36,7 +36,7 @@ class KeptLogits(NamedTuple):
     Arrays, their shapes or, inside a kernel, references to them.
 
     Attributes:
-      distances: float16 or f32[G, places] logit minus `tops` of its block.
+      distances: float16 or f32[G, places] logit minus `tops` of its block; -inf of dead slots.
       tops: f32[G, places // block].
     """
 
@@ -119,13 +119,13 @@ def block_grid(begin, blocks: int, block: int) -> jax.Array:
 
 
 def read_kept(kept: KeptLogits, member, place, begin, live: jax.Array) -> jax.Array:
-    """f32[blocks, block] logits, base 2, of one member of the group, inside a kernel; dead ones may be anything.
+    """f32[blocks, block] logits, base 2, of one member of the group, inside a kernel; -inf of dead slots.
 
     Args:
       member: its number in the group.
       place: of the head, in units of ALIGNMENT.
       begin: the first slot, a multiple of the block.
-      live: bool[blocks, block].
+      live: bool[blocks, block], which to read; the others may be anything.
     """
     blocks, block = live.shape
     start = place * ALIGNMENT + begin // block * block

@@ -55,7 +55,7 @@ def scan_pages(
 
     Args:
       position_pages: i32[P, page] position of every slot.
-      score: f32[P, page] of the same slots, or f32[..., C * page] of the slots of the tables in their order.
+      score: f32[P, page] of the same slots; or, of another shape, f32[..., C * page] of the tables' slots in order.
       pages: i32[..., C] the tables.
       lengths: i32[...] slots held by each.
       first, last: i32[...] of each table.
@@ -66,9 +66,9 @@ def scan_pages(
     """
     check_shape("position_pages", position_pages, (None, None))
     tables, page_size = pages.shape[:-1], position_pages.shape[1]
-    by_table = score.shape == (*tables, pages.shape[-1] * page_size)
-    if not by_table:
-        check_shape("score", score, tuple(position_pages.shape))
+    by_table = score.shape != position_pages.shape
+    if by_table:
+        check_shape("score", score, (*tables, pages.shape[-1] * page_size))
     if score.dtype != jnp.float32:
         raise TypeError(f"score must be float32, got {score.dtype}")
     for name, array in (("lengths", lengths), ("first", first), ("last", last)):
@@ -91,7 +91,7 @@ def scan_pages_reference(position_pages, score, pages, lengths, first, last) -> 
     live = used & (position >= 0)
     evictable = live & (position >= first[..., None, None]) & (position < last[..., None, None])
     score = score[pages] if score.shape == position_pages.shape else score.reshape(paged)
-    key = jnp.where(evictable, _ranked(score), jnp.inf)
+    key = jnp.where(evictable, ranked(score), jnp.inf)
     position = jnp.where(evictable, position, LAST)
     in_page = jnp.arange(page_size, dtype=jnp.int32)
     lowest = lowest_slot(key, position, jnp.broadcast_to(slot, paged), axis=-1)
@@ -117,7 +117,8 @@ def lowest_slot(key: jax.Array, position: jax.Array, slot: jax.Array, *, axis: i
     )
 
 
-def _ranked(score: jax.Array) -> jax.Array:
+def ranked(score: jax.Array) -> jax.Array:
+    """Scores as they are compared: NaN as -inf, infinite ones as the largest finite ones."""
     return jnp.where(jnp.isnan(score), -jnp.inf, jnp.clip(score, -_LARGEST, _LARGEST))
 
 
@@ -143,7 +144,7 @@ def _scan_kernel(
     evictable = live & (position >= first) & (position < last)
     score_at = (index_grid(at, in_page)[0] if by_table else pages), slots
     score = plgpu.load(score_ref.at[score_at], mask=used, other=jnp.inf)  # does not wait for the positions
-    key = jnp.where(evictable, _ranked(score), jnp.inf)
+    key = jnp.where(evictable, ranked(score), jnp.inf)
     lowest_key = key.min(axis=1)
     position = jnp.where(evictable & (key == lowest_key[:, None]), position, LAST)
     lowest = position.min(axis=1)

@@ -36,7 +36,7 @@ _WORKER_REGISTERS, _FETCHER_REGISTERS = 232, 40
 _MULTIPROCESSORS = 132  # of an H100 or H200; each runs one program at a time
 _MOST_PARTS = 8
 # A program starts and ends, takes a block, and as one of several parts writes float32, which is read again to merge it.
-_PROGRAM_US, _BLOCK_US, _PARTIAL_US, _MERGE_US = 6.0, 1.2, 5.0, 5.0
+_PROGRAM_US, _BLOCK_US, _PARTS_US = 6.0, 1.2, 10.0
 
 
 def refusal(dtype, dim: int, page_size: int) -> str | None:
@@ -51,21 +51,18 @@ def refusal(dtype, dim: int, page_size: int) -> str | None:
 
 
 def best_parts(programs: int, blocks: int) -> int:
-    """How many programs should share the keys of each tile.
+    """How many programs should share the keys of each tile: as many as run at once, if there are keys enough.
 
     Args:
       programs: tiles of all query heads.
-      blocks: blocks of keys that a tile may see.
+      blocks: blocks of keys that a tile may see. That is a bound: where it sees few, what the parts cost is lost.
     """
-    if programs > 2 * _MULTIPROCESSORS:
-        return 1  # the last wave matters less then, and partial results would take much memory
 
     def cost(parts):
-        waves = -(-programs * parts // _MULTIPROCESSORS)
-        time = waves * (_PROGRAM_US + -(-blocks // parts) * _BLOCK_US)
-        return time if parts == 1 else time + waves * _PARTIAL_US + _MERGE_US
+        return _PROGRAM_US + -(-blocks // parts) * _BLOCK_US + (_PARTS_US if parts > 1 else 0.0)
 
-    return min(range(1, _MOST_PARTS + 1), key=cost)
+    most = min(_MOST_PARTS, _MULTIPROCESSORS // programs)
+    return min(range(1, most + 1), key=cost, default=1)
 
 
 class _Visit(NamedTuple):
@@ -150,7 +147,7 @@ def _kernel(
     table_head = head if table_ref.shape[2] > 1 else 0
     base = tile * BLOCK
     visits = (bounds_ref[tile], bounds_ref[tile + 1])
-    place = (jax.lax.axis_index("part"),) if parts > 1 else ()
+    own_part = (jax.lax.axis_index("part"),) if parts > 1 else ()
 
     def block_of(token):
         return jax.lax.div(token, jnp.int32(BLOCK))
@@ -184,7 +181,7 @@ def _kernel(
             whole_first=whole_first,
             total=masked + full + whole,
         )
-        return _share(visit, place[0], parts) if place else visit
+        return _share(visit, own_part[0], parts) if own_part else visit
 
     def slot_of(step):
         return jax.lax.rem(step, jnp.int32(_STAGES))
@@ -312,9 +309,9 @@ def _kernel(
 
         def clear_dead_values(slot, low, high):
             """Zeroes the values before `low` and from `high` on: a weight of 0 does not hide a NaN."""
-            for part in range(0, BLOCK, _ROWS):
-                v = v_smem.at[slot, pl.ds(part, _ROWS)]
-                key = part + iota((_ROWS, dim), 0)
+            for row in range(0, BLOCK, _ROWS):
+                v = v_smem.at[slot, pl.ds(row, _ROWS)]
+                key = row + iota((_ROWS, dim), 0)
                 kept = cast(v[...])
                 v[...] = jnp.where((key >= low) & (key < high), kept, jnp.zeros_like(kept))
             plgpu.commit_smem()
@@ -394,14 +391,14 @@ def _kernel(
         mine = pl.ds(base + row_base, _ROWS)
         if parts > 1:
             # From registers: shared memory has no room left for float32.
-            out_ref[*place, mine, q_head] = values / spread(weight, values.shape)
+            out_ref[*own_part, mine, q_head] = values / spread(weight, values.shape)
         else:
             my_q[...] = (values / spread(weight, values.shape)).astype(q_smem.dtype)
         if with_lse:
             lse_ref, lse_smem = refs[0], refs[-1]
             lse_smem[worker] = jnp.where(sums > 0.0, (top + jnp.log2(weight)) * LN_2, EMPTY_LSE)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(lse_smem.at[worker], lse_ref.at[*place, q_head, mine])
+            plgpu.copy_smem_to_gmem(lse_smem.at[worker], lse_ref.at[*own_part, q_head, mine])
         if parts == 1:
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(my_q, out_ref.at[mine, q_head])

@@ -16,10 +16,11 @@ def exclusive_sums(values: jax.Array) -> jax.Array:
     size = values.shape[-1]
     if size > _MOST:
         return jnp.cumsum(values, axis=-1, dtype=jnp.int32) - values
-    padding = [(0, 0)] * (values.ndim - 1) + [(0, -size % _BLOCK)]
-    blocks = jnp.pad(values, padding).reshape(*values.shape[:-1], -1, _BLOCK)
+    lanes, count = values.shape[:-1], -(-size // _BLOCK)
+    padding = [(0, 0)] * len(lanes) + [(0, count * _BLOCK - size)]
+    blocks = jnp.pad(values, padding).reshape(*lanes, count, _BLOCK)
     sums = _sums_before(blocks) + _sums_before(blocks.sum(axis=-1, dtype=jnp.int32))[..., None]
-    return sums.reshape(*values.shape[:-1], -1)[..., :size]
+    return sums.reshape(*lanes, count * _BLOCK)[..., :size]
 
 
 def _sums_before(values: jax.Array) -> jax.Array:

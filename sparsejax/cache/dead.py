@@ -87,6 +87,7 @@ def drop_few_pages(cache: KVCache, rows: jax.Array, columns: jax.Array, *, num_c
     Args:
       cache, rows: as `drop_pages` takes them.
       columns: i32[Lt, K, Ht, n], distinct within a table; -1 for none. Columns that a table does not hold are ignored.
+        XLA takes long to compile for more than some.
       num_columns: C, static; tables that drop pages hold no more.
     """
     layout, before = cache.layout, cache.table.pages[:, rows, :, :num_columns]

@@ -60,7 +60,7 @@ class EvictSpec:
       bulk: tables may be over budget by more than n, as after a long prompt. Slower: it selects among all slots. With
         "reuse", rows that evict are then compacted: as holes, the victims' slots would be refilled one by one, and hold
         their pages until then.
-      implementation: "triton", "xla" or None, handed to the kernels that copy.
+      implementation: "triton", "xla" or None, handed to the kernels that scan and copy.
 
     Raises:
       ValueError: the strategy is unknown, a number is not a positive int, or the method does not evict per step.
@@ -223,7 +223,8 @@ def evict_step(
         evicted = evicting & ok
         served &= ok | ~evicting
         if spec.strategy == "reuse":
-            next_hole = jnp.where(evicted[:, None], -1, _lowest_dead(slots.pages > 0, None, before, page_size))
+            none = jnp.zeros((*length.shape, 0), jnp.int32)
+            next_hole = jnp.where(evicted[:, None], -1, _lowest_dead(slots.pages > 0, none, before, page_size))
     else:
         evicted = evicting
         position = cache.pool.position
@@ -297,18 +298,16 @@ def _relocate(
     return cache, ok, jnp.where(ok, kept, 0)
 
 
-def _lowest_dead(held: jax.Array, dropped: jax.Array | None, counts: PageCounts, page_size: int) -> jax.Array:
+def _lowest_dead(held: jax.Array, dropped: jax.Array, counts: PageCounts, page_size: int) -> jax.Array:
     """i32[L, K, H]: the lowest dead slot; -1 if there is none.
 
     Args:
       held: bool[L, K, H, C], which pages the tables held before.
       dropped: i32[L, K, H, n], the columns of those that are gone since; -1 for none. Later pages have moved up.
     """
-    column = jnp.arange(held.shape[-1], dtype=jnp.int32)
-    place = jnp.broadcast_to(column, held.shape)
-    for gone in [] if dropped is None else [dropped[..., index, None] for index in range(dropped.shape[-1])]:
-        held &= column != gone
-        place -= (gone >= 0) & (gone < column)
+    column, gone = jnp.arange(held.shape[-1], dtype=jnp.int32), dropped[..., None, :]
+    held &= jnp.all(gone != column[:, None], axis=-1)
+    place = column - jnp.sum((gone >= 0) & (gone < column[:, None]), axis=-1, dtype=jnp.int32)
     slot = jnp.where(held & (counts.dead < page_size), place * page_size + counts.dead, _NONE)
     lowest = jnp.min(slot, axis=-1)
     return jnp.where(lowest == _NONE, -1, lowest)

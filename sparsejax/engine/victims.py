@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import PageScan
-from pallas_kernels.page_scan import LAST, lowest_slot
+from pallas_kernels.page_scan import LAST, lowest_slot, ranked
 from sparsejax.cache import KVCache
 from sparsejax.cache.dead import drop_few_pages, drop_pages
-from sparsejax.methods.protection import priorities
 from sparsejax.methods.select import top_slots
 from sparsejax.methods.slots import Slots
 
+_FEW = 4  # victims whose pages are dropped one after the other: programs of more of them compile for minutes
 
-@partial(jax.tree_util.register_dataclass, data_fields=["live", "dead"], meta_fields=[])
+
 @dataclass(frozen=True)
 class PageCounts:
     """What the pages of each table hold.
@@ -85,8 +84,11 @@ class Victims:
         return jnp.where(repeated, -1, column)
 
     def drop_emptied(self, cache: KVCache, rows: jax.Array, after: PageCounts) -> KVCache:
-        """The cache without the pages that they leave empty."""
-        return drop_few_pages(cache, rows, self.emptied(after), num_columns=after.live.shape[-1])
+        """The cache without the pages that they leave empty: all that are, for such pages never stay."""
+        columns, num_columns = self.emptied(after), after.live.shape[-1]
+        if columns.shape[-1] > _FEW:
+            return drop_pages(cache, rows, _mentioned(columns, num_columns))
+        return drop_few_pages(cache, rows, columns, num_columns=num_columns)
 
     def mark(self, position: jax.Array, entries: jax.Array) -> jax.Array:
         """`position` i32[N, P] with -1 at the victims; entries i32[L, K, H, C] are the pages of the tables."""
@@ -97,7 +99,7 @@ class Victims:
 
 @dataclass(frozen=True)
 class ManyVictims:
-    """Any number of victims of each table, as a mask; the same interface as `Victims`.
+    """Any number of victims of each table, as a mask; the same interface as `Victims`, but for `emptied`.
 
     Attributes:
       marks: bool[L, K, H, S], the victims.
@@ -175,7 +177,7 @@ def evict_few(pages: PageScan, score: jax.Array, slots: Slots, excess: jax.Array
 
     taken = jnp.full((most, *excess.shape), -1, jnp.int32).at[0].set(take(0, best))
     if most > 1:
-        next_turn = _next_turn(_paged(priorities(score, slots.live, slots.protected), slots.page_size), slots)
+        next_turn = _next_turn(score, slots)
 
         def visit(turn, carry):
             lowest, best, taken = carry
@@ -187,14 +189,10 @@ def evict_few(pages: PageScan, score: jax.Array, slots: Slots, excess: jax.Array
     return Victims(slot=jnp.moveaxis(taken, 0, -1), page_size=slots.page_size)
 
 
-def _next_turn(key: jax.Array, slots: Slots) -> Callable[..., tuple[jax.Array, ...]]:
-    """A function of the lowest slots of the pages, and the last victims: the lowest that are left once these are gone.
-
-    Args:
-      key: f32[L, K, H, C, P].
-    """
+def _next_turn(score: jax.Array, slots: Slots) -> Callable[..., tuple[jax.Array, ...]]:
+    """A function of the lowest slots of the pages, and the last victims: the lowest that are left without these."""
     evictable = _paged(slots.live & ~slots.protected, slots.page_size)
-    key = jnp.where(evictable, jnp.where(jnp.isnan(key), -jnp.inf, key), jnp.inf)
+    key = jnp.where(evictable, ranked(_paged(score.astype(jnp.float32), slots.page_size)), jnp.inf)
     position = jnp.where(evictable, _paged(slots.position, slots.page_size), LAST)
     slot = jnp.arange(key.shape[3] * key.shape[4], dtype=jnp.int32).reshape(key.shape[3:])
     column = jnp.arange(key.shape[3], dtype=jnp.int32)

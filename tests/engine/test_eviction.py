@@ -254,7 +254,7 @@ def check_step(cache, hole, report, batch, strategy, pages_before):
     assert int(report.pages[-1]) == int(report.active[-1]) == 0
 
 
-@pytest.mark.parametrize("num_per_evict", [1, 3])
+@pytest.mark.parametrize("num_per_evict", [1, 3, 5])
 def test_strategies_keep_the_same_tokens(num_per_evict):
     """Each against the policy, at every step, and their pages against one another."""
     steps = 22

@@ -99,6 +99,41 @@ def test_a_probability_mass_of_one_a_query_head(mode):
     np.testing.assert_allclose(np.asarray(got).sum(), attending.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_whole_heads_score_many_slots_step_by_step(power):
+    case = make_paged(
+        lengths=(0, 700, 513, 1100), granularity="per_head", heads=2, dim=16, page=32, columns=36, dtype=jnp.float32
+    )
+    position, score = slot_state(case)
+    rows, heads = jnp.array([3, 1, 2], jnp.int32), 2
+    q = normal(1, len(rows), heads * 3, 16, dtype=jnp.float32)
+    limits = SpanLimits(wave=1, min_span=1152, wave_span=9600, max_span=1152)
+    work = decode_work_list(case.lengths, rows, num_kv_heads=heads, max_slots=36 * 32, limits=limits)
+    assert int(work.parts.max()) == 1
+    options = {"address": case.address, "num_kv_heads": heads, "scale": 0.25, "position": position, "score": score}
+    options["power"] = jnp.full(3, power, jnp.int32)
+    mode = {"implementation": "triton", "interpret": True, "work": work, "tile": DecodeTile(64, 2, 3)}
+    got = decode_attention(q, *case[:4], rows, **options, **mode)[1]
+    np.testing.assert_allclose(got, reference(q, *case[:4], rows, **options)[2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_many_whole_heads_on_the_gpu():
+    heads, batch = 8, 64
+    case = make_paged(
+        lengths=(0, *range(2111 - batch, 2111)), granularity="per_head", heads=heads, dim=128, page=32, columns=66,
+        dtype=jnp.bfloat16,
+    )  # fmt: skip
+    position, score = slot_state(case)
+    rows = jnp.arange(1, batch + 1, dtype=jnp.int32)
+    q = normal(1, batch, heads * 4, 128, dtype=jnp.bfloat16)
+    options = {"address": case.address, "num_kv_heads": heads, "scale": 128**-0.5, "position": position}
+    options |= {"score": score, "power": jnp.ones(batch, jnp.int32)}
+    got = decode_attention(q, *case[:4], rows, **options, implementation="triton")[1]
+    expected = decode_attention(q, *case[:4], rows, **options, implementation="xla")[1]
+    np.testing.assert_allclose(got, expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("kept", [1, 4])
 def test_logits_that_have_no_place_are_computed_again(monkeypatch, kept):
     case = paged(page=4)
@@ -184,7 +219,6 @@ def test_lowers_for_cuda_in_place(granularity, batch, q_heads, heads, dim, dtype
         shape((batch,), jnp.int32),
         donate_argnums=7,
     )
-    # The merge kernel writes into the outputs of the first, the last one into the score.
     # The first kernel and the last write into the score, the merge kernel into the outputs of the first.
     assert (triton_calls(text), kernel_aliases(text), donated_arguments(text)) == (3, 4, 1)
 

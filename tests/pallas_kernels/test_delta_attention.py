@@ -60,8 +60,12 @@ def test_attends_to_what_reading_back_gives(mode, heads, group, dim, size, page,
     assert_same_attention(got, delta_attention_reference(*arguments, **options), dtype)
 
 
-def test_a_part_of_a_long_list_is_many_blocks(monkeypatch):
-    monkeypatch.setattr(delta_attention_triton, "_MOST_PARTS", 2)
+@pytest.mark.parametrize(("most_parts", "few_programs"), [(2, 264), (64, 1), (64, 3)])
+def test_a_part_of_a_long_list_is_many_blocks(monkeypatch, most_parts, few_programs):
+    """Of references and latents alike, or of latents more."""
+    jax.clear_caches()
+    monkeypatch.setattr(delta_attention_triton, "_MOST_PARTS", most_parts)
+    monkeypatch.setattr(delta_attention_triton, "_FEW_PROGRAMS", few_programs)
     case, up, _ = make(2, 16, 40, 8, jnp.float32)
     positions = listed(case)
     cos, sin = rotations(np.maximum(positions, 0), 16)
@@ -71,6 +75,7 @@ def test_a_part_of_a_long_list_is_many_blocks(monkeypatch):
     mode = {"implementation": "triton", "interpret": True}
     got = delta_attention(*arguments, **options, return_lse=True, tile=DeltaTile(16, 2, 1, 16, 1), **mode)
     assert_same_attention(got, delta_attention_reference(*arguments, **options), jnp.float32)
+    jax.clear_caches()
 
 
 def test_the_view_of_a_row_is_its_sinks_what_is_recent_and_what_was_selected():

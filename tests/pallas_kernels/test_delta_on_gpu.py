@@ -78,6 +78,11 @@ def test_attention_in_few_parts_of_many_blocks(monkeypatch):
     test_attention(*SHAPES[0], tile=DeltaTile(64, 4, 2, 16, 4))  # a tile of its own, compiled for the bound above
 
 
+def test_attention_with_longer_parts_of_latents(monkeypatch):
+    monkeypatch.setattr(delta_attention_triton, "_FEW_PROGRAMS", 16)
+    test_attention(*SHAPES[0], tile=DeltaTile(64, 4, 2, 64, 4))  # likewise
+
+
 @pytest.mark.parametrize(("heads", "group", "dim", "size", "dtype", "latent_dtype"), SHAPES)
 def test_reconstruction(heads, group, dim, size, dtype, latent_dtype):
     case, up = make(heads, dim, size, dtype, latent_dtype)

@@ -49,7 +49,7 @@ def scan_in_python(position, score, pages, lengths, first, last):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("page", "columns"), [(8, 5), (1, 20), (32, 3)])
+@pytest.mark.parametrize(("page", "columns"), [(8, 5), (1, 20), (32, 3), (5, 4)])
 @pytest.mark.parametrize("by_table", [False, True])
 def test_finds_what_plain_python_finds(mode, page, columns, by_table):
     position, score, pages, *bounds = random_tables(page, columns, seed=page + by_table)
@@ -61,6 +61,14 @@ def test_finds_what_plain_python_finds(mode, page, columns, by_table):
     got.slot[np.isposinf(got.key)] = -1
     for name, one, other in zip(PageScan._fields, got, expected, strict=True):
         np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scores_that_could_be_of_either_shape_are_those_of_the_pool(mode):
+    pages, ones = jnp.array([[1], [2], [0]], jnp.int32), jnp.ones(3, jnp.int32)
+    position = jnp.zeros((3, 4), jnp.int32)
+    score = jnp.arange(12, dtype=jnp.float32).reshape(3, 4)
+    assert scan_pages(position, score, pages, ones, 0 * ones, ones, **mode).key.tolist() == [[4], [8], [0]]
 
 
 def test_lowers_for_cuda_as_one_kernel():

@@ -7,7 +7,7 @@ import pytest
 from pallas_kernels.prefix_sums import exclusive_sums
 
 
-@pytest.mark.parametrize("shape", [(1,), (64,), (65,), (2, 3, 300), (0,), ((1 << 17) + 1,)])
+@pytest.mark.parametrize("shape", [(1,), (64,), (65,), (2, 3, 300), (0,), (0, 5), ((1 << 17) + 1,)])
 def test_sums_what_comes_before(shape):
     values = np.random.default_rng(0).integers(0, 9, shape).astype(np.int32)
     got = jax.jit(exclusive_sums)(values)
