@@ -34,7 +34,11 @@ class Usage(NamedTuple):
             return self.next_growth + (num_tokens - 1) * tables
         # A table grows with the first token, with the second or later, and then with every page_size-th.
         rest = tables - self.next_growth - self.second_growth
-        first, second, later = (-(-(num_tokens - ahead) // page_size) for ahead in (0, 1, 2))
+        first, second, later = (
+            -(-num_tokens // page_size),
+            -((1 - num_tokens) // page_size),
+            -((2 - num_tokens) // page_size),
+        )
         return self.next_growth * first + self.second_growth * second + rest * later
 
 
