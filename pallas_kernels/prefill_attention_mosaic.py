@@ -35,8 +35,8 @@ _WORKER_REGISTERS, _FETCHER_REGISTERS = 232, 40
 
 _MULTIPROCESSORS = 132  # of an H100 or H200; each runs one program at a time
 _MOST_PARTS = 8
-# A program starts and ends, takes a block, and as one of several parts writes float32, which is read again to merge it.
-_PROGRAM_US, _BLOCK_US, _PARTS_US = 6.0, 1.2, 10.0
+_BLOCK_US = 1.2  # that a program takes for a block
+_PARTS_US = 10.0  # and more, as one of several: it writes float32, which is read again to be merged
 
 
 def refusal(dtype, dim: int, page_size: int) -> str | None:
@@ -59,7 +59,7 @@ def best_parts(programs: int, blocks: int) -> int:
     """
 
     def cost(parts):
-        return _PROGRAM_US + -(-blocks // parts) * _BLOCK_US + (_PARTS_US if parts > 1 else 0.0)
+        return -(-blocks // parts) * _BLOCK_US + (_PARTS_US if parts > 1 else 0.0)
 
     most = min(_MOST_PARTS, _MULTIPROCESSORS // programs)
     return min(range(1, most + 1), key=cost, default=1)

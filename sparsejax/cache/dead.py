@@ -61,48 +61,44 @@ def drop_pages(cache: KVCache, rows: jax.Array, dropped: jax.Array) -> KVCache:
       dropped: bool[Lt, K, Ht, C], which of the first C pages of each table; those that a table does not hold are
         ignored. The tables hold no more than C.
     """
-    layout = cache.layout
     columns = dropped.shape[-1]
     pages = cache.table.pages[:, rows, :, :columns]
-    length = cache.table.length[:, rows]
     held = pages > 0
-    dropped &= held
     staying = held & ~dropped
     column = jnp.arange(columns, dtype=jnp.int32)
     place = jnp.cumsum(staying, axis=-1, dtype=jnp.int32) - 1
-    lane = jnp.arange(length.size, dtype=jnp.int32).reshape(length.shape)[..., None] * columns
+    lane = jnp.arange(pages.size // columns, dtype=jnp.int32).reshape(pages.shape[:-1])[..., None] * columns
     closed = jnp.zeros(pages.size, jnp.int32)
     closed = closed.at[jnp.where(staying, lane + place, pages.size)].set(pages, mode="drop").reshape(pages.shape)
-    tokens = jnp.clip(length[..., None] - column * layout.page_size, 0, layout.page_size)
-    table = SlotTable(
-        pages=cache.table.pages.at[:, rows, :, :columns].set(closed),
-        length=cache.table.length.at[:, rows].add(-jnp.sum(jnp.where(dropped, tokens, 0), axis=-1)),
-    )
-    return dataclasses.replace(cache, table=table, free=free_list.drop(cache.free, jnp.where(dropped, pages, 0)))
+    return _close_up(cache, rows, closed, column, jnp.where(dropped, pages, 0))
 
 
 def drop_few_pages(cache: KVCache, rows: jax.Array, columns: jax.Array, *, num_columns: int) -> KVCache:
-    """As `drop_pages`, of a few pages of each table: only moving up takes a pass over all, one for each of them.
+    """As `drop_pages`, of pages named by column: what is given back is counted by them, not by all pages.
 
     Args:
       cache, rows: as `drop_pages` takes them.
       columns: i32[Lt, K, Ht, n], distinct within a table; -1 for none. Columns that a table does not hold are ignored.
-        XLA takes long to compile for more than some.
       num_columns: C, static; tables that drop pages hold no more.
     """
-    layout, before = cache.layout, cache.table.pages[:, rows, :, :num_columns]
-    length = cache.table.length[:, rows]
-    entries = jnp.take_along_axis(before, jnp.maximum(columns, 0), axis=-1, mode="clip")
-    entries = jnp.where((columns >= 0) & (columns < before.shape[-1]), entries, 0)
-    tokens = jnp.clip(length[..., None] - columns * layout.page_size, 0, layout.page_size)
-    column, pages, left = jnp.arange(before.shape[-1], dtype=jnp.int32), before, jnp.where(entries > 0, columns, -1)
-    for index in range(columns.shape[-1]):
-        gone = left[..., index, None]
-        following = jnp.pad(pages[..., 1:], [(0, 0)] * 3 + [(0, 1)])
-        pages = jnp.where((gone >= 0) & (column >= gone), following, pages)
-        left -= (gone >= 0) & (left > gone)
+    pages = cache.table.pages[:, rows, :, :num_columns]
+    entries = jnp.take_along_axis(pages, jnp.maximum(columns, 0), axis=-1, mode="clip")
+    entries = jnp.where((columns >= 0) & (columns < num_columns), entries, 0)
+    columns = jnp.where(entries > 0, columns, num_columns)  # those of no page lie behind all
+    # The page behind a dropped one moves up to its column, or further by as many as are dropped before that.
+    before = jnp.sum(columns[..., None, :] < columns[..., :, None], axis=-1, dtype=jnp.int32)
+    place = jnp.arange(num_columns, dtype=jnp.int32)
+    source = place + jnp.sum((columns - before)[..., None, :] <= place[:, None], axis=-1, dtype=jnp.int32)
+    closed = jnp.take_along_axis(pages, jnp.minimum(source, num_columns - 1), axis=-1)
+    return _close_up(cache, rows, jnp.where(source < num_columns, closed, 0), columns, entries)
+
+
+def _close_up(cache: KVCache, rows: jax.Array, pages: jax.Array, columns: jax.Array, entries: jax.Array) -> KVCache:
+    """The cache with these pages i32[Lt, K, Ht, C] in its rows, without the `entries`, 0 for none, from `columns`."""
+    page_size, length = cache.layout.page_size, cache.table.length[:, rows]
+    tokens = jnp.clip(length[..., None] - columns * page_size, 0, page_size)
     table = SlotTable(
-        pages=cache.table.pages.at[:, rows, :, :num_columns].set(pages),
+        pages=cache.table.pages.at[:, rows, :, : pages.shape[-1]].set(pages),
         length=cache.table.length.at[:, rows].add(-jnp.sum(jnp.where(entries > 0, tokens, 0), axis=-1)),
     )
     return dataclasses.replace(cache, table=table, free=free_list.drop(cache.free, entries))

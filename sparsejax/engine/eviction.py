@@ -37,7 +37,7 @@ import numpy as np
 from pallas_kernels import Implementation, PageScan, scan_pages
 from sparsejax.cache import KVCache, repack, row_usage
 from sparsejax.cache.compact import compact_and_count
-from sparsejax.engine.victims import PageCounts, Victims, count_pages, evict_few, evict_many
+from sparsejax.engine.victims import PageCounts, Victims, evict_few, evict_many
 from sparsejax.methods.base import Method
 from sparsejax.methods.protection import priorities
 from sparsejax.methods.slots import Slots, gather_slots
@@ -191,17 +191,14 @@ def evict_step(
     fits = jnp.all(length <= num_slots, axis=(0, 2))
     used = jnp.arange(num_slots, dtype=jnp.int32) < length[..., None]
     scores = spec.method.scores(slots)
-    if spec.bulk:
-        scan, before = None, count_pages(slots.live, used, page_size)
-    else:
-        scan = _scan(cache, lanes, slots, scores, length, spec)
-        before = PageCounts(scan.live, scan.dead)
+    scan = _scan(cache, lanes, slots, scores, length, spec)
+    before = PageCounts(scan.live, scan.dead)
     pages_before = row_usage(cache, rows).held
     active = jnp.sum(before.live, axis=-1)
     budget = lanes.budget[:, None]
     excess = jnp.where(fits[:, None] & (active > budget), active - (budget - spec.num_per_evict + 1), 0)
 
-    if scan is None:
+    if spec.bulk:
         victims = evict_many(priorities(scores, slots.live, slots.protected), slots, used, excess)
         served = fits
     else:

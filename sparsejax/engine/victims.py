@@ -20,8 +20,6 @@ from sparsejax.cache.dead import drop_few_pages, drop_pages
 from sparsejax.methods.select import top_slots
 from sparsejax.methods.slots import Slots
 
-_FEW = 4  # victims whose pages are dropped one after the other: programs of more of them compile for minutes
-
 
 @dataclass(frozen=True)
 class PageCounts:
@@ -85,10 +83,7 @@ class Victims:
 
     def drop_emptied(self, cache: KVCache, rows: jax.Array, after: PageCounts) -> KVCache:
         """The cache without the pages that they leave empty: all that are, for such pages never stay."""
-        columns, num_columns = self.emptied(after), after.live.shape[-1]
-        if columns.shape[-1] > _FEW:
-            return drop_pages(cache, rows, _mentioned(columns, num_columns))
-        return drop_few_pages(cache, rows, columns, num_columns=num_columns)
+        return drop_few_pages(cache, rows, self.emptied(after), num_columns=after.live.shape[-1])
 
     def mark(self, position: jax.Array, entries: jax.Array) -> jax.Array:
         """`position` i32[N, P] with -1 at the victims; entries i32[L, K, H, C] are the pages of the tables."""

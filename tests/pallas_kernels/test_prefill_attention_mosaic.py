@@ -121,6 +121,14 @@ def test_parts_are_lowered(tokens, parts, return_lse):
     assert (f"tensor<{parts}x{tokens}x32x128xf32>" in line) == (parts > 1)
 
 
+def native_case(granularity, dim, page, dtype):
+    """Rows without history, with some blocks and a rest, with less than a block, and with one."""
+    lengths = (0, 300, 37, BLOCK)
+    return make_paged(
+        lengths=lengths, granularity=granularity, heads=2, dim=dim, page=page, columns=512 // page, dtype=dtype
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("granularity", "group", "dim", "page", "dtype"),
@@ -142,15 +150,7 @@ def test_parts_are_lowered(tokens, parts, return_lse):
     ],
 )
 def test_native(granularity, group, dim, page, dtype, tokens, rows, starts):
-    case = make_paged(
-        lengths=(0, 300, 37, BLOCK),
-        granularity=granularity,
-        heads=2,
-        dim=dim,
-        page=page,
-        columns=512 // page,
-        dtype=dtype,
-    )
+    case = native_case(granularity, dim, page, dtype)
     args = arguments(case, tokens, 2, group, rows, starts)
     call = functools.partial(prefill_attention, *args, address=case.address, scale=dim**-0.5, implementation="mosaic")
     got = call(return_lse=True)
@@ -169,15 +169,7 @@ def test_native(granularity, group, dim, page, dtype, tokens, rows, starts):
     [(530, (2, 3, 4, 1), (0, 20, 270, 270, 520)), (7, (2, 1, 3), (0, 3, 4, 7)), (64, (0,), (0, 0))],
 )
 def test_native_in_parts(parts, granularity, group, dim, page, dtype, tokens, rows, starts):
-    case = make_paged(
-        lengths=(0, 300, 37, BLOCK),
-        granularity=granularity,
-        heads=2,
-        dim=dim,
-        page=page,
-        columns=512 // page,
-        dtype=dtype,
-    )
+    case = native_case(granularity, dim, page, dtype)
     args = arguments(case, tokens, 2, group, rows, starts)
     got = call_kernel(args, case, with_lse=True, parts=parts)
     assert_same_attention(got, expected(args, case), dtype)
