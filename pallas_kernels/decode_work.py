@@ -39,7 +39,7 @@ class SpanLimits(NamedTuple):
     """
 
     wave: int = 396  # 3 programs on each of an H200's 132 multiprocessors
-    min_span: int = 256
+    min_span: int = 128
     wave_span: int = 3072
     max_span: int = 2048
     most_spans: int = 4096
@@ -126,8 +126,11 @@ def span_list(length: jax.Array, *, max_slots: int, limits: SpanLimits = DEFAULT
     fits = jnp.minimum(span, longest) <= limits.wave_span
     span = jnp.where(fits, span, jnp.maximum(limits.max_span, -(-total // limits.most_spans)))  # [Lt, 1]
 
-    # Of many waves, a head's last quarter of a span is shared out among its other items, which makes fewer.
-    ends_late = jnp.where(fits, 0, span // 4)
+    # A head's last quarter of a span is shared out among its other items, which makes fewer, where that costs nothing:
+    # of many waves, and of heads about as long as each other, whose few items beyond one wave would take a second.
+    heads_read = (length > 0).sum(axis=1, keepdims=True, dtype=jnp.int32)
+    are_even = longest * heads_read <= total + total // 8
+    ends_late = jnp.where(fits & ~are_even, 0, span // 4)
     parts = jnp.where(length > 0, jnp.maximum(-(-(length - ends_late) // span), 1), 0)  # [Lt, heads]
     rank, first_item = _ranked(parts, -(-length // jnp.maximum(parts, 1)))
     layer = jnp.arange(length.shape[0])[:, None]

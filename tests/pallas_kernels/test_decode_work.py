@@ -98,6 +98,15 @@ def test_one_wave_is_what_the_gpu_runs_at_once_and_a_rest_of_every_head(batch, c
     assert max(last - first for _, first, last in items) <= SpanLimits().wave_span + 128
 
 
+@pytest.mark.parametrize(
+    ("batch", "context", "items"), [(8, 2111, 384), (16, 1100, 384), (16, 2111, 384), (32, 2111, 512)]
+)
+def test_heads_about_as_long_as_each_other_need_no_second_wave(batch, context, items):
+    """A little more than whole spans a head is no reason for another item of each."""
+    lengths = context - np.random.default_rng(0).integers(0, 20, (batch, 8))
+    assert len(items_of(lengths, SpanLimits(), max_slots=131_072)[1]) == items
+
+
 def test_a_batch_with_a_few_long_heads_cuts_those():
     lengths = np.full((96, 8), 500)
     lengths[:2] = 4000
