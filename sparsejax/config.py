@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparsejax.errors import InvalidArgumentError, unknown_key_error
+from sparsejax.validation import flag
 
 if TYPE_CHECKING:  # all bring JAX, which the command line's parser does not need
     from pallas_kernels import Implementation
@@ -100,14 +101,14 @@ class EngineConfig:
         positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_seqs", "num_pages")
         for name in (*positive, "max_resident_rows", "max_mixed_tokens", "recent_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and (not _is_whole(value) or value < 1):
                 raise InvalidArgumentError(f"{name} must be a positive whole number, got {value!r}.")
-        if not isinstance(self.page_size, int) or self.page_size < 1 or self.page_size & (self.page_size - 1):
+        if not _is_whole(self.page_size) or self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise InvalidArgumentError(f"page_size must be a power of two (1, 2, 4, ...), got {self.page_size!r}.")
         fraction = self.gpu_memory_utilization
-        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise InvalidArgumentError(f"gpu_memory_utilization must be a number in (0, 1], got {fraction!r}.")
-        if not isinstance(self.seed, int) or self.seed < 0:
+        if not _is_whole(self.seed) or self.seed < 0:
             raise InvalidArgumentError(f"seed must be a whole number of at least 0, got {self.seed!r}.")
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("table_granularity", self.table_granularity, (None, *GRANULARITIES))
@@ -116,15 +117,21 @@ class EngineConfig:
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
             raise InvalidArgumentError(f"dense_cache_fraction must be a number in [0, 1), got {share!r}.")
         _require_choice("latent_dtype", self.latent_dtype, (None, *LATENT_DTYPES))
-        _require_choice("enable_prefix_caching", self.enable_prefix_caching, (True, False))
+        flag("enable_prefix_caching", self.enable_prefix_caching)
+        flag("skip_tokenizer_init", self.skip_tokenizer_init)
         _require_choice("warmup", self.warmup, (False, True, "greedy"))
         if self.tensor_parallel_size != 1:
             raise InvalidArgumentError(
                 f"tensor_parallel_size must be 1: tensor parallelism is not available yet, got "
                 f"{self.tensor_parallel_size!r}. Run one engine a GPU instead."
             )
+        layers = self.full_attention_layers
+        if layers is not None and not (isinstance(layers, tuple) and all(_is_whole(x) and x >= 0 for x in layers)):
+            raise InvalidArgumentError(
+                f"full_attention_layers must be a list of layers, numbered from 0, got {layers!r}."
+            )
         if self.methods is not None:
-            if not self.methods or isinstance(self.methods, str):
+            if not isinstance(self.methods, tuple | frozenset | set) or not self.methods:
                 raise InvalidArgumentError(f"methods must be a list of at least one name, got {self.methods!r}.")
             from sparsejax import methods
 
@@ -149,6 +156,10 @@ class EngineConfig:
             if isinstance(kwargs.get(name), list):
                 kwargs[name] = tuple(kwargs[name])
         return cls(**kwargs)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require_choice(name: str, value: Any, allowed: tuple) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsejax.errors import InvalidArgumentError, nearest, unknown_key_error
+from sparsejax.text_files import numbered_lines, read_text
 
 BUILT_IN = ("mix600", "512x1024x256", "24x32k", "itl32k", "prefix64x8k")
 RANDOM = ("random", "lognormal")
@@ -220,12 +221,11 @@ def load(name: str) -> Trace:
 def read_jsonl(path: str | Path) -> Trace:
     """The trace of a file, see the module's docstring."""
     requests = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                requests.append(_request(json.loads(line), default_seed=number))
-            except (ValueError, TypeError) as error:  # InvalidArgumentError is a ValueError
-                raise InvalidArgumentError(f"{path}, line {number}: {error}") from error
+    for number, line in numbered_lines(read_text(path)):
+        try:
+            requests.append(_request(json.loads(line), default_seed=number))
+        except (ValueError, TypeError) as error:  # InvalidArgumentError is a ValueError
+            raise InvalidArgumentError(f"{path}, line {number}: {error}") from error
     return Trace(Path(path).stem, tuple(requests))
 
 

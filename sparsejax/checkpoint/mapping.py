@@ -17,6 +17,7 @@ from sparsejax.models import ModelConfig
 
 # A buffer that older exports carry beside the weights; the config says the same.
 _HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
+EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
 
@@ -66,7 +67,7 @@ class Group:
 def parameter_groups(config: ModelConfig) -> list[Group]:
     """All parameters of a model in the order they are moved: embed, layers_0 .. layers_{L-1}, final_norm, lm_head."""
     d, vocab = config.hidden_size, config.vocab_size
-    groups = [_single("embed", Source("model.embed_tokens.weight", (vocab, d)))]
+    groups = [_single("embed", Source(EMBEDDING, (vocab, d)))]
     groups += [_layer(config, index) for index in range(config.num_layers)]
     groups.append(_single("final_norm", Source("model.norm.weight", (d,))))
     if not config.tie_embeddings:
@@ -85,7 +86,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_harmless(config: ModelConfig, name: str) -> bool:
-    """Whether a tensor that no parameter is made of may be left aside: old buffers, and the head of a tied model."""
+    """Whether a tensor that no parameter is made of may be left aside: old buffers, a tied model's copy of a head."""
     return name.endswith(_HARMLESS_SUFFIX) or (config.tie_embeddings and name == LM_HEAD)
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sparsejax.checkpoint.errors import CheckpointError, TensorMismatchError
-from sparsejax.checkpoint.mapping import expected_tensors, is_harmless
+from sparsejax.checkpoint.mapping import EMBEDDING, LM_HEAD, expected_tensors, is_harmless
 from sparsejax.checkpoint.source import INDEX, SINGLE_FILE, read_json
 from sparsejax.models import ModelConfig
 
@@ -57,7 +57,10 @@ class SafetensorsReader:
                     self.tensors[name] = TensorInfo(file, tuple(piece.get_shape()), piece.get_dtype())
 
     def check(self, config: ModelConfig) -> None:
-        """Raises TensorMismatchError unless the tensors are exactly those of the config (harmless extras aside)."""
+        """Raises TensorMismatchError unless the tensors are exactly those of the config (harmless extras aside).
+
+        Of a tied model that has a head all the same, both are read: a head of its own is no extra to be dropped.
+        """
         expected = expected_tensors(config)
         misshaped = []
         for name, shape in expected.items():
@@ -70,6 +73,19 @@ class SafetensorsReader:
         unexpected = [name for name in self.tensors if name not in expected and not is_harmless(config, name)]
         if missing or unexpected or misshaped:
             raise TensorMismatchError(str(self.folder), missing=missing, unexpected=unexpected, misshaped=misshaped)
+        if config.tie_embeddings and LM_HEAD in self.tensors and not self._equal(LM_HEAD, EMBEDDING):
+            raise CheckpointError(
+                f"{self.folder} says that the embeddings are tied, but {LM_HEAD} differs from {EMBEDDING}. Set "
+                '"tie_word_embeddings": false in its config.json if the model has a head of its own; else remove it.'
+            )
+
+    def _equal(self, *names: str) -> bool:
+        """Whether two tensors are the same, numbers that are none included."""
+        first, second = (self.tensors[name] for name in names)
+        if first.shape != second.shape or second.dtype != first.dtype:
+            return False
+        pairs = zip(*(self.blocks(name) for name in names), strict=True)
+        return all(a.tobytes() == b.tobytes() for a, b in pairs)
 
     def dtype(self, name: str) -> np.dtype:
         """NumPy type of a tensor."""

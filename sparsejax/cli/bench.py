@@ -15,7 +15,6 @@ from sparsejax.cli.bench_options import (
     add_outputs,
     add_random_weights,
     check_delta_options,
-    check_outputs,
     compiling,
     delta_engine_options,
     engine_options,
@@ -24,6 +23,7 @@ from sparsejax.cli.bench_options import (
     write_json,
 )
 from sparsejax.cli.compression_options import add_compression_options, compression_from
+from sparsejax.cli.outputs import check_outputs
 from sparsejax.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def add_parser(subparsers) -> None:
 
 
 def run_kernels(args: argparse.Namespace) -> int:
-    check_outputs(args)
+    check_outputs(args, "json", "plot")
     from sparsejax.bench import kernels, plots
 
     if args.tune:
@@ -161,7 +161,7 @@ def _traces(args: argparse.Namespace) -> list[Trace]:
 
 
 def run_throughput(args: argparse.Namespace) -> int:
-    check_outputs(args)
+    check_outputs(args, "json", "plot")
     from sparsejax.bench import traces
 
     wanted = _traces(args)
@@ -204,7 +204,7 @@ def run_throughput(args: argparse.Namespace) -> int:
 
 
 def run_startup(args: argparse.Namespace) -> int:
-    check_outputs(args)
+    check_outputs(args, "json", "plot")
     from sparsejax.engine.memory import reserve_device_memory
 
     reserve_device_memory(args.gpu_memory_utilization)

@@ -8,13 +8,13 @@ from typing import Any
 from sparsejax.cli.bench_options import (
     add_model,
     add_outputs,
-    check_outputs,
     engine_options,
     load,
     reaching,
     write_json,
 )
 from sparsejax.cli.evaluate import numbers
+from sparsejax.cli.outputs import check_outputs
 
 
 def add_parser(suites: Any) -> None:
@@ -64,7 +64,7 @@ def add_parser(suites: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_outputs(args)
+    check_outputs(args, "json", "plot")
     budgets = numbers("--budgets", args.budgets)
     from sparsejax.engine.memory import reserve_device_memory
 

@@ -17,7 +17,6 @@ from sparsejax.cli.bench_options import (
     add_model,
     add_outputs,
     check_delta_options,
-    check_outputs,
     delta_engine_options,
     engine_options,
     load,
@@ -26,6 +25,7 @@ from sparsejax.cli.bench_options import (
     write_json,
 )
 from sparsejax.cli.compression_options import add_compression_options, compression_from
+from sparsejax.cli.outputs import check_outputs
 from sparsejax.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Family:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_outputs(args)
+    check_outputs(args, "json", "plot")
     wanted = shapes(args.shapes)
     if args.steps < 1:
         raise InvalidArgumentError(f"--steps must be at least 1, got {args.steps}.")

@@ -142,18 +142,6 @@ def load(args: argparse.Namespace) -> tuple[str, Any, Any]:
     return args.random_weights, config, init_params(config, jax.random.key(0), jnp.bfloat16 if on_gpu else jnp.float32)
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Refuses before the measurement what could not be written after it."""
-    for name in ("json", "plot"):
-        path = getattr(args, name)
-        if path is not None and not path.parent.is_dir():
-            raise InvalidArgumentError(f"--{name} {path} cannot be written: there is no folder {path.parent}.")
-    if args.plot is not None:
-        from sparsejax.bench import plots
-
-        plots.require_matplotlib()
-
-
 def write_json(path: Path | None, report: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(report) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsejax.cli import compression_options, options
+from sparsejax.cli.outputs import check_outputs
 from sparsejax.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ def add_parser(suites) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sparsejax.bench.plots import require_matplotlib
     from sparsejax.cli.evaluate import numbers
     from sparsejax.evaluation import calibration
     from sparsejax.evaluation.plots import plot_calibration
@@ -75,12 +75,7 @@ def run(args: argparse.Namespace) -> int:
     target = number("--target", args.target, 0.0, 1.0, above=True)
     fractions = _fractions(args.fractions)
     lengths, tasks = numbers("--lengths", args.lengths), _tasks(args)
-    for option in ("json", "plot"):
-        path = getattr(args, option)
-        if path is not None and not path.parent.is_dir():
-            raise InvalidArgumentError(f"--{option} {path} cannot be written: there is no folder {path.parent}.")
-    if args.plot is not None:
-        require_matplotlib()
+    check_outputs(args, "json", "plot")
     compression = compression_options.compression_from(args, keep_fraction=fractions[0])
     # On a CPU every slot that a row could have costs time, so that rows are made no longer than the tasks.
     room = {"max_model_len": max(lengths)} if args.max_model_len is None and args.file is None else {}

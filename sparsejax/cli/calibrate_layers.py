@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsejax.cli.evaluate import numbers
+from sparsejax.cli.outputs import check_outputs
 from sparsejax.errors import InvalidArgumentError
 
 DESCRIPTION = """Measures how much of each layer's attention goes to the tokens that another layer would choose, and
@@ -56,15 +57,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("samples", "queries"):
         if getattr(args, name) < 1:
             raise InvalidArgumentError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    for name in ("json", "plot"):
-        path = getattr(args, name)
-        if path is not None and not path.parent.is_dir():
-            raise InvalidArgumentError(f"--{name} {path} cannot be written: there is no folder {path.parent}.")
+    check_outputs(args, "json", "plot")
     top = top_tokens(selection_options(args)["top_tokens"])
-    if args.plot is not None:
-        from sparsejax.bench.plots import require_matplotlib
-
-        require_matplotlib()
     import jax
     from tqdm import tqdm
 

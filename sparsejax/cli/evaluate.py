@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsejax.cli import calibrate, compression_options, options
+from sparsejax.cli.outputs import check_outputs
 from sparsejax.config import LATENT_DTYPES
 from sparsejax.errors import InvalidArgumentError, SparsejaxError
 
@@ -100,10 +101,7 @@ def run_ruler(args: argparse.Namespace) -> int:
         raise InvalidArgumentError(f"--tasks has no task {unknown[0]!r}; there are {', '.join(TASKS)}.")
     if args.samples < 1:
         raise InvalidArgumentError(f"--samples must be at least 1, got {args.samples}.")
-    for option in ("json", "plot"):
-        path = getattr(args, option)
-        if path is not None and not path.parent.is_dir():
-            raise InvalidArgumentError(f"--{option} {path} cannot be written: there is no folder {path.parent}.")
+    check_outputs(args, "json", "plot")
     samples = {"tasks": tasks, "lengths": lengths, "samples": args.samples, "seed": args.seed}
     if args.methods is None:
         _dense(args, samples)
@@ -136,7 +134,6 @@ def _dense(args: argparse.Namespace, samples: dict) -> None:
 def _sweep(args: argparse.Namespace, samples: dict) -> None:
     """Methods against dense: a table for each length and mode."""
     from sparsejax import methods
-    from sparsejax.bench.plots import require_matplotlib
     from sparsejax.evaluation.method_sweep import MODES, compare_methods, format_methods, make_settings
     from sparsejax.evaluation.plots import plot_methods
 
@@ -146,10 +143,8 @@ def _sweep(args: argparse.Namespace, samples: dict) -> None:
     for name in names:
         if name not in methods.available():
             raise InvalidArgumentError(f"--methods has no method {name!r}; there are {', '.join(methods.available())}.")
-    if args.plot is not None:
-        require_matplotlib()
-        if set(names) <= {"full"}:
-            raise InvalidArgumentError("--plot needs a method beside full: there is nothing to draw.")
+    if args.plot is not None and set(names) <= {"full"}:
+        raise InvalidArgumentError("--plot needs a method beside full: there is nothing to draw.")
     engines = _engines(args, names)
     own = compression_options.method_options(args.option)
     unknown = next((name for name in own if name not in names), None)

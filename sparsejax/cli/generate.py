@@ -13,6 +13,7 @@ from sparsejax.cli import options
 from sparsejax.cli.compression_options import ARGUMENTS, SELECTION_ARGUMENTS, add_compression_options, compression_from
 from sparsejax.engine.outputs import RequestMetrics
 from sparsejax.errors import InvalidArgumentError
+from sparsejax.text_files import numbered_lines, read_text
 
 if TYPE_CHECKING:
     from sparsejax import LLM
@@ -110,11 +111,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the arguments, then those of --file."""
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompts]
     if args.file is not None:
-        try:
-            lines = args.file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise InvalidArgumentError(f"--file {args.file} cannot be read: {error.strerror}.") from error
-        prompts += [line for line in lines if line.strip()]
+        prompts += [line for _, line in numbered_lines(read_text(args.file, name=f"--file {args.file}"))]
     if not prompts:
         raise InvalidArgumentError("no prompt was given: pass one or more, --file FILE, or - to read standard input.")
     return prompts

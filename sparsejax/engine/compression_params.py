@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -113,7 +114,11 @@ class CompressionParams:
                 given[name] = value
         policy = methods.get(method)
         rule = methods.get_rule(policy.default_budget_rule if budget_rule is None else budget_rule)
-        own = {**dict(options), **keywords}
+        own = _pairs(options)
+        for name in keywords:
+            if name in own:
+                raise InvalidArgumentError(f"{name} is given twice, in options and by name; give one of them.")
+        own |= keywords
         for name in own:
             if name not in _own_options(policy, rule):
                 raise _unknown_option(name, [*given, *_ALIASES], policy, rule)
@@ -365,6 +370,16 @@ class CompressionParams:
 def _own_options(policy: type[methods.Method], rule: type[BudgetRule]) -> set[str]:
     """Names that are valid beside the common arguments; the rule's floor is common, as budget_floor."""
     return {*policy.option_names(), *rule.option_names()} - {"floor"}
+
+
+def _pairs(options: Any) -> dict[str, Any]:
+    """`options` as a dictionary."""
+    found: dict[Any, Any] = {None: None}
+    with contextlib.suppress(TypeError, ValueError):
+        found = dict(options)
+    if not all(isinstance(name, str) for name in found):
+        raise InvalidArgumentError(f"options must be a dictionary from names to values, got {options!r}.")
+    return found
 
 
 def _unknown_option(

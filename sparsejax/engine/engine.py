@@ -67,7 +67,7 @@ class Engine:
         self.clock = clock
         self._tokenizer = tokenizer
         self._seed = seed
-        self._added = 0
+        self.num_added = 0  # prompts so far, from which their seeds follow
         self._decode = None if tokenizer is None else decode_function(tokenizer, skip_special_tokens=False)
         self.wait_seconds = 0.0
         self.eviction_seconds = 0.0
@@ -93,6 +93,11 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Gives up all rows that are kept for reuse; their pages are free with the next step."""
         self.scheduler.reset_prefix_cache()
+
+    def drain(self) -> None:
+        """Reads the results of steps that nobody waits for: those that ran on past the last request's end."""
+        while self.has_unfinished and not self.scheduler.has_unfinished:
+            self.step()
 
     def close(self) -> None:
         """Gives the device memory of cache and state back; the engine is of no use then."""
@@ -131,9 +136,9 @@ class Engine:
           InvalidArgumentError: the id is in use, or the prompt is longer than the engine can ever serve.
         """
         self.runner.check(compression or CompressionParams())
-        self._added += 1
+        self.num_added += 1
         requests = expand(
-            request_id, prompt.token_ids, params, compression=compression, seed=derive_seed(self._seed, self._added)
+            request_id, prompt.token_ids, params, compression=compression, seed=derive_seed(self._seed, self.num_added)
         )
         for request in requests:
             self.scheduler.check(request)

@@ -137,7 +137,8 @@ def render_chat(messages: Sequence[dict], tokenizer: Any, *, index: int, **templ
         )
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **template)
-    except jinja2.TemplateError as error:  # templates refuse what their model was not trained on, such as a role
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        # Templates refuse what their model was not trained on, such as a role, or trip over it.
         raise InvalidArgumentError(f"conversation {index}: the chat template refuses it: {error}") from error
 
 

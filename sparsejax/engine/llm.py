@@ -121,15 +121,18 @@ class LLM:
         check_methods(self._methods | wanted)
         if any(methods.get(name).family == "store" for name in wanted):
             load_store(self.model_config, self.config, dtype=self._dtype)  # refused before anything is given up
-        if self.engine.has_unfinished:
+        if self.engine.num_unfinished:
             raise InvalidArgumentError(
                 f"method {min(wanted - self._methods)!r} needs another layout of the KV cache, and requests are "
                 "unfinished: name all methods in LLM(methods=...) to mix them."
             )
         self._methods |= wanted
         logger.info("the KV cache is rebuilt for methods %s", ", ".join(sorted(self._methods)))
+        self.engine.drain()
         self.engine.close()  # there is no room for two pools
+        before = self.engine
         self.engine = self._build(methods=self._methods)
+        self.engine.num_added = before.num_added  # or unseeded requests would draw what the first ones drew
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer, or None with skip_tokenizer_init."""

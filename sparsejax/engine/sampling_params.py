@@ -144,9 +144,12 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(strings))
 
 
+_MAX_TOKEN_ID = (1 << 31) - 1
+
+
 def _stop_token_ids(ids: Any) -> tuple[int, ...]:
     if ids is None:
         return ()
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         raise InvalidArgumentError(f"stop_token_ids must be a list of token ids, got {ids!r}.")
-    return tuple(dict.fromkeys(whole("stop_token_ids", token, 0) for token in ids))
+    return tuple(dict.fromkeys(whole("stop_token_ids", token, 0, _MAX_TOKEN_ID) for token in ids))

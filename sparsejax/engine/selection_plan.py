@@ -19,6 +19,7 @@ from sparsejax.models import ModelConfig
 
 SMALLEST_WIDTH = 1024
 WIDTH_STEP = 8  # what is too wide costs next to nothing, for work follows what is read
+_ALL_TOKENS = 1 << 30  # more than any text has
 
 
 def view_widths(max_slots: int) -> tuple[int, ...]:
@@ -155,9 +156,13 @@ class Selections:
 
 
 def _asked(compression: CompressionParams) -> tuple[int, int, int, float]:
-    """(sinks, recent, count, fraction), as `RowSelection` has them. The newest token is always read."""
+    """(sinks, recent, count, fraction), as `RowSelection` has them. The newest token is always read.
+
+    Numbers are bounded so as to fit 32 bits.
+    """
     policy = compression.policy
     assert isinstance(policy, SelectionMethod)
     top = policy.top_tokens
     count, fraction = (top, 0.0) if isinstance(top, int) else (0, top)
-    return compression.sinks, max(compression.recent_window, 1), count, fraction
+    sinks, recent = compression.sinks, max(compression.recent_window, 1)
+    return min(sinks, _ALL_TOKENS), min(recent, _ALL_TOKENS), min(count, _ALL_TOKENS), fraction

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.evaluation.ruler import build_samples
+from sparsejax.text_files import numbered_lines, read_text
 
 _LEAST_CONTEXT = 2
 
@@ -85,13 +86,11 @@ def file_texts(
     path = Path(path)
     if answer_tokens < 1:
         raise InvalidArgumentError(f"answer_tokens must be at least 1, got {answer_tokens}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidArgumentError(f"{path} cannot be read: {error.strerror}.") from error
+    text = read_text(path)
     if path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-        found = [_record(tokenizer, line, answer_tokens, f"{path}, line {number}") for number, line in lines]
+        found = [
+            _record(tokenizer, line, answer_tokens, f"{path}, line {number}") for number, line in numbered_lines(text)
+        ]
     else:
         tokens = tokenizer.encode(text, add_special_tokens=False)
         found = [

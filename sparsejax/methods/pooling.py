@@ -48,6 +48,7 @@ def pool_along_text(
 
 def _pool(scores: jax.Array, member: jax.Array, size: int, pooling: Pooling) -> jax.Array:
     """Pools over neighbouring slots; the members lie at the front."""
+    size = min(size, 2 * scores.shape[-1] + 1)  # every slot's neighbours are all others already
     window = (1,) * (scores.ndim - 1) + (size,)
     strides = (1,) * scores.ndim
     if pooling == "max":

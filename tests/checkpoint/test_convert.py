@@ -107,6 +107,16 @@ def test_harmless_extras_are_left_aside(tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_model, lambda folder: convert_from_hf(folder, folder.parent / "out")])
+@pytest.mark.parametrize("change", [lambda head: head + 1, lambda head: head[:-1]], ids=["values", "shape"])
+def test_a_head_of_its_own_is_not_dropped_from_a_tied_model(tmp_path, load, change):
+    tensors = random_tensors(CONFIGS["qwen2_tied"])
+    head = change(tensors["model.embed_tokens.weight"])
+    hf = write_folder(tmp_path / "hf", CONFIGS["qwen2_tied"], {**tensors, "lm_head.weight": head}, sharded=True)
+    with pytest.raises(CheckpointError, match=r'lm_head.weight differs .* "tie_word_embeddings": false'):
+        load(hf)
+
+
+@pytest.mark.parametrize("load", [load_model, lambda folder: convert_from_hf(folder, folder.parent / "out")])
 def test_all_wrong_tensors_are_named_in_one_error(tmp_path, load):
     tensors = random_tensors(LLAMA)
     del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]

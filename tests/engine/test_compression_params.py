@@ -198,6 +198,17 @@ def test_what_has_no_meaning_is_refused(arguments, message):
         CompressionParams(budget_tokens=64, **arguments)
 
 
+@pytest.mark.parametrize("options", ["abc", 5, None, ["pooling"], {5: 3}])
+def test_options_that_are_none_are_refused(options):
+    with pytest.raises(InvalidArgumentError, match="options must be a dictionary from names to values"):
+        CompressionParams(method="snapkv", budget_tokens=64, options=options)
+
+
+def test_an_option_is_given_once():
+    with pytest.raises(InvalidArgumentError, match="pooling is given twice"):
+        CompressionParams(method="snapkv", budget_tokens=64, options={"pooling": "max"}, pooling="avg")
+
+
 def test_unknown_names_get_the_nearest_and_the_options():
     with pytest.raises(UnknownArgumentError, match=r"no argument 'poolng'. Did you mean 'pooling'\?") as caught:
         CompressionParams(method="snapkv", budget_tokens=64, poolng="max")

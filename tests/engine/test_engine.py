@@ -349,6 +349,24 @@ def test_metrics(llm):
     assert metrics.kv_bytes == pages * 4 * CONFIG.head_dim * 2 * 4
 
 
+def test_a_method_can_be_had_once_nobody_waits(make_llm):
+    """After an answer that ended early a step is still on its way, which nobody waits for."""
+    llm, compressed = make_llm(methods=None), CompressionParams(method="streaming_llm", budget_tokens=6)
+    wild = SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0)
+    first = llm.generate([PROMPTS[1]], wild, use_tqdm=False)[0].outputs[0].token_ids
+    stop = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, stop_token_ids=range(CONFIG.vocab_size))
+    assert llm.generate([PROMPTS[1]], stop, use_tqdm=False)[0].outputs[0].finish_reason == "stop"
+    assert llm.engine.has_unfinished
+    llm.generate([PROMPTS[1]], stop, compressed, use_tqdm=False)
+    for _ in llm.stream(PROMPTS[1], wild, compressed):
+        break
+    llm.generate(
+        [PROMPTS[1]], stop, CompressionParams(method="snapkv", budget_tokens=6, window_tokens=2), use_tqdm=False
+    )
+    # Seeds go on where they were.
+    assert llm.generate([PROMPTS[1]], wild, use_tqdm=False)[0].outputs[0].token_ids != first
+
+
 def test_bad_engine_arguments_of_params_in_hand(make_llm, params):
     with pytest.raises(InvalidArgumentError, match="float32"):
         make_llm(dtype="bfloat16")

@@ -1,5 +1,6 @@
 """Packing of texts, and the batches made of packed rows."""
 
+import copy
 import json
 
 import datasets
@@ -55,6 +56,10 @@ def test_chats_go_through_the_template_and_limits_hold(tmp_path, tokenizer):
         ("{", "a.jsonl:1 is no JSON"),
         ('{"txt": "x"}', "a.jsonl:1 must be an object with a text under 'text'"),
         ("3", "a.jsonl:1"),
+        ('{"messages": []}', "a.jsonl:1 must be an object with"),
+        ('{"messages": ["hello"]}', "a.jsonl:1 must be an object with"),
+        ('{"messages": [{"content": "hello"}]}', "a.jsonl:1 has messages that the chat template refuses"),
+        ('{"text": "\\ud800"}', "a.jsonl:1 holds half of a surrogate pair"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, tokenizer, line, words):
@@ -63,6 +68,32 @@ def test_bad_lines_are_named(tmp_path, tokenizer, line, words):
         pack([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer, length=4, progress=False)
     assert words in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_text_is_named(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_bytes(b"fine\n\xff\n")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
+    for name, words in (("a.txt", "a.txt must be UTF-8 text; line 2"), ("a.jsonl", "a.jsonl:2 must be UTF-8 text")):
+        with pytest.raises(InvalidArgumentError, match=words):
+            pack([tmp_path / name], tmp_path / "out", tokenizer, length=4, progress=False)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    (tmp_path / "b.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}')
+    with pytest.raises(InvalidArgumentError, match=r"b\.jsonl:1 has messages, but the tokenizer has no chat template"):
+        pack([tmp_path / "b.jsonl"], tmp_path / "out", tokenizer, length=4, progress=False)
+    for limit in (0, -1):
+        with pytest.raises(InvalidArgumentError, match=f"limit must be at least 1, got {limit}"):
+            pack([tmp_path / "a.txt"], tmp_path / "out", tokenizer, length=4, limit=limit, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"rows": None}, {"dtype": "text"}, {"rows": 10**6}])
+def test_a_damaged_folder_is_named(tmp_path, change):
+    folder = write_packed(tmp_path / "packed")
+    manifest = {**json.loads((folder / "packed.json").read_text()), **change}
+    (folder / "packed.json").write_text(json.dumps({name: x for name, x in manifest.items() if x is not None}))
+    with pytest.raises(InvalidArgumentError, match=r"packed\.json is no manifest|tokens\.bin does not hold"):
+        open_packed(folder)
 
 
 def test_the_command_packs_the_corpus_of_the_embedded_model(tmp_path, capsys):

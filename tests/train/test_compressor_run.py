@@ -10,7 +10,7 @@ from compressor_cases import COMPRESSOR, write_model, write_packed
 
 from sparsejax.checkpoint import load_compressor
 from sparsejax.cli import main
-from sparsejax.errors import InvalidArgumentError
+from sparsejax.errors import InvalidArgumentError, SparsejaxError
 from train.compressor.checkpoints import Checkpoints
 from train.compressor.options import TrainOptions
 from train.compressor.run import Run, TrainingDivergedError, train
@@ -106,12 +106,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(folders):
         ("short", {"options": dataclasses.replace(OPTIONS, length=3)}, "length must be above sink_tokens"),
         ("whole", {"resume": True, "options": dataclasses.replace(OPTIONS, seed=1)}, "seed 42, now 1"),
         ("mesh", {"mesh": "data=3"}, "mesh 'data=3' needs 3 devices"),
+        ("nothing", {"options": dataclasses.replace(OPTIONS, max_steps=0)}, "max_steps 0 trains nothing"),
     ],
 )
-def test_what_does_not_fit_is_refused(folders, whole, name, changes, words):
+def test_what_does_not_fit_is_refused_and_leaves_nothing(folders, whole, name, changes, words):
+    run = make_run(folders, name, **changes)
     with pytest.raises(InvalidArgumentError) as error:
-        train(make_run(folders, name, **changes))
+        train(run)
     assert words in str(error.value)
+    assert name == "whole" or not run.out.exists()
 
 
 def test_a_compressor_to_start_from_must_be_of_the_same_kind(folders, whole):
@@ -121,6 +124,20 @@ def test_a_compressor_to_start_from_must_be_of_the_same_kind(folders, whole):
         train(
             dataclasses.replace(make_run(folders, "other", init=str(whole)), compressor={**COMPRESSOR, "neighbors": 3})
         )
+
+
+def test_a_start_that_cannot_be_had_leaves_nothing(folders, tmp_path):
+    run = make_run(folders, "no_start", init=str(tmp_path / "nowhere"))
+    with pytest.raises(SparsejaxError, match="nowhere"):
+        train(run)
+    assert not run.out.exists()
+    # Components of another model's tokens would be those of whatever its embeddings make of them.
+    foreign = write_packed(tmp_path / "foreign")
+    np.full((40, 24), 60_000, "<u2").tofile(foreign / "tokens.bin")
+    run = dataclasses.replace(make_run(folders, "foreign", init="pca"), data=foreign)
+    with pytest.raises(InvalidArgumentError, match="Was it tokenized for another model"):
+        train(run)
+    assert not run.out.exists()
 
 
 def test_the_schedule_rises_and_falls_to_the_end():
@@ -140,7 +157,8 @@ def test_the_schedule_rises_and_falls_to_the_end():
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
         ({"warmup_ratio": 1.0}, "warmup_ratio must be at least 0 and below 1"),
-        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and not negative"),
+        ({"weight_decay": float("nan")}, "weight_decay must be finite and not negative"),
     ],
 )
 def test_bad_options_are_named(options, words):

@@ -18,6 +18,15 @@ from sparsejax.errors import InvalidArgumentError
 from train.compressor.packing import MANIFEST, open_packed
 
 
+def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    """Raises InvalidArgumentError unless a model of so many tokens knows them all."""
+    if tokens.max() >= vocab_size or tokens.min() < 0:
+        raise InvalidArgumentError(
+            f"The data has token ids from {tokens.min()} to {tokens.max()}; the model knows 0 to {vocab_size - 1}. "
+            "Was it tokenized for another model?"
+        )
+
+
 class Rows:
     """Rows of token ids of one length, by number: a source for Grain."""
 

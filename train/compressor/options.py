@@ -88,8 +88,8 @@ class TrainOptions:
         for name in ("warmup_ratio", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} must be at least 0 and below 1, got {getattr(self, name)!r}.")
-        if self.weight_decay < 0:
-            raise InvalidArgumentError(f"weight_decay must not be negative, got {self.weight_decay!r}.")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise InvalidArgumentError(f"weight_decay must be finite and not negative, got {self.weight_decay!r}.")
 
     @property
     def recompute(self) -> str:

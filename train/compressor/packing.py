@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sparsejax.checkpoint.convert import new_folder
 from sparsejax.checkpoint.source import read_json
 from sparsejax.errors import InvalidArgumentError
+from sparsejax.text_files import read_text
 
 MANIFEST = "packed.json"
 _VERSION = 1
@@ -79,6 +80,8 @@ def pack(
     """
     if length < 2:
         raise InvalidArgumentError(f"length must be at least 2, got {length}.")
+    if limit is not None and limit < 1:
+        raise InvalidArgumentError(f"limit must be at least 1, got {limit}.")
     sources = list(sources)
     vocab_size = len(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
@@ -128,52 +131,83 @@ def open_packed(folder: Path) -> Packed:
         raise InvalidArgumentError(
             f"{folder} has packed version {manifest.get('version')!r}; this release reads {_VERSION}."
         )
-    shape = (manifest["rows"], manifest["length"])
     try:
-        tokens = np.memmap(folder / "tokens.bin", np.dtype(manifest["dtype"]), "r", shape=shape)
+        shape, dtype = (int(manifest["rows"]), int(manifest["length"])), np.dtype(manifest["dtype"])
+        vocab_size = int(manifest["vocab_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"{folder / MANIFEST} is no manifest of a packed folder: {error!r}") from None
+    try:
+        tokens = np.memmap(folder / "tokens.bin", dtype, "r", shape=shape)
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(
             f"{folder / 'tokens.bin'} does not hold {shape[0]} rows of {shape[1]}: {error}"
         ) from None
-    return Packed(tokens, np.fromfile(folder / "starts.bin", "<i8"), manifest["vocab_size"])
+    return Packed(tokens, np.fromfile(folder / "starts.bin", "<i8"), vocab_size)
 
 
-def _documents(sources: Iterable[Path], text_key: str) -> Iterator[str | list[dict[str, str]]]:
+class Document(NamedTuple):
+    """A text, or messages for a chat template, and the file and line it is from."""
+
+    content: str | list[dict[str, str]]
+    where: str
+
+
+def _documents(sources: Iterable[Path], text_key: str) -> Iterator[Document]:
     for path in sources:
         if not path.is_file():
             raise InvalidArgumentError(f"{path} is no file; give .jsonl or text files.")
         if path.suffix != ".jsonl":
-            yield path.read_text(encoding="utf-8")
+            yield Document(read_text(path), str(path))
             continue
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _document(line, text_key, f"{path}:{number}")
+                    where = f"{path}:{number}"
+                    yield Document(_content(line, text_key, where), where)
 
 
-def _document(line: str, text_key: str, where: str) -> str | list[dict[str, str]]:
+def _content(line: bytes, text_key: str, where: str) -> str | list[dict[str, str]]:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(f"{where} must be UTF-8 text: {error.reason}.") from None
     except ValueError as error:
         raise InvalidArgumentError(f"{where} is no JSON: {error}") from None
     if isinstance(record, dict):
         if isinstance(record.get(text_key), str):
             return record[text_key]
-        if isinstance(record.get("messages"), list):
-            return record["messages"]
-    raise InvalidArgumentError(f"{where} must be an object with a text under {text_key!r} or a list under 'messages'.")
+        messages = record.get("messages")
+        if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+            return messages
+    raise InvalidArgumentError(
+        f"{where} must be an object with a text under {text_key!r} or a list of objects under 'messages'."
+    )
 
 
-def _encoded(documents: Iterator[str | list[dict[str, str]]], tokenizer: Any, wrap: bool) -> Iterator[list[int]]:
+def _text(document: Document, tokenizer: Any) -> str:
+    """What of a document is tokenized."""
+    content, where = document
+    if not isinstance(content, str):
+        if not tokenizer.chat_template:
+            raise InvalidArgumentError(f"{where} has messages, but the tokenizer has no chat template for them.")
+        try:
+            content = tokenizer.apply_chat_template(content, tokenize=False)
+        except Exception as error:  # whatever the template raises, in a language of its own
+            raise InvalidArgumentError(f"{where} has messages that the chat template refuses: {error}") from error
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"{where} holds half of a surrogate pair: {error.reason}.") from None
+    return content
+
+
+def _encoded(documents: Iterator[Document], tokenizer: Any, wrap: bool) -> Iterator[list[int]]:
     """Token ids of every document, in order."""
     begin = [tokenizer.bos_token_id] if wrap and tokenizer.bos_token_id is not None else []
     end = [tokenizer.eos_token_id] if wrap and tokenizer.eos_token_id is not None else []
     while batch := list(islice(documents, _BATCH)):
-        chats = [not isinstance(document, str) for document in batch]
-        texts = [
-            tokenizer.apply_chat_template(document, tokenize=False) if chat else document
-            for document, chat in zip(batch, chats, strict=True)
-        ]
+        chats = [not isinstance(document.content, str) for document in batch]
+        texts = [_text(document, tokenizer) for document in batch]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         for ids, chat in zip(encoded, chats, strict=True):
             yield ids if chat else begin + ids + end

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sparsejax.compressor import CompressorConfig
 from sparsejax.compressor.reconstruct import differences
 from sparsejax.errors import InvalidArgumentError
-from train.compressor.data import Rows
+from train.compressor.data import Rows, check_tokens
 from train.compressor.forward import TwoPass
 
 PRINCIPAL = "pca"
@@ -67,6 +67,8 @@ def principal_params(passes: TwoPass, frozen: Any, rows: Rows, *, progress: bool
     for number in tqdm(range(batches), desc="components", unit="batch", disable=not progress):
         first = (number * processes + process) * local
         found = [rows[(first + index) % len(rows)] for index in range(local)]
+        for row in found:
+            check_tokens(row["tokens"], passes.model.vocab_size)
         tokens, documents = (
             placement.put_batch(np.stack([row[name] for row in found])[None])[0] if name in found[0] else None
             for name in ("tokens", "documents")

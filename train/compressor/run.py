@@ -27,7 +27,7 @@ from sparsejax.compressor.config import kv_dim_of
 from sparsejax.errors import InvalidArgumentError, SparsejaxError
 from sparsejax.models import ModelConfig
 from train.compressor.checkpoints import Checkpoints
-from train.compressor.data import Batches, LocalBatch, Rows
+from train.compressor.data import Batches, LocalBatch, Rows, check_tokens
 from train.compressor.forward import TwoPass
 from train.compressor.frozen import load_frozen, stack_compressor, unstack_compressor
 from train.compressor.log import RunLog, plot_metrics
@@ -94,41 +94,47 @@ def train(run: Run) -> Path:
     options, first = run.options, jax.process_index() == 0
     placement = Placement.make(run.mesh)
     rows = Rows(run.data, length=options.length, documents=options.document_masks)
-    checkpoints = _claim(run)
-    try:
-        model, frozen = load_frozen(run.model, placement, jnp.dtype(options.dtype), progress=run.progress and first)
-        config = compressor_config(model, options, run.compressor)
-        if run.init == PRINCIPAL:
-            require_linear(config)
-        if rows.length <= config.sink_tokens:
-            raise InvalidArgumentError(
-                f"length must be above sink_tokens ({config.sink_tokens}), or nothing is compressed; got {rows.length}."
-            )
-        batches = Batches(
-            rows,
-            micro_batches=options.accumulation,
-            batch=options.batch_size * jax.local_device_count(),
-            seed=options.seed,
-            process=jax.process_index(),
-            processes=jax.process_count(),
+    _check_folder(run)
+    model, frozen = load_frozen(run.model, placement, jnp.dtype(options.dtype), progress=run.progress and first)
+    config = compressor_config(model, options, run.compressor)
+    if run.init == PRINCIPAL:
+        require_linear(config)
+    if rows.length <= config.sink_tokens:
+        raise InvalidArgumentError(
+            f"length must be above sink_tokens ({config.sink_tokens}), or nothing is compressed; got {rows.length}."
         )
-        rows_per_step = options.accumulation * options.batch_size * jax.device_count()
-        steps = max(1, options.epochs * len(rows) // rows_per_step)
-        if options.max_steps is not None:
-            steps = options.max_steps
-        if not steps and run.init is None:
-            raise InvalidArgumentError("max_steps 0 trains nothing: say with init what the compressor is.")
+    batches = Batches(
+        rows,
+        micro_batches=options.accumulation,
+        batch=options.batch_size * jax.local_device_count(),
+        seed=options.seed,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
+    rows_per_step = options.accumulation * options.batch_size * jax.device_count()
+    steps = max(1, options.epochs * len(rows) // rows_per_step)
+    if options.max_steps is not None:
+        steps = options.max_steps
+    if not steps and run.init is None:
+        raise InvalidArgumentError("max_steps 0 trains nothing: say with init what the compressor is.")
+    passes = TwoPass(model, config, placement, jnp.dtype(options.dtype), options.train_on, options.recompute)
+    params = None
+    if not run.resume:  # a resumed run takes its own
+        if run.init == PRINCIPAL:
+            params = principal_params(passes, frozen, rows, progress=run.progress and first)
+        else:
+            params = _start(run, model, config)
+    # Only now is there a run: what was refused leaves no folder behind.
+    checkpoints = _open(run)
+    try:
         _record(run, config, steps, rows_per_step)
 
         def whole(tree: Any) -> Any:
             return jax.tree.map(lambda leaf: placement.put(leaf, placement.whole), tree)
 
-        passes = TwoPass(model, config, placement, jnp.dtype(options.dtype), options.train_on, options.recompute)
         latest = checkpoints.latest()
-        if latest is None and run.init == PRINCIPAL:
-            params = principal_params(passes, frozen, rows, progress=run.progress and first)
-        else:
-            params = _start(run, model, config)
+        if params is None:
+            params = init_params(config, jax.random.key(options.seed))
         if not steps:
             return _export(run, config, params, model)
         state = whole(init_state(whole(stack_compressor(params)), options, steps))
@@ -198,7 +204,7 @@ class _Loop:
         try:
             while done < last:
                 batch = next(self.batches)
-                self._check(batch)
+                check_tokens(batch.tokens, self.model.vocab_size)
                 documents = None if batch.documents is None else self.placement.put_batch(batch.documents)
                 state, metrics = self.step(state, self.frozen, self.placement.put_batch(batch.tokens), documents)
                 done += 1
@@ -213,13 +219,6 @@ class _Loop:
             self.checkpoints.save(done, state, self.batches.state())
             raise
         return state
-
-    def _check(self, batch: LocalBatch) -> None:
-        if batch.tokens.max() >= self.model.vocab_size or batch.tokens.min() < 0:
-            raise InvalidArgumentError(
-                f"The data has token ids from {batch.tokens.min()} to {batch.tokens.max()}; the model knows 0 to "
-                f"{self.model.vocab_size - 1}. Was it tokenized for another model?"
-            )
 
     def _diverged(self, number: int, metrics: StepMetrics, batch: LocalBatch) -> None:
         path = self.run.out / f"diverged_step_{number}_process_{jax.process_index()}.npz"
@@ -236,7 +235,7 @@ class _Loop:
 
 def _start(run: Run, model: ModelConfig, config: CompressorConfig) -> dict[str, Any]:
     """First parameters of the compressor, random or loaded."""
-    if run.init in (None, PRINCIPAL):  # a resumed run takes its own in a moment
+    if run.init is None:
         return init_params(config, jax.random.key(run.options.seed))
     loaded, params = load_compressor(run.init, model=model, references=config.references)
     if loaded != config:
@@ -250,8 +249,8 @@ def _start(run: Run, model: ModelConfig, config: CompressorConfig) -> dict[str, 
     return params
 
 
-def _claim(run: Run) -> Checkpoints:
-    """Opens the run's folder, new or to be resumed."""
+def _check_folder(run: Run) -> None:
+    """Raises unless the run's folder is as good as new, or one to be resumed."""
     folder = run.out / "checkpoints"
     if not run.resume and run.out.exists() and any(run.out.iterdir()):
         raise InvalidArgumentError(
@@ -259,11 +258,18 @@ def _claim(run: Run) -> Checkpoints:
         )
     if run.resume and not folder.is_dir():
         raise InvalidArgumentError(f"There is nothing to resume: {folder} does not exist.")
+
+
+def _open(run: Run) -> Checkpoints:
+    """The run's checkpoints, new or to be resumed."""
+    folder = run.out / "checkpoints"
     run.out.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder, keep=run.options.keep)
     if run.resume and checkpoints.latest() is None:
         checkpoints.close()
-        raise InvalidArgumentError(f"There is nothing to resume: {folder} has no complete checkpoint.")
+        raise InvalidArgumentError(
+            f"There is nothing to resume: {folder} has no complete checkpoint. Remove {run.out} to begin anew."
+        )
     return checkpoints
 
 

@@ -1,0 +1,38 @@
+"""Files that a command writes at its end, checked before it begins."""
+
+from __future__ import annotations
+
+import argparse
+
+from sparsejax.errors import InvalidArgumentError
+
+
+def check_outputs(args: argparse.Namespace, *names: str) -> None:
+    """Refuses paths that could not be written after the work is done.
+
+    Args:
+      args: with an attribute for each of the names, a path or None.
+      names: of the options; "plot" is a figure, for which there must be matplotlib.
+
+    Raises:
+      InvalidArgumentError: no such folder, a folder in the place of a file, a figure of unknown kind.
+    """
+    for name in names:
+        path = getattr(args, name)
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise InvalidArgumentError(f"--{name} {path} cannot be written: there is no folder {path.parent}.")
+        if path.is_dir():
+            raise InvalidArgumentError(f"--{name} {path} cannot be written: it is a folder.")
+        if name == "plot":
+            from sparsejax.bench.plots import require_matplotlib
+
+            require_matplotlib()
+            from matplotlib.backend_bases import FigureCanvasBase
+
+            kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+            if path.suffix[1:].lower() not in kinds:
+                raise InvalidArgumentError(
+                    f"--{name} {path} must end in a kind of figure: one of {', '.join(f'.{kind}' for kind in kinds)}."
+                )
