@@ -108,7 +108,13 @@ def run(raw_config: dict[str, Any], folder: Path, *, prompt_tokens: int = 1000) 
     answers = []
     for layout in ("hf", "orbax"):
         start = time.perf_counter()
-        llm = LLM(folder / layout, skip_tokenizer_init=True, max_num_seqs=4, max_model_len=2048, num_pages=1 << 16)
+        llm = LLM(
+            folder / layout,
+            skip_tokenizer_init=True,
+            max_num_seqs=4,
+            max_model_len=min(2048, ModelConfig.from_hf(raw_config).max_position_embeddings),
+            num_pages=1 << 16,
+        )
         jax.block_until_ready(llm.engine.runner.params)
         report[f"load_{layout}_seconds"] = time.perf_counter() - start
         output = llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True), use_tqdm=False)

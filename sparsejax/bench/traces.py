@@ -9,6 +9,7 @@ A line of a file is one request, and every key but the lengths may be left out:
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,7 @@ import numpy as np
 
 from sparsejax.errors import InvalidArgumentError, nearest, unknown_key_error
 from sparsejax.text_files import numbered_lines, read_text
+from sparsejax.validation import whole
 
 BUILT_IN = ("mix600", "512x1024x256", "24x32k", "itl32k", "prefix64x8k")
 RANDOM = ("random", "lognormal")
@@ -171,10 +173,11 @@ def generate(
     for name, value in (("requests", requests), ("input_len", input_len), ("output_len", output_len)):
         if value < 1:
             raise InvalidArgumentError(f"{name} must be at least 1, got {value}.")
-    if rate is not None and not rate > 0:
+    if rate is not None and not 0 < rate < math.inf:
         raise InvalidArgumentError(f"rate must be positive (requests a second), got {rate}.")
+    whole("seed", seed, 0)
     spread = SPREAD[kind] if spread is None else spread
-    if spread < 0 or (kind == "random" and spread > 1):
+    if not 0 <= spread < math.inf or (kind == "random" and spread > 1):
         raise InvalidArgumentError(f"spread must be at least 0 (and at most 1 for random), got {spread}.")
     rng = np.random.default_rng(seed)
 

@@ -54,6 +54,9 @@ def restore_group(
     Args:
       dtypes: type that each array is cast to.
       sharding: where to; None: NumPy arrays on the host.
+
+    Raises:
+      CheckpointError: files are absent or damaged.
     """
     item, arguments = {}, {}
     for parameter in group.parameters:
@@ -63,11 +66,17 @@ def restore_group(
             arguments[path] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
         else:
             arguments[path] = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=parameter.shape, dtype=dtype)
-    with _checkpointer() as checkpointer:
-        tree = checkpointer.restore(
-            _group_folder(folder, group),
-            args=ocp.args.PyTreeRestore(item=tree_of(item), restore_args=tree_of(arguments)),
-        )
+    where = _group_folder(folder, group)
+    try:
+        with _checkpointer() as checkpointer:
+            tree = checkpointer.restore(
+                where, args=ocp.args.PyTreeRestore(item=tree_of(item), restore_args=tree_of(arguments))
+            )
+    except jax.errors.JaxRuntimeError:
+        raise  # the device's, which may be out of memory
+    except Exception as error:  # whatever Orbax and TensorStore raise for a file that is absent or cut
+        reason = str(error).strip().split("\n", 1)[0]
+        raise CheckpointError(f"{where} is absent or damaged: {reason:.300} Convert the model again.") from error
     return {path: _at(tree, path) for path in item}
 
 
@@ -86,7 +95,7 @@ def read_manifest(folder: Path, config: ModelConfig) -> dict[tuple[str, ...], np
     """Stored dtype of every parameter.
 
     Raises:
-      CheckpointError: the manifest is of another version.
+      CheckpointError: the manifest is of another version, or damaged.
       TensorMismatchError: it does not list what the config asks for, or a group's folder is absent.
     """
     manifest = read_json(folder / MANIFEST)
@@ -95,7 +104,11 @@ def read_manifest(folder: Path, config: ModelConfig) -> dict[tuple[str, ...], np
             f"{folder / MANIFEST} has format version {manifest.get('version')!r}; this release reads {FORMAT_VERSION}. "
             "Convert the model again."
         )
-    stored = manifest["parameters"]
+    stored = manifest.get("parameters")
+    if not isinstance(stored, dict) or not all(
+        isinstance(x, dict) and {"shape", "dtype"} <= x.keys() for x in stored.values()
+    ):
+        raise CheckpointError(f"{folder / MANIFEST} does not list the parameters. Convert the model again.")
     missing, misshaped, dtypes = [], [], {}
     for group in parameter_groups(config):
         present = _group_folder(folder, group).is_dir()

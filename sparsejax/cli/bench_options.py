@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def engine_options(args: argparse.Namespace, config: Any, params: Any, *, page_s
     """
     num_pages = args.num_pages
     if args.pool_gib is not None:
-        if num_pages is not None or not args.pool_gib > 0:
+        if num_pages is not None or not 0 < args.pool_gib < math.inf:
             raise InvalidArgumentError("--pool-gib must be a positive number, and not be given beside --num-pages.")
         page_bytes = 2 * (args.page_size or page_size) * config.head_dim * params["embed"].dtype.itemsize
         num_pages = int(args.pool_gib * 2**30) // page_bytes

@@ -8,7 +8,9 @@ from typing import Any
 
 from sparsejax.cli.evaluate import numbers
 from sparsejax.cli.outputs import check_outputs
+from sparsejax.config import DTYPES
 from sparsejax.errors import InvalidArgumentError
+from sparsejax.validation import whole
 
 DESCRIPTION = """Measures how much of each layer's attention goes to the tokens that another layer would choose, and
 finds the full-attention layers that leave the most to those that follow them (method omnikv, and deltakv). The queries
@@ -30,7 +32,9 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="NAME", help="folder or Hugging Face id (default: the embedded tiny model)")
-    parser.add_argument("--dtype", metavar="T", help="compute dtype (default: the checkpoint's; float32 on a CPU)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES[1:], help="compute dtype (default: the checkpoint's; float32 on a CPU)"
+    )
     parser.add_argument("--data", type=Path, metavar="PATH", help="texts (default: retrieval tasks)")
     parser.add_argument("--lengths", default="1024,4096", metavar="N,N", help="tokens of a text (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="texts of each length, and of each task")
@@ -58,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise InvalidArgumentError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     check_outputs(args, "json", "plot")
+    for name in ("sink_tokens", "recent_tokens"):
+        whole(f"--{name.replace('_', '-')}", getattr(args, name), 0)
     top = top_tokens(selection_options(args)["top_tokens"])
     import jax
     from tqdm import tqdm
@@ -70,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(checkpoint.folder)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
     config, params = load_model(checkpoint.folder, dtype=dtype)
-    count = args.count or config.num_layers // 6 + 1
+    count = config.num_layers // 6 + 1 if args.count is None else whole("--count", args.count, 1, config.num_layers)
     texts = _texts(args, tokenizer, lengths)
     asked = {"top_tokens": top, "sinks": args.sink_tokens, "recent": args.recent_tokens, "queries": args.queries}
     coverage = measure_coverage(config, params, tqdm(texts, desc="texts"), **asked)

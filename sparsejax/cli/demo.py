@@ -29,16 +29,20 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from sparsejax import SamplingParams
+    from sparsejax.assets import tiny_model_path
+    from sparsejax.checkpoint import load_tokenizer, resolve
     from sparsejax.evaluation import ANSWER_TOKENS, TASKS, build_samples, encode_sample, exact_match
 
+    # Asked for first, for a length that is too short for the tasks should not be noticed after minutes of compiling.
+    tokenizer = load_tokenizer(args.tokenizer or resolve(args.model or tiny_model_path()).folder)
+    samples = build_samples(tokenizer, lengths=[args.length], samples=1, seed=args.seed)
+    prompts = [encode_sample(tokenizer, sample).tokens for sample in samples]
     # Compiled before the requests arrive, so that the table shows the engine's times and not the compiler's.
     if args.max_num_seqs is None:
         args.max_num_seqs = len(TASKS)
     llm = options.make_llm(args, warmup="greedy")
     device = jax.devices()[0]
     print(f"{args.model or 'embedded tiny model'} on {options.device_name(device)}")
-    samples = build_samples(llm.get_tokenizer(), lengths=[args.length], samples=1, seed=args.seed)
-    prompts = [encode_sample(llm.get_tokenizer(), sample).tokens for sample in samples]
     outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS))
     for sample, output in zip(samples, outputs, strict=True):
         answer = output.outputs[0].text

@@ -111,7 +111,8 @@ class CalibratedRatio:
         sparse = fraction < 1.0
         if np.unique(nll[sparse]).size < 2:
             raise InvalidArgumentError(
-                "context_nlls must have at least two different values among the points with keep_fractions below 1."
+                "context_nlls must have at least two different values among the points with keep_fractions below 1: "
+                "measure more texts (samples, tasks or lengths)."
             )
         # The curvature is fitted as slope * (nll - mean) + level, whose two parts hardly depend on each other.
         centre, spread = nll.mean(), nll.std()

@@ -6,6 +6,7 @@ the logits that its config promises.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -119,7 +120,7 @@ class ModelConfig:
             num_heads=heads,
             num_kv_heads=given.get("num_key_value_heads", heads),
             head_dim=given.get("head_dim", hidden // heads),
-            rms_norm_eps=float(given.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_positive(given, "rms_norm_eps", 1e-6),
             tie_embeddings=bool(given.get("tie_word_embeddings", False)),
             qkv_bias=True if architecture == "qwen2" else attention_bias,
             o_bias=False if architecture == "qwen2" else attention_bias,
@@ -127,8 +128,8 @@ class ModelConfig:
             qk_norm=architecture == "qwen3",
             rope=_parse_rope(given, max_positions),
             max_position_embeddings=max_positions,
-            eos_token_ids=_token_ids(given.get("eos_token_id")),
-            bos_token_id=given.get("bos_token_id"),
+            eos_token_ids=_token_ids(given, "eos_token_id"),
+            bos_token_id=next(iter(_token_ids(given, "bos_token_id")), None),
             hidden_act=_activation(given.get("hidden_act", "silu")),
         )
 
@@ -170,7 +171,7 @@ class ModelConfig:
 
 
 def _require_supported_architecture(architecture: Any) -> None:
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"model_type {architecture!r} is not supported. Supported: "
             + ", ".join(f"{name} ({cls})" for name, cls in ARCHITECTURES.items())
@@ -181,6 +182,7 @@ def _require_supported_architecture(architecture: Any) -> None:
 def _require_causal_lm(config: Mapping[str, Any]) -> None:
     expected = ARCHITECTURES[config["model_type"]]
     names = config.get("architectures") or [expected]
+    names = [str(name) for name in names] if isinstance(names, list | tuple) else [str(names)]
     if expected.lower() not in [name.lower() for name in names]:
         raise UnsupportedModelError(
             f"architectures of a {config['model_type']} model must name {expected}, got {', '.join(names)}."
@@ -189,7 +191,8 @@ def _require_causal_lm(config: Mapping[str, Any]) -> None:
 
 def _refuse_quantized(config: Mapping[str, Any]) -> None:
     if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+        how = config["quantization_config"]
+        method = how.get("quant_method", "unknown") if isinstance(how, Mapping) else how
         raise UnsupportedModelError(
             f"The checkpoint is quantized (quant_method {method!r}); only float32, bfloat16 and float16 weights load."
         )
@@ -222,7 +225,10 @@ def _refuse_sliding_window(architecture: str, config: Mapping[str, Any]) -> None
 
 def _parse_rope(config: Mapping[str, Any], max_positions: int) -> RopeConfig:
     # transformers 5 writes rope_parameters, 4 wrote rope_scaling with rope_theta beside it.
-    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise UnsupportedModelError(f"RoPE parameters must be a dictionary, got {parameters!r}.")
+    parameters = dict(parameters)
     if any(isinstance(value, Mapping) for value in parameters.values()):
         raise UnsupportedModelError("RoPE parameters that differ by layer type are not supported; give one flat set.")
     partial = parameters.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor", 1.0)
@@ -249,10 +255,20 @@ def _require_size(name: str, value: Any) -> None:
         raise UnsupportedModelError(f"{name} must be a positive whole number, got {value!r}.")
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+def _positive(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UnsupportedModelError(f"{name} must be a positive number, got {value!r}.")
+    return float(value)
+
+
+def _token_ids(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    value = config.get(name)
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise UnsupportedModelError(f"{name} must be a token id or a list of them, got {value!r}.")
+    return ids
 
 
 def _activation(name: str) -> str:

@@ -61,10 +61,17 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"rope_type must be one of {', '.join(KINDS)}; got {self.kind!r}.")
-        if self.theta <= 0 or self.factor <= 0:
+        if not (0 < self.theta < math.inf and 0 < self.factor < math.inf):
             raise ValueError(f"rope_theta and factor must be positive, got {self.theta!r} and {self.factor!r}.")
         if self.kind in ("dynamic", "llama3", "yarn") and self.original_max_position_embeddings < 1:
             raise ValueError(f"rope_type {self.kind!r} needs original_max_position_embeddings.")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ValueError(
+                "low_freq_factor must be positive and below high_freq_factor, got "
+                f"{self.low_freq_factor!r} and {self.high_freq_factor!r}."
+            )
+        if self.kind == "yarn" and self.theta <= 1:
+            raise ValueError(f"rope_theta must be above 1 for rope_type 'yarn', got {self.theta!r}.")
 
     @classmethod
     def from_hf(cls, parameters: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
@@ -80,10 +87,10 @@ class RopeConfig:
         missing = [name for name in _REQUIRED[kind] if name not in given]
         if missing:
             raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)}; got {', '.join(sorted(given))}.")
-        values: dict[str, Any] = {"kind": kind, "theta": float(given["rope_theta"])}
-        original = int(given.get("original_max_position_embeddings", max_position_embeddings))
+        values: dict[str, Any] = {"kind": kind, "theta": _number(given, "rope_theta")}
+        original = int(_number(given, "original_max_position_embeddings", max_position_embeddings))
         if kind != "default":
-            values["factor"] = float(given.get("factor", max_position_embeddings / original))
+            values["factor"] = _number(given, "factor", max_position_embeddings / max(original, 1))
         if kind == "dynamic":
             # transformers measures the growth from max_position_embeddings, whatever else the parameters say.
             values["original_max_position_embeddings"] = max_position_embeddings
@@ -96,7 +103,7 @@ class RopeConfig:
             values["truncate"] = bool(given.get("truncate", True))
         else:
             names = ()
-        values |= {name: float(given[name]) for name in names if name in given}
+        values |= {name: _number(given, name) for name in names if name in given}
         return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
@@ -113,6 +120,18 @@ class RopeConfig:
             optional = {name: getattr(self, name) for name in ("attention_factor", "mscale", "mscale_all_dim")}
             parameters |= {name: value for name, value in optional.items() if value is not None}
         return parameters
+
+
+def _number(parameters: Mapping[str, Any], name: str, default: float = 0.0) -> float:
+    """A finite number by name, as JSON or a cautious hand has written it."""
+    value = parameters.get(name, default)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    return number
 
 
 def rope_cos_sin(

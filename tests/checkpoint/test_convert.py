@@ -24,6 +24,7 @@ from sparsejax.checkpoint import (
     resolve,
 )
 from sparsejax.checkpoint import convert as convert_module
+from sparsejax.checkpoint.orbax_store import FORMAT_VERSION
 
 
 @pytest.fixture
@@ -236,3 +237,32 @@ def test_progress_is_shown_in_bytes(tmp_path, hf, capsys):
 def _cpu_environment():
     root = Path(__file__).parents[2]
     return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that nobody waits for any more
+@pytest.mark.parametrize("damage", ["no chunks", "cut chunks", "no parameters"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    folder = convert_from_hf(
+        write_folder(tmp_path / "hf", LLAMA, random_tensors(LLAMA)), tmp_path / "o", progress=False
+    )
+    chunks = [
+        path for path in (folder / "params" / "layers_1").rglob("*") if path.is_file() and "/c/" in path.as_posix()
+    ]
+    assert chunks
+    if damage == "no parameters":
+        (manifest,) = (path for path in folder.glob("*.json") if "sparsejax-orbax" in path.read_text())
+        manifest.write_text(json.dumps({"format": "sparsejax-orbax", "version": FORMAT_VERSION}))
+    for chunk in chunks:
+        if damage == "no chunks":
+            chunk.unlink()
+        elif damage == "cut chunks":
+            chunk.write_bytes(chunk.read_bytes()[:5])
+    with pytest.raises(CheckpointError, match=r"layers_1 is absent or damaged|does not list the parameters"):
+        load_model(folder)
+
+
+def test_an_index_that_is_none_is_named(tmp_path):
+    hf = write_folder(tmp_path / "hf", LLAMA, random_tensors(LLAMA), sharded=True)
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": 3}}))
+    with pytest.raises(CheckpointError, match="no weight_map from tensors to files"):
+        load_model(hf)

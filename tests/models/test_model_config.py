@@ -183,3 +183,35 @@ def test_a_size_that_is_no_size_is_named(name, value):
     }
     with pytest.raises(UnsupportedModelError, match=f"{name} must be a positive whole number"):
         ModelConfig.from_hf({"model_type": "llama", **sizes, name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": ["llama"]}, "model_type .* is not supported"),
+        ({"architectures": [1]}, "must name LlamaForCausalLM, got 1"),
+        ({"quantization_config": "gptq"}, "quant_method 'gptq'"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps must be a positive number, got 'tiny'"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
+        ({"eos_token_id": "x"}, "eos_token_id must be a token id or a list of them, got 'x'"),
+        ({"eos_token_id": [1, -1]}, "eos_token_id must be a token id"),
+        ({"rope_scaling": "linear"}, "RoPE parameters must be a dictionary, got 'linear'"),
+        ({"rope_scaling": [1]}, "RoPE parameters must be a dictionary"),
+        ({"rope_theta": "big"}, "rope_theta must be a finite number, got 'big'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": [1, 2]}}, "factor must be a finite number"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "factor must be a finite number"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0}},
+            "needs original_max_position_embeddings",
+        ),
+        ({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_theta must be above 1"),
+        (
+            {"rope_scaling": {**LLAMA3_ROPE, "rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+            "low_freq_factor must be positive and below high_freq_factor",
+        ),
+    ],
+)
+def test_a_malformed_config_is_named(changes, words):
+    with pytest.raises(UnsupportedModelError, match=words):
+        ModelConfig.from_hf({**LLAMA, **changes})
