@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsejax.cli.evaluate import numbers
-from sparsejax.cli.options import add_store_options, store_options
+from sparsejax.cli.options import add_store_options, check_store_options, store_options
 from sparsejax.config import GRANULARITIES
 from sparsejax.errors import InvalidArgumentError
 
 COMPRESSOR_SIZES = ("kv_compressed_size", "neighbors", "cluster_ratio")
-STORE_OPTIONS = ("compressor", "latent_dtype", "engine_recent_tokens")
 
 
 def add_random_weights(parser: Any) -> None:
@@ -93,11 +92,8 @@ def add_delta_options(parser: argparse.ArgumentParser) -> None:
 
 def check_delta_options(args: argparse.Namespace) -> None:
     """Refuses options of `add_delta_options` that have no meaning: sizes of a compressor that is given, or of none."""
+    check_store_options(args, args.method, *COMPRESSOR_SIZES)
     sizes = [name for name in COMPRESSOR_SIZES if getattr(args, name) is not None]
-    stored = [name for name in STORE_OPTIONS if getattr(args, name) is not None]
-    if args.method != "deltakv" and (sizes or stored):
-        flag = (*sizes, *stored)[0].replace("_", "-")
-        raise InvalidArgumentError(f"--{flag} is for --method deltakv; the method is {args.method}.")
     if args.compressor is not None and sizes:
         raise InvalidArgumentError(
             f"--{sizes[0].replace('_', '-')} has no meaning with --compressor, which has its own."

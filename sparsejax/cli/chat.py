@@ -28,6 +28,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     params, compression = options.sampling_params(args), compression_from(args)
+    options.check_store_options(args, compression.method)
     llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", compression.method])))
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(start)

@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     params, ratio = options.sampling_params(args, n=args.n), _calibration(args)
     compression = compression_from(args)
-    llm = options.make_llm(
-        args, methods=tuple(dict.fromkeys(["full", compression.method if ratio is None else ratio.method]))
-    )
+    method = compression.method if ratio is None else ratio.method
+    options.check_store_options(args, method)
+    llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", method])))
     if ratio is not None:
         compression = _calibrated(args, llm, ratio, prompts)
     outputs = llm.generate(prompts, params, compression, use_tqdm=len(prompts) > 1)

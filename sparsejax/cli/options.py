@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from sparsejax.config import DTYPES, LATENT_DTYPES
+from sparsejax.errors import InvalidArgumentError
 
 if TYPE_CHECKING:  # brings JAX, which the parser does not need
     from sparsejax import SamplingParams
@@ -59,6 +60,14 @@ def add_store_options(group: Any) -> None:
         metavar="N",
         help="for method deltakv: tokens compressed at once, and last ones that are not (default: 128)",
     )
+
+
+def check_store_options(args: argparse.Namespace, method: str, *more: str) -> None:
+    """Refuses options of `add_store_options`, or `more` by name, beside a method that stores nothing compressed."""
+    names = (*more, "compressor", "latent_dtype", "engine_recent_tokens")
+    given = [name for name in names if getattr(args, name) is not None]
+    if method != "deltakv" and given:
+        raise InvalidArgumentError(f"--{given[0].replace('_', '-')} is for --method deltakv; the method is {method}.")
 
 
 def store_options(args: argparse.Namespace) -> dict[str, Any]:

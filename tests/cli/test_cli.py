@@ -245,6 +245,8 @@ def test_demo_answers_and_tells_its_times(capsys):
         (["generate", "x", "--method", "snapkv"], "needs exactly one of budget_tokens"),
         (["generate", "x", "--method", "snapvk", "--keep-fraction", "0.5"], "Did you mean 'snapkv'"),
         (["generate", "x", "--keep-fraction", "0.5"], "'full' keeps everything; it takes no keep_fraction"),
+        (["generate", "x", "--compressor", "/nope"], "--compressor is for --method deltakv; the method is full"),
+        (["chat", "--latent-dtype", "int4"], "--latent-dtype is for --method deltakv"),
         (["generate", "x", "--option", "pooling"], "--option must look like NAME=VALUE"),
         (["methods", "snap"], "method must be one of 'full'"),
         (["demo", "--length", "16", *OPTIONS], "length is too short"),
