@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.checkpoint.mapping import Group, Parameter, parameter_groups, tree_of
+from sparsejax.checkpoint.mapping import EMBEDDING, Group, Parameter, parameter_groups, tree_of
 from sparsejax.checkpoint.orbax_store import read_manifest, restore_group
 from sparsejax.checkpoint.progress import group_bytes, progress_bar
 from sparsejax.checkpoint.safetensors_files import SafetensorsReader
@@ -71,7 +71,7 @@ def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
         return read_manifest(checkpoint.folder, config)[("embed",)]
     reader = SafetensorsReader(checkpoint.folder)
     reader.check(config)
-    return reader.dtype("model.embed_tokens.weight")
+    return reader.dtype(EMBEDDING)
 
 
 def _orbax_reader(folder: Path, config: ModelConfig, dtype: np.dtype, sharding: jax.sharding.Sharding) -> ReadGroup:

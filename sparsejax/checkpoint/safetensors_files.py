@@ -79,13 +79,11 @@ class SafetensorsReader:
                 '"tie_word_embeddings": false in its config.json if the model has a head of its own; else remove it.'
             )
 
-    def _equal(self, *names: str) -> bool:
+    def _equal(self, one: str, other: str) -> bool:
         """Whether two tensors are the same, numbers that are none included."""
-        first, second = (self.tensors[name] for name in names)
-        if first.shape != second.shape or second.dtype != first.dtype:
+        if self.tensors[one].shape != self.tensors[other].shape or self.dtype(one) != self.dtype(other):
             return False
-        pairs = zip(*(self.blocks(name) for name in names), strict=True)
-        return all(a.tobytes() == b.tobytes() for a, b in pairs)
+        return all(a.tobytes() == b.tobytes() for a, b in zip(self.blocks(one), self.blocks(other), strict=True))
 
     def dtype(self, name: str) -> np.dtype:
         """NumPy type of a tensor."""

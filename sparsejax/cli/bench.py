@@ -128,7 +128,7 @@ def add_parser(subparsers) -> None:
 
 
 def run_kernels(args: argparse.Namespace) -> int:
-    check_outputs(args, "json", "plot")
+    check_outputs(args)
     from sparsejax.bench import kernels, plots
 
     if args.tune:
@@ -161,7 +161,7 @@ def _traces(args: argparse.Namespace) -> list[Trace]:
 
 
 def run_throughput(args: argparse.Namespace) -> int:
-    check_outputs(args, "json", "plot")
+    check_outputs(args)
     from sparsejax.bench import traces
 
     wanted = _traces(args)
@@ -204,7 +204,7 @@ def run_throughput(args: argparse.Namespace) -> int:
 
 
 def run_startup(args: argparse.Namespace) -> int:
-    check_outputs(args, "json", "plot")
+    check_outputs(args)
     from sparsejax.engine.memory import reserve_device_memory
 
     reserve_device_memory(args.gpu_memory_utilization)

@@ -64,7 +64,7 @@ def add_parser(suites: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_outputs(args, "json", "plot")
+    check_outputs(args)
     budgets = numbers("--budgets", args.budgets)
     from sparsejax.engine.memory import reserve_device_memory
 

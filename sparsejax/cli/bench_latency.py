@@ -95,7 +95,7 @@ class Family:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_outputs(args, "json", "plot")
+    check_outputs(args)
     wanted = shapes(args.shapes)
     if args.steps < 1:
         raise InvalidArgumentError(f"--steps must be at least 1, got {args.steps}.")

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     target = number("--target", args.target, 0.0, 1.0, above=True)
     fractions = _fractions(args.fractions)
     lengths, tasks = numbers("--lengths", args.lengths), _tasks(args)
-    check_outputs(args, "json", "plot")
+    check_outputs(args)
     compression = compression_options.compression_from(args, keep_fraction=fractions[0])
     # On a CPU every slot that a row could have costs time, so that rows are made no longer than the tasks.
     room = {"max_model_len": max(lengths)} if args.max_model_len is None and args.file is None else {}

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("samples", "queries"):
         if getattr(args, name) < 1:
             raise InvalidArgumentError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    check_outputs(args, "json", "plot")
+    check_outputs(args)
     for name in ("sink_tokens", "recent_tokens"):
         whole(f"--{name.replace('_', '-')}", getattr(args, name), 0)
     top = top_tokens(selection_options(args)["top_tokens"])

@@ -101,7 +101,7 @@ def run_ruler(args: argparse.Namespace) -> int:
         raise InvalidArgumentError(f"--tasks has no task {unknown[0]!r}; there are {', '.join(TASKS)}.")
     if args.samples < 1:
         raise InvalidArgumentError(f"--samples must be at least 1, got {args.samples}.")
-    check_outputs(args, "json", "plot")
+    check_outputs(args)
     samples = {"tasks": tasks, "lengths": lengths, "samples": args.samples, "seed": args.seed}
     if args.methods is None:
         _dense(args, samples)

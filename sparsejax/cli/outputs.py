@@ -7,17 +7,13 @@ import argparse
 from sparsejax.errors import InvalidArgumentError
 
 
-def check_outputs(args: argparse.Namespace, *names: str) -> None:
-    """Refuses paths that could not be written after the work is done.
-
-    Args:
-      args: with an attribute for each of the names, a path or None.
-      names: of the options; "plot" is a figure, for which there must be matplotlib.
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuses paths of --json and --plot that could not be written after the work is done.
 
     Raises:
-      InvalidArgumentError: no such folder, a folder in the place of a file, a figure of unknown kind.
+      InvalidArgumentError: no such folder, a folder in the place of a file, a figure of unknown kind, no matplotlib.
     """
-    for name in names:
+    for name in ("json", "plot"):
         path = getattr(args, name)
         if path is None:
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -374,10 +373,11 @@ def _own_options(policy: type[methods.Method], rule: type[BudgetRule]) -> set[st
 
 def _pairs(options: Any) -> dict[str, Any]:
     """`options` as a dictionary."""
-    found: dict[Any, Any] = {None: None}
-    with contextlib.suppress(TypeError, ValueError):
+    try:
         found = dict(options)
-    if not all(isinstance(name, str) for name in found):
+    except (TypeError, ValueError):
+        found = None
+    if found is None or not all(isinstance(name, str) for name in found):
         raise InvalidArgumentError(f"options must be a dictionary from names to values, got {options!r}.")
     return found
 

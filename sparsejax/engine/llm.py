@@ -130,9 +130,9 @@ class LLM:
         logger.info("the KV cache is rebuilt for methods %s", ", ".join(sorted(self._methods)))
         self.engine.drain()
         self.engine.close()  # there is no room for two pools
-        before = self.engine
+        num_added = self.engine.num_added
         self.engine = self._build(methods=self._methods)
-        self.engine.num_added = before.num_added  # or unseeded requests would draw what the first ones drew
+        self.engine.num_added = num_added  # or unseeded requests would draw what the first ones drew
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer, or None with skip_tokenizer_init."""

@@ -118,12 +118,10 @@ def train(run: Run) -> Path:
     if not steps and run.init is None:
         raise InvalidArgumentError("max_steps 0 trains nothing: say with init what the compressor is.")
     passes = TwoPass(model, config, placement, jnp.dtype(options.dtype), options.train_on, options.recompute)
-    params = None
-    if not run.resume:  # a resumed run takes its own
-        if run.init == PRINCIPAL:
-            params = principal_params(passes, frozen, rows, progress=run.progress and first)
-        else:
-            params = _start(run, model, config)
+    if run.init == PRINCIPAL and not run.resume:
+        params = principal_params(passes, frozen, rows, progress=run.progress and first)
+    else:
+        params = _start(run, model, config)
     # Only now is there a run: what was refused leaves no folder behind.
     checkpoints = _open(run)
     try:
@@ -133,8 +131,6 @@ def train(run: Run) -> Path:
             return jax.tree.map(lambda leaf: placement.put(leaf, placement.whole), tree)
 
         latest = checkpoints.latest()
-        if params is None:
-            params = init_params(config, jax.random.key(options.seed))
         if not steps:
             return _export(run, config, params, model)
         state = whole(init_state(whole(stack_compressor(params)), options, steps))
@@ -235,7 +231,7 @@ class _Loop:
 
 def _start(run: Run, model: ModelConfig, config: CompressorConfig) -> dict[str, Any]:
     """First parameters of the compressor, random or loaded."""
-    if run.init is None:
+    if run.init is None or run.resume:  # a resumed run takes its own in a moment
         return init_params(config, jax.random.key(run.options.seed))
     loaded, params = load_compressor(run.init, model=model, references=config.references)
     if loaded != config:
