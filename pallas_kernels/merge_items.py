@@ -13,21 +13,23 @@ from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two, vector_mask
 
 _BLOCKS = (4, 64)  # items per step: as many as a head has at most, within these bounds
+_TILE = 2048  # most elements of a step: more do not fit the registers
 _MANY_HEADS = 264  # KV heads that fill a GPU: two programs on each of an H200's 132 multiprocessors
 
 
 def _merge_kernel(
-    out_ref, lse_ref, layer_ref, first_item_ref, parts_ref, _, __, merged_ref, merged_lse_ref, *, heads, block, members
+    out_ref, lse_ref, layer_ref, first_item_ref, parts_ref, _, __, merged_ref, merged_lse_ref, *, heads, block, members,
+    width,
 ):
-    """Some query heads of a KV head: the mean of its items' outputs, weighted by exponentials of their log-sum-exps.
+    """Some query heads of a KV head, some elements: the mean of its items' outputs, weighted by exponentials of their lse.
 
     Heads of one item are left as they are.
     """
-    head_row, first_member = pl.program_id(0), pl.program_id(1) * members
+    head_row, first_member, chunk = pl.program_id(0), pl.program_id(1) * members, pl.program_id(2)
     layer = 0 if first_item_ref.shape[0] == 1 else layer_ref[0]
     first_item, parts = first_item_ref[layer, head_row], parts_ref[layer, head_row]
     group, dim = out_ref.shape[1:]
-    column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
+    column = chunk * width + jnp.arange(width, dtype=jnp.int32)
 
     def merge(member):
         def visit(step, state):
@@ -56,7 +58,10 @@ def _merge_kernel(
         b, head = head_row // heads, head_row % heads * group + member
         at = (jnp.broadcast_to(b, column.shape), jnp.broadcast_to(head, column.shape), column)
         plgpu.store(merged_ref.at[at], out.reshape(-1).astype(merged_ref.dtype), mask=column < dim)
-        merged_lse_ref[b, head] = lse.max()  # its only element
+
+        @pl.when(chunk == 0)
+        def _():
+            merged_lse_ref[b, head] = lse.max()  # its only element
 
     @pl.when(parts != 1)
     def _():
@@ -81,16 +86,17 @@ def merge_items(
       heads: H; the items are those of B * H (request, KV head) pairs.
       whole: (out, lse) of the result, written in place, that hold the heads of one item already.
     """
-    items, group, _ = out.shape
+    items, group, dim = out.shape
     batch = work.parts.shape[1] // heads
     parts = next_power_of_two(-(-items // (batch * heads)))
     block = min(max(parts, _BLOCKS[0]), _BLOCKS[1])
     # Where there are many heads of few items most are one: fewer programs then, which find that there is nothing to do.
     members = group if batch * heads >= _MANY_HEADS and parts <= _BLOCKS[0] else 1
+    width = min(next_power_of_two(dim), _TILE // block)
     inputs = (out, lse, layer, work.first_item, work.parts, *whole)
     return pl.pallas_call(
-        functools.partial(_merge_kernel, heads=heads, block=block, members=members),
-        grid=(batch * heads, group // members),
+        functools.partial(_merge_kernel, heads=heads, block=block, members=members, width=width),
+        grid=(batch * heads, group // members, pl.cdiv(dim, width)),
         in_specs=[WHOLE] * len(inputs),
         out_specs=[WHOLE, WHOLE],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in whole],
