@@ -2,8 +2,9 @@
 
 Both find the k-th largest key as the largest number that at least k keys reach. Short rows stay in a program's
 registers and are searched bit by bit. Long rows are cut into chunks: each pass compares every key of every chunk with
-32 pivots, which settles five bits, and the next pass starts from the sum of the chunks' counts. The last counts then
-tell every chunk where in the result its slots go.
+32 pivots, which settles five bits, and the next pass starts from the sum of the chunks' counts. Once exactly as many
+keys as are wanted reach a pivot, passes only hand on what is known. The last counts then tell every chunk where in the
+result its slots go.
 """
 
 import functools
@@ -106,13 +107,19 @@ def _reached(totals, wanted):
     return ((pivot > 0) & (totals >= wanted)).astype(jnp.int32).sum()
 
 
+def _at(counts, index):
+    """The count of one pivot."""
+    return jnp.where(jnp.arange(_PIVOTS, dtype=jnp.int32) == index, counts, 0).sum()
+
+
 def _search_kernel(
-    scores_ref, first_ref, last_ref, wanted_ref, shift_ref, floor_ref, counts_ref, next_floor_ref, next_counts_ref
+    scores_ref, first_ref, last_ref, wanted_ref, shift_ref, state_ref, counts_ref, next_state_ref, next_counts_ref
 ):
     """One chunk: how many of its keys reach each pivot floor + (j << shift), j = 0 .. 31.
 
     The floor follows from the pass before: its floor, its shift and the counts of all chunks. `shift_ref` holds that
-    shift and the new one.
+    shift and the new one, the state of a row its floor and whether just the wanted keys reach it. From then on a chunk
+    has one count, that of the first pivot.
     """
     row, chunk = pl.program_id(0), pl.program_id(1)
     first, last, wanted = first_ref[row], last_ref[row], wanted_ref[row]
@@ -121,25 +128,37 @@ def _search_kernel(
 
     @pl.when(searched)
     def _():
-        reached = _reached(_count(counts_ref, row, start, stop), wanted)
-        floor = floor_ref[row] + jnp.left_shift(reached, shift_ref[0])
+        totals = _count(counts_ref, row, start, stop)
+        reached = _reached(totals, wanted)
+        floor = state_ref[row, 0] + jnp.left_shift(reached, shift_ref[0])
+        is_settled = (state_ref[row, 1] > 0) | (_at(totals, reached) == wanted)
 
         @pl.when(chunk == 0)
         def _():
-            next_floor_ref[row] = floor
+            next_state_ref[row, 0] = floor
+            next_state_ref[row, 1] = is_settled.astype(jnp.int32)
 
         pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
-        bound = floor + jnp.left_shift(pivot, shift_ref[1])
-        counts = jnp.zeros(_PIVOTS, jnp.int32)
-        for block in range(0, _CHUNK, _BLOCK):
-            slot = chunk * _CHUNK + block + jnp.arange(_BLOCK, dtype=jnp.int32)
-            keys, live = _load_keys(scores_ref, row, slot, first, last)
-            counts += (live[None, :] & (keys[None, :] >= bound[:, None])).astype(jnp.int32).sum(axis=1)
         at = jnp.broadcast_to(row, pivot.shape), jnp.broadcast_to(chunk, pivot.shape), pivot
-        plgpu.store(next_counts_ref.at[at], counts)
+
+        @pl.when(is_settled)
+        def _():
+            counts = plgpu.load(counts_ref.at[at])
+            plgpu.store(next_counts_ref.at[at], jnp.where(pivot == 0, _at(counts, reached), 0))
+
+        @pl.when(~is_settled)
+        def _():
+            bound = floor + jnp.left_shift(pivot, shift_ref[1])
+            counts = jnp.zeros(_PIVOTS, jnp.int32)
+            for block in range(0, _CHUNK, _BLOCK):
+                slot = chunk * _CHUNK + block + jnp.arange(_BLOCK, dtype=jnp.int32)
+                # Keys that are not live are below every number's, so none of them reaches a pivot that matters.
+                keys, _ = _load_keys(scores_ref, row, slot, first, last)
+                counts += (keys[None, :] >= bound[:, None]).astype(jnp.int32).sum(axis=1)
+            plgpu.store(next_counts_ref.at[at], counts)
 
 
-def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, floor_ref, counts_ref, out_ref):
+def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, state_ref, counts_ref, out_ref):
     """One chunk: writes its chosen slots, and its share of what stays empty."""
     row, chunk = pl.program_id(0), pl.program_id(1)
     first, last, wanted = first_ref[row], last_ref[row], wanted_ref[row]
@@ -149,19 +168,18 @@ def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, floor_ref, counts_
 
     @pl.when(has_chosen)
     def _():
-        pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
         totals, before = _count(counts_ref, row, start, stop), _count(counts_ref, row, start, chunk)
+        # Where just the wanted keys reach the floor, they are those above the number below it, and none equals that.
+        below = (state_ref[row, 1] > 0).astype(jnp.int32)
         reached = _reached(totals, wanted)
-
-        def at(counts, index):
-            return jnp.where(pivot == index, counts, 0).sum()
-
-        above, above_before = at(totals, reached + 1), at(before, reached + 1)
-        equal_before, equal_wanted = at(before, reached) - above_before, wanted - above
+        above, above_before = _at(totals, reached + 1 - below), _at(before, reached + 1 - below)
+        equal_before = jnp.where(below > 0, 0, _at(before, reached) - above_before)
+        equal_wanted = wanted - above
         keys, live = _load_keys(scores_ref, row, slot, first, last)
         _emit(
-            out_ref, row, slot, keys, live, floor_ref[row] + reached, wanted=wanted, equal_wanted=equal_wanted,
-            equal_before=equal_before, place_before=above_before + jnp.minimum(equal_before, equal_wanted),
+            out_ref, row, slot, keys, live, state_ref[row, 0] + reached - below, wanted=wanted,
+            equal_wanted=equal_wanted, equal_before=equal_before,
+            place_before=above_before + jnp.minimum(equal_before, equal_wanted),
         )  # fmt: skip
 
     @pl.when(~has_chosen)
@@ -188,23 +206,23 @@ def select_top_triton(scores, first, last, wanted, *, k, interpret):
             name="select_top_row",
         )(scores, first, last, wanted)
     chunks = -(-size // _CHUNK)
-    floor = jnp.full(rows, _LOWEST, jnp.int32)
+    state = jnp.stack([jnp.full(rows, _LOWEST, jnp.int32), jnp.zeros(rows, jnp.int32)], axis=1)
     counts = jnp.zeros((rows, chunks, _PIVOTS), jnp.int32)
     # The shifts are data, so that one compiled kernel serves all passes.
     for before, shift in zip((0, *_SHIFTS), _SHIFTS, strict=False):
-        floor, counts = pl.pallas_call(
+        state, counts = pl.pallas_call(
             _search_kernel,
             grid=(rows, chunks),
             in_specs=[WHOLE] * 7,
             out_specs=[WHOLE] * 2,
             out_shape=[
-                jax.ShapeDtypeStruct(floor.shape, jnp.int32),
+                jax.ShapeDtypeStruct(state.shape, jnp.int32),
                 jax.ShapeDtypeStruct(counts.shape, jnp.int32),
             ],
             compiler_params=params(num_warps=8),
             interpret=interpret,
             name="select_top_search",
-        )(scores, first, last, wanted, jnp.array([before, shift, 0], jnp.int32), floor, counts)
+        )(scores, first, last, wanted, jnp.array([before, shift, 0], jnp.int32), state, counts)
     return pl.pallas_call(
         _emit_kernel,
         grid=(rows, chunks),
@@ -214,4 +232,4 @@ def select_top_triton(scores, first, last, wanted, *, k, interpret):
         compiler_params=params(num_warps=8),
         interpret=interpret,
         name="select_top_emit",
-    )(scores, first, last, wanted, floor, counts)
+    )(scores, first, last, wanted, state, counts)
