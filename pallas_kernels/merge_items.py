@@ -18,12 +18,24 @@ _MANY_HEADS = 264  # KV heads that fill a GPU: two programs on each of an H200's
 
 
 def _merge_kernel(
-    out_ref, lse_ref, layer_ref, first_item_ref, parts_ref, _, __, merged_ref, merged_lse_ref, *, heads, block, members,
+    out_ref,
+    lse_ref,
+    layer_ref,
+    first_item_ref,
+    parts_ref,
+    _,
+    __,
+    merged_ref,
+    merged_lse_ref,
+    *,
+    heads,
+    block,
+    members,
     width,
 ):
-    """Some query heads of a KV head, some elements: the mean of its items' outputs, weighted by exponentials of their lse.
+    """Some query heads of a KV head: the mean of its items' outputs, weighted by exponentials of their log-sum-exps.
 
-    Heads of one item are left as they are.
+    A program does some of the elements. Heads of one item are left as they are.
     """
     head_row, first_member, chunk = pl.program_id(0), pl.program_id(1) * members, pl.program_id(2)
     layer = 0 if first_item_ref.shape[0] == 1 else layer_ref[0]

@@ -128,6 +128,9 @@ def _search_kernel(
 
     @pl.when(searched)
     def _():
+        pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
+        at = jnp.broadcast_to(row, pivot.shape), jnp.broadcast_to(chunk, pivot.shape), pivot
+        counts_before = plgpu.load(counts_ref.at[at])
         totals = _count(counts_ref, row, start, stop)
         reached = _reached(totals, wanted)
         floor = state_ref[row, 0] + jnp.left_shift(reached, shift_ref[0])
@@ -138,13 +141,9 @@ def _search_kernel(
             next_state_ref[row, 0] = floor
             next_state_ref[row, 1] = is_settled.astype(jnp.int32)
 
-        pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
-        at = jnp.broadcast_to(row, pivot.shape), jnp.broadcast_to(chunk, pivot.shape), pivot
-
         @pl.when(is_settled)
         def _():
-            counts = plgpu.load(counts_ref.at[at])
-            plgpu.store(next_counts_ref.at[at], jnp.where(pivot == 0, _at(counts, reached), 0))
+            plgpu.store(next_counts_ref.at[at], jnp.where(pivot == 0, _at(counts_before, reached), 0))
 
         @pl.when(~is_settled)
         def _():

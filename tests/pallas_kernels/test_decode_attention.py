@@ -136,6 +136,19 @@ def test_many_heads_are_merged_by_fewer_programs(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, many, few)
 
 
+def test_items_are_merged_alike_some_elements_at_a_time(monkeypatch):
+    case = make_paged(lengths=LENGTHS, granularity="shared", heads=2, dim=80, page=8, columns=12, dtype=jnp.float32)
+    q = normal(1, len(ROWS), 2 * 3, 80, dtype=jnp.float32)
+    mode = {"implementation": "triton", "interpret": True}
+    whole = attend(case, q, 2, mode)
+    monkeypatch.setattr(merge_items, "_TILE", 128)
+    jax.clear_caches()
+    parts = attend(case, q, 2, mode)
+    jax.clear_caches()
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    assert_same_attention(parts, reference(case, q, 2), jnp.float32)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_default_tiles_and_work_list(mode):
     lengths = (0, 700, 3, 257) if mode.get("interpret") else (0, 5000, 33, 2049)
