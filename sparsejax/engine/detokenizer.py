@@ -3,6 +3,10 @@
 A tokenizer decodes a *sequence*: single tokens may be parts of a character, and some tokenizers put or drop a space by
 what stands before. So a short window of ids is decoded twice, without and with the new ids, and the difference is new
 text; it waits while it ends in an unfinished character.
+
+Decoders that fall back to bytes take a whole run of them for unreadable if one is, also those that were characters
+already. What is out stays out: from there on the new ids are decoded for themselves. So that an answer's text does not
+depend on when it is asked for, ids are decoded one by one where any is unreadable.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are not (yet) a character
+LONGEST = 4  # bytes of a character
 CONTEXT = (6, 24, 96, 384)  # prompt tokens that set the scene for the first generated one; more if it takes more
 
 Decode = Callable[[Sequence[int]], str]
@@ -61,10 +66,11 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        # The window: ids[:read] are decoded, ids[read:] are new. `emitted` counts the characters of the window's text
-        # that are out already (or belong to the prompt).
-        self._ids, context = _context(decode, prompt_token_ids)
-        self._read, self._emitted = len(self._ids), len(context)
+        # The window: ids[:read] are decoded, ids[read:] are new. `out` is what of the window's text is out already (or
+        # belongs to the prompt).
+        self._ids, self._out = _context(decode, prompt_token_ids)
+        self._read = len(self._ids)
+        self._waiting = 0  # of the new ids have been decoded, and wait
         self._num_tokens = 0
         self._parts: list[str] = []
         self._length = 0  # of all parts
@@ -111,18 +117,66 @@ class Detokenizer:
 
     def _advance(self, *, final: bool = False) -> None:
         """Decodes the new ids, as far as they are whole characters (`final`: to the end)."""
-        if self._read == len(self._ids):
+        new = self._ids[self._read :]
+        if not new:
             return
         text = self._decode(self._ids)
-        certain = text if final else text.rstrip(UNFINISHED)
-        fresh = certain[self._emitted :]
-        self._emitted += len(fresh)
+        if UNFINISHED not in text and text.startswith(self._out):
+            self._emit(text)
+            return
+        # All but the last one have been seen before if one or more of them wait for the rest of a character.
+        seen = self._waiting
+        del self._ids[self._read + seen :]
+        for token in new[seen:]:
+            self._ids.append(token)
+            self._decode_last()
+        if final and self._read < len(self._ids):
+            self._emit(self._window_text())
+
+    def _decode_last(self) -> None:
+        """Decodes the new ids, of which all but the last one wait."""
+        text = self._window_text()
+        certain = text.rstrip(UNFINISHED)
         if len(certain) == len(text):
-            # The next window begins with the new ids, unless they are silent and would give it nothing to begin with.
-            context = self._decode(self._ids[self._read :])
-            if context:
-                self._ids, text = self._ids[self._read :], context
-            self._read, self._emitted = len(self._ids), len(text)
+            self._emit(text)
+            return
+        if len(certain) > len(self._out):
+            self._append(certain[len(self._out) :])
+            self._out = certain
+        waiting = self._ids[self._read :]
+        for first in range(1, len(waiting)):  # what ends in a whole character, behind bytes of none
+            rest = self._decode(waiting[first:])
+            if rest and UNFINISHED not in rest:
+                self._append(self._decode(waiting[:first]))
+                self._ids, self._read, self._out = waiting[first:], 0, ""
+                self._emit(rest)
+                return
+        if len(waiting) >= LONGEST and text == self._out + UNFINISHED * len(waiting):
+            # The first one will never be part of a character; without this a long run would be decoded over and over.
+            first, rest = self._decode(waiting[:1]), self._decode(waiting[1:])
+            if first == UNFINISHED and rest == UNFINISHED * (len(waiting) - 1):
+                self._append(first)
+                self._ids, self._read, self._out = waiting[1:], 0, ""
+        self._waiting = len(self._ids) - self._read
+
+    def _window_text(self) -> str:
+        """The text of the window, which begins with what is out."""
+        text = self._decode(self._ids)
+        if not text.startswith(self._out):
+            self._ids, self._read, self._out = self._ids[self._read :], 0, ""
+            text = self._decode(self._ids)
+        return text
+
+    def _emit(self, text: str) -> None:
+        """Puts out the text of the window, and begins a new one."""
+        self._append(text[len(self._out) :])
+        # It begins with the new ids, unless they are silent and would give it nothing to begin with.
+        context = self._decode(self._ids[self._read :])
+        if context:
+            self._ids, text = self._ids[self._read :], context
+        self._read, self._out, self._waiting = len(self._ids), text, 0
+
+    def _append(self, fresh: str) -> None:
         if fresh:
             self._parts.append(fresh)
             self._length += len(fresh)

@@ -121,9 +121,43 @@ def test_the_answer_continues_the_prompt(text, cut, make, take):
     prompt, answer = ids[:cut], ids[cut:]
     known = decode(prompt)
     if known.endswith(UNFINISHED):  # cut inside a character: the answer stands on its own
-        assert feed(answer, prompt=prompt, decode=decode, take=take)[1].text == decode(answer)
+        assert feed(answer, prompt=prompt, decode=decode, take=take)[1].text == feed(answer, decode=decode)[1].text
     else:
         assert known + feed(answer, prompt=prompt, decode=decode, take=take)[1].text == decode(ids)
+
+
+BYTES = st.lists(st.sampled_from([*"🙂é日a ".encode(), 0xF0, 0x99]) | st.integers(0, 255), max_size=20)
+
+
+@settings(max_examples=300, deadline=None)
+@given(BYTES, st.booleans(), TAKE, TAKE)
+def test_text_does_not_depend_on_when_it_is_asked_for(values, words_between, one, other):
+    """Byte fallback: a byte that is none of a character makes a whole run unreadable."""
+    tokenizer = byte_fallback()
+    word = tokenizer.token_to_id("a")
+    ids = [i for n, value in enumerate(values) for i in (1 + value, *([word] if words_between and n % 5 == 4 else []))]
+    decode = decoder(tokenizer)
+    prompt = tokenizer.encode("ab🙂").ids
+    texts = {
+        feed(ids, take=take, prompt=prompt, decode=decode, stop=stop)[1].text
+        for take in (None, one, other, [False])
+        for stop in ((), ("never there",))
+    }
+    assert len(texts) == 1
+    (text,) = texts
+    if UNFINISHED not in decode(ids):
+        assert decode(prompt) + text == decode([*prompt, *ids])
+
+
+def test_characters_that_are_out_are_not_made_up_again():
+    tokenizer = byte_fallback()
+    decode = decoder(tokenizer)
+    smiley, word = [1 + value for value in "🙂".encode()], tokenizer.encode("b").ids
+    assert decode([*smiley, *smiley[:1]]) == UNFINISHED * 5
+    for take in (None, [False]):
+        assert feed([*smiley, *smiley[:1], *word], take=take, decode=decode)[1].text == f"🙂{UNFINISHED} b"
+        assert feed([*smiley[:1], *word], take=take, prompt=smiley, decode=decode)[1].text == f"{UNFINISHED} b"
+        assert feed(smiley[:1] * 5 + smiley, take=take, decode=decode)[1].text == UNFINISHED * 5 + "🙂"
 
 
 def test_a_context_that_begins_inside_a_character_is_widened():
