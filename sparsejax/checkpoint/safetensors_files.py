@@ -154,6 +154,8 @@ class SafetensorsWriter:
 
 
 def _shard_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE_FILE).is_file():  # also beside an index: transformers looks for it first
+        return [folder / SINGLE_FILE]
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -165,8 +167,6 @@ def _shard_files(folder: Path) -> list[Path]:
                 f"{folder} lacks {len(absent)} of its {len(files)} weight files: {', '.join(absent)}."
             )
         return files
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
     hint = " Its weights are PyTorch .bin files: save them as safetensors first." if any(folder.glob("*.bin")) else ""
     raise CheckpointError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX}.{hint}")
 

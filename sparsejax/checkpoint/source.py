@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from sparsejax.checkpoint.errors import CheckpointError, CheckpointNotFoundError
 from sparsejax.models import ModelConfig
+from sparsejax.models.config import UnsupportedModelError, token_ids
 
 MANIFEST = "sparsejax_checkpoint.json"  # written last, so a folder that has it is complete
 SINGLE_FILE = "model.safetensors"
@@ -64,7 +65,11 @@ def load_config(checkpoint: Checkpoint) -> ModelConfig:
     config = read_json(checkpoint.folder / "config.json")
     generation = checkpoint.folder / "generation_config.json"
     if generation.is_file():
-        config["eos_token_id"] = _union(config.get("eos_token_id"), read_json(generation).get("eos_token_id"))
+        try:
+            more = token_ids(read_json(generation), "eos_token_id")
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{generation}: {error}") from error
+        config["eos_token_id"] = list(dict.fromkeys((*token_ids(config, "eos_token_id"), *more))) or None
     return ModelConfig.from_hf(config)
 
 
@@ -142,8 +147,3 @@ def _snapshot(repository: str, patterns: list[str]) -> Path:
         raise CheckpointNotFoundError(
             f"{repository} is neither a folder nor a model that the Hugging Face hub lets you download: {error}"
         ) from error
-
-
-def _union(*ids: int | list[int] | None) -> list[int] | None:
-    flat = [one for value in ids if value is not None for one in (value if isinstance(value, list) else [value])]
-    return list(dict.fromkeys(flat)) or None

@@ -23,6 +23,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
 
+_WINDOWS = {"qwen2": 4096, "qwen3": 4096}  # of attention, where the config does not say; null is none
+
 
 class UnsupportedModelError(SparsejaxError, ValueError):
     """A config asks for something that no decoder here computes; the message names it and what is supported."""
@@ -105,7 +107,7 @@ class ModelConfig:
         # A missing key takes transformers' default; an explicit null means "none", or "derive it" for the sizes.
         given = {key: value for key, value in {**_DEFAULTS[architecture], **config}.items() if value is not None}
         _refuse_quantized(given)
-        _refuse_sliding_window(architecture, given)
+        _refuse_sliding_window(architecture, given, window=config.get("sliding_window", _WINDOWS.get(architecture)))
 
         heads = _size(given, "num_attention_heads")
         hidden = _size(given, "hidden_size")
@@ -128,8 +130,8 @@ class ModelConfig:
             qk_norm=architecture == "qwen3",
             rope=_parse_rope(given, max_positions),
             max_position_embeddings=max_positions,
-            eos_token_ids=_token_ids(given, "eos_token_id"),
-            bos_token_id=next(iter(_token_ids(given, "bos_token_id")), None),
+            eos_token_ids=token_ids(given, "eos_token_id"),
+            bos_token_id=next(iter(token_ids(given, "bos_token_id")), None),
             hidden_act=_activation(given.get("hidden_act", "silu")),
         )
 
@@ -198,10 +200,9 @@ def _refuse_quantized(config: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_sliding_window(architecture: str, config: Mapping[str, Any]) -> None:
+def _refuse_sliding_window(architecture: str, config: Mapping[str, Any], *, window: int | None) -> None:
     """Raises if any layer would attend to a window only. A window that is switched off, as in Qwen2.5, is fine."""
     layer_types = config.get("layer_types")
-    window = config.get("sliding_window")
     if layer_types is not None:
         other = sorted(set(layer_types) - {"full_attention"})
         if other:
@@ -211,12 +212,12 @@ def _refuse_sliding_window(architecture: str, config: Mapping[str, Any]) -> None
             )
         return
     if architecture == "llama":
-        in_use = window is not None and config.get("use_sliding_window", True)
+        in_use = config.get("use_sliding_window", True)
     else:
         first = config.get("max_window_layers", 28)
-        # Qwen configs default to a window of 4096 that use_sliding_window switches on.
+        # Qwen configs have a window that use_sliding_window switches on.
         in_use = config.get("use_sliding_window", False) and first < config.get("num_hidden_layers", 0)
-    if in_use:
+    if in_use and window is not None:
         raise UnsupportedModelError(
             f"The config uses a sliding window of {window} tokens; sliding-window attention is not supported. "
             "Models with use_sliding_window false run."
@@ -262,7 +263,12 @@ def _positive(config: Mapping[str, Any], name: str, default: float) -> float:
     return float(value)
 
 
-def _token_ids(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def token_ids(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """The ids under a key that holds one, a list or nothing.
+
+    Raises:
+      UnsupportedModelError: it holds something else.
+    """
     value = config.get(name)
     ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
     for token in ids:

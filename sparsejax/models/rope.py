@@ -70,6 +70,10 @@ class RopeConfig:
                 "low_freq_factor must be positive and below high_freq_factor, got "
                 f"{self.low_freq_factor!r} and {self.high_freq_factor!r}."
             )
+        if self.kind == "yarn" and not (0 < self.beta_slow < math.inf and 0 < self.beta_fast < math.inf):
+            raise ValueError(
+                f"beta_slow and beta_fast must be positive, got {self.beta_slow!r} and {self.beta_fast!r}."
+            )
         if self.kind == "yarn" and self.theta <= 1:
             raise ValueError(f"rope_theta must be above 1 for rope_type 'yarn', got {self.theta!r}.")
 
@@ -101,6 +105,8 @@ class RopeConfig:
         elif kind == "yarn":
             names = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
             values["truncate"] = bool(given.get("truncate", True))
+            # transformers takes a beta of 0 for one that is not given.
+            given = {key: value for key, value in given.items() if value != 0 or key not in ("beta_fast", "beta_slow")}
         else:
             names = ()
         values |= {name: _number(given, name) for name in names if name in given}

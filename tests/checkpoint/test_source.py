@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_folders import LLAMA, assert_same_bits, random_tensors, write_folder
+from safetensors.numpy import save_file
 
 from sparsejax.checkpoint import (
     CheckpointError,
@@ -63,6 +64,20 @@ def test_kernels_are_the_transposed_weights_side_by_side(hf):
 def test_end_of_text_ids_of_both_configs_count(hf):
     (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 2, 6]}))
     assert load_config(resolve(hf)).eos_token_ids == (2, 5, 6)
+
+
+@pytest.mark.parametrize("ids", [[[2]], {"a": 1}, "2", [None]])
+def test_end_of_text_ids_that_are_none_are_named_with_their_file(hf, ids):
+    (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(UnsupportedModelError, match=r"generation_config\.json: eos_token_id must be a token id"):
+        load_config(resolve(hf))
+
+
+def test_one_file_of_weights_comes_before_an_index_as_in_transformers(tmp_path):
+    hf = write_folder(tmp_path / "hf", LLAMA, random_tensors(LLAMA, seed=1), sharded=True)
+    tensors = random_tensors(LLAMA, seed=2)
+    save_file(tensors, hf / "model.safetensors")
+    assert_same_bits(load_model(hf)[1]["embed"], tensors["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("declared", [{"dtype": "float16"}, {"dtype": None, "torch_dtype": "float16"}, {"dtype": None}])

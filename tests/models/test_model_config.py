@@ -89,6 +89,12 @@ def test_yarn_without_a_factor_takes_the_ratio_of_the_lengths():
     assert (rope.factor, rope.original_max_position_embeddings) == (4.0, 2048)
 
 
+def test_a_beta_of_zero_is_none_as_in_transformers():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 0, "beta_slow": 0.0}
+    rope = ModelConfig.from_hf({**LLAMA, "rope_scaling": scaling}).rope
+    assert (rope.beta_fast, rope.beta_slow) == (32.0, 1.0)
+
+
 @pytest.mark.parametrize("scaling", [None, {}, {"rope_type": "default"}])
 def test_no_scaling(scaling):
     assert ModelConfig.from_hf({**LLAMA, "rope_scaling": scaling}).rope.kind == "default"
@@ -114,7 +120,7 @@ def test_no_scaling(scaling):
         (LLAMA, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["layer type"]),
         (LLAMA, {"sliding_window": 4096}, ["sliding", "4096"]),
         (QWEN2, {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}, ["sliding", "512"]),
-        (QWEN2, {"use_sliding_window": True, "max_window_layers": 0}, ["sliding"]),
+        (QWEN2, {"use_sliding_window": True, "max_window_layers": 0}, ["sliding", "4096"]),
         (QWEN3, {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, ["sliding_attention"]),
         (LLAMA, {"quantization_config": {"quant_method": "awq"}}, ["quantized", "awq"]),
         (LLAMA, {"hidden_size": None}, ["hidden_size"]),
@@ -138,6 +144,7 @@ def test_what_is_not_supported_is_refused_by_name(base, changes, named):
         (QWEN2, {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 3}),  # no layer left for it
         (QWEN3, {"layer_types": ["full_attention"] * 3}),
         (LLAMA, {"sliding_window": None}),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}),
         (LLAMA, {"hidden_act": "swish"}),
         (LLAMA, {"architectures": None}),
     ],
@@ -206,6 +213,7 @@ def test_a_size_that_is_no_size_is_named(name, value):
             "needs original_max_position_embeddings",
         ),
         ({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_theta must be above 1"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": -1.0}}, "beta_fast must be positive"),
         (
             {"rope_scaling": {**LLAMA3_ROPE, "rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
             "low_freq_factor must be positive and below high_freq_factor",
