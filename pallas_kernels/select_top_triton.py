@@ -134,7 +134,8 @@ def _search_kernel(
         totals = _count(counts_ref, row, start, stop)
         reached = _reached(totals, wanted)
         floor = state_ref[row, 0] + jnp.left_shift(reached, shift_ref[0])
-        is_settled = (state_ref[row, 1] > 0) | (_at(totals, reached) == wanted)
+        # Not at the lowest number, below which there is none.
+        is_settled = (floor > _LOWEST) & ((state_ref[row, 1] > 0) | (_at(totals, reached) == wanted))
 
         @pl.when(chunk == 0)
         def _():

@@ -94,6 +94,13 @@ def test_long_rows_are_searched_by_chunks(split_rows):
     check_all(LONG)
 
 
+def test_all_of_long_rows_are_taken_the_lowest_number_too(split_rows):
+    scores = np.full((2, 256), -np.inf, np.float32)
+    scores[1, ::3] = 1.0
+    everything = ints(0, 0), ints(256, 256), ints(256, 256)
+    np.testing.assert_array_equal(run(LONG, scores, *everything, k=256), expected(scores, *everything, 256))
+
+
 def test_the_reference_agrees():
     for scores, ranges in cases():
         got = select_top_reference(jnp.asarray(scores), *ranges, k=K)
