@@ -18,21 +18,9 @@ _MANY_HEADS = 264  # KV heads that fill a GPU: two programs on each of an H200's
 
 
 def _merge_kernel(
-    out_ref,
-    lse_ref,
-    layer_ref,
-    first_item_ref,
-    parts_ref,
-    _,
-    __,
-    merged_ref,
-    merged_lse_ref,
-    *,
-    heads,
-    block,
-    members,
+    out_ref, lse_ref, layer_ref, first_item_ref, parts_ref, _, __, merged_ref, merged_lse_ref, *, heads, block, members,
     width,
-):
+):  # fmt: skip
     """Some query heads of a KV head: the mean of its items' outputs, weighted by exponentials of their log-sum-exps.
 
     A program does some of the elements. Heads of one item are left as they are.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsejax.checkpoint.errors import CheckpointError, CheckpointNotFoundError
-from sparsejax.models import ModelConfig
-from sparsejax.models.config import UnsupportedModelError, token_ids
+from sparsejax.models import ModelConfig, UnsupportedModelError
+from sparsejax.models.config import token_ids
 
 MANIFEST = "sparsejax_checkpoint.json"  # written last, so a folder that has it is complete
 SINGLE_FILE = "model.safetensors"

@@ -117,20 +117,17 @@ class Detokenizer:
 
     def _advance(self, *, final: bool = False) -> None:
         """Decodes the new ids, as far as they are whole characters (`final`: to the end)."""
-        new = self._ids[self._read :]
-        if not new:
-            return
-        text = self._decode(self._ids)
-        if UNFINISHED not in text and text.startswith(self._out):
-            self._emit(text)
-            return
-        # All but the last one have been seen before if one or more of them wait for the rest of a character.
-        seen = self._waiting
-        del self._ids[self._read + seen :]
-        for token in new[seen:]:
+        unseen = self._ids[self._read + self._waiting :]
+        if len(unseen) > 1:
+            text = self._decode(self._ids)
+            if UNFINISHED not in text and text.startswith(self._out):
+                self._emit(text)
+                return
+        del self._ids[self._read + self._waiting :]
+        for token in unseen:
             self._ids.append(token)
             self._decode_last()
-        if final and self._read < len(self._ids):
+        if final and self._waiting:
             self._emit(self._window_text())
 
     def _decode_last(self) -> None:
@@ -148,24 +145,31 @@ class Detokenizer:
             rest = self._decode(waiting[first:])
             if rest and UNFINISHED not in rest:
                 self._append(self._decode(waiting[:first]))
-                self._ids, self._read, self._out = waiting[first:], 0, ""
+                self._restart(waiting[first:])
                 self._emit(rest)
                 return
-        if len(waiting) >= LONGEST and text == self._out + UNFINISHED * len(waiting):
+        if (
+            len(waiting) >= LONGEST
+            and text == self._out + UNFINISHED * len(waiting)
+            and self._decode(waiting[:1]) == UNFINISHED
+            and self._decode(waiting[1:]) == UNFINISHED * (len(waiting) - 1)
+        ):
             # The first one will never be part of a character; without this a long run would be decoded over and over.
-            first, rest = self._decode(waiting[:1]), self._decode(waiting[1:])
-            if first == UNFINISHED and rest == UNFINISHED * (len(waiting) - 1):
-                self._append(first)
-                self._ids, self._read, self._out = waiting[1:], 0, ""
+            self._append(UNFINISHED)
+            self._restart(waiting[1:])
         self._waiting = len(self._ids) - self._read
 
     def _window_text(self) -> str:
         """The text of the window, which begins with what is out."""
         text = self._decode(self._ids)
         if not text.startswith(self._out):
-            self._ids, self._read, self._out = self._ids[self._read :], 0, ""
+            self._restart(self._ids[self._read :])
             text = self._decode(self._ids)
         return text
+
+    def _restart(self, ids: list[int]) -> None:
+        """Begins a window of new ids only."""
+        self._ids, self._read, self._out = ids, 0, ""
 
     def _emit(self, text: str) -> None:
         """Puts out the text of the window, and begins a new one."""

@@ -19,11 +19,9 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 # What transformers assumes for a key that config.json leaves out, where the architectures differ.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
-
-_WINDOWS = {"qwen2": 4096, "qwen3": 4096}  # of attention, where the config does not say; null is none
 
 
 class UnsupportedModelError(SparsejaxError, ValueError):
@@ -107,7 +105,7 @@ class ModelConfig:
         # A missing key takes transformers' default; an explicit null means "none", or "derive it" for the sizes.
         given = {key: value for key, value in {**_DEFAULTS[architecture], **config}.items() if value is not None}
         _refuse_quantized(given)
-        _refuse_sliding_window(architecture, given, window=config.get("sliding_window", _WINDOWS.get(architecture)))
+        _refuse_sliding_window(architecture, given)
 
         heads = _size(given, "num_attention_heads")
         hidden = _size(given, "hidden_size")
@@ -200,9 +198,10 @@ def _refuse_quantized(config: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_sliding_window(architecture: str, config: Mapping[str, Any], *, window: int | None) -> None:
+def _refuse_sliding_window(architecture: str, config: Mapping[str, Any]) -> None:
     """Raises if any layer would attend to a window only. A window that is switched off, as in Qwen2.5, is fine."""
     layer_types = config.get("layer_types")
+    window = config.get("sliding_window")
     if layer_types is not None:
         other = sorted(set(layer_types) - {"full_attention"})
         if other:

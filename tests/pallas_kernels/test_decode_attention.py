@@ -122,31 +122,26 @@ def test_listing_every_slot_equals_reading_all(mode):
     assert_same_attention(attend(case, q, 2, mode, indices), attend(case, q, 2, mode), jnp.float32)
 
 
-def test_many_heads_are_merged_by_fewer_programs(monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "value", "granularity", "group", "dim"),
+    [
+        ("_MANY_HEADS", 1, "per_head", 7, 64),  # all members by one program
+        ("_TILE", 128, "shared", 3, 80),  # some elements by each
+    ],
+)
+def test_items_are_merged_alike_by_fewer_and_by_more_programs(monkeypatch, limit, value, granularity, group, dim):
     case = make_paged(
-        lengths=LENGTHS, granularity="per_head", heads=2, dim=64, page=8, columns=MAX_SLOTS // 8, dtype=jnp.float32
+        lengths=LENGTHS, granularity=granularity, heads=2, dim=dim, page=8, columns=MAX_SLOTS // 8, dtype=jnp.float32
     )
-    q = normal(1, len(ROWS), 2 * 7, 64, dtype=jnp.float32)
+    q = normal(1, len(ROWS), 2 * group, dim, dtype=jnp.float32)
     mode = {"implementation": "triton", "interpret": True}
-    few = attend(case, q, 2, mode)
-    monkeypatch.setattr(merge_items, "_MANY_HEADS", 1)
+    usual = attend(case, q, 2, mode)
+    monkeypatch.setattr(merge_items, limit, value)
     jax.clear_caches()
-    many = attend(case, q, 2, mode)
+    other = attend(case, q, 2, mode)
     jax.clear_caches()
-    jax.tree.map(np.testing.assert_array_equal, many, few)
-
-
-def test_items_are_merged_alike_some_elements_at_a_time(monkeypatch):
-    case = make_paged(lengths=LENGTHS, granularity="shared", heads=2, dim=80, page=8, columns=12, dtype=jnp.float32)
-    q = normal(1, len(ROWS), 2 * 3, 80, dtype=jnp.float32)
-    mode = {"implementation": "triton", "interpret": True}
-    whole = attend(case, q, 2, mode)
-    monkeypatch.setattr(merge_items, "_TILE", 128)
-    jax.clear_caches()
-    parts = attend(case, q, 2, mode)
-    jax.clear_caches()
-    jax.tree.map(np.testing.assert_array_equal, parts, whole)
-    assert_same_attention(parts, reference(case, q, 2), jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, other, usual)
+    assert_same_attention(other, reference(case, q, 2), jnp.float32)
 
 
 @pytest.mark.parametrize("mode", MODES)
