@@ -37,7 +37,7 @@ import numpy as np
 from pallas_kernels import Implementation, PageScan, scan_pages
 from sparsejax.cache import KVCache, repack, row_usage
 from sparsejax.cache.compact import compact_and_count
-from sparsejax.engine.victims import PageCounts, Victims, evict_few, evict_many
+from sparsejax.engine.victims import MOST_FEW, PageCounts, evict_few, evict_many
 from sparsejax.methods.base import Method
 from sparsejax.methods.protection import priorities
 from sparsejax.methods.slots import Slots, gather_slots
@@ -198,12 +198,14 @@ def evict_step(
     budget = lanes.budget[:, None]
     excess = jnp.where(fits[:, None] & (active > budget), active - (budget - spec.num_per_evict + 1), 0)
 
-    if spec.bulk:
+    served = fits
+    if not spec.bulk:
+        served &= jnp.all(excess <= spec.num_per_evict, axis=(0, 2))
+        excess = jnp.minimum(excess, spec.num_per_evict)
+    if spec.bulk or spec.num_per_evict > MOST_FEW:
         victims = evict_many(priorities(scores, slots.live, slots.protected), slots, used, excess)
-        served = fits
     else:
         victims = evict_few(scan, scores, slots, excess, most=spec.num_per_evict)
-        served = fits & jnp.all(excess <= spec.num_per_evict, axis=(0, 2))
     if not spec.copies:
         # Marks in a page would evict from all the rows that hold it.
         shared = victims.pages(num_pages) & (cache.free.references[slots.pages] > 1)
@@ -220,8 +222,9 @@ def evict_step(
         evicted = evicting & ok
         served &= ok | ~evicting
         if spec.strategy == "reuse":
-            none = jnp.zeros((*length.shape, 0), jnp.int32)
-            next_hole = jnp.where(evicted[:, None], -1, _lowest_dead(slots.pages > 0, none, before, page_size))
+            held = slots.pages > 0
+            lowest = _lowest_dead(held, jnp.zeros_like(held), jnp.zeros_like(slots.pages), before, page_size)
+            next_hole = jnp.where(evicted[:, None], -1, lowest)
     else:
         evicted = evicting
         position = cache.pool.position
@@ -231,8 +234,7 @@ def evict_step(
         if spec.strategy != "no_op":
             cache = victims.drop_emptied(cache, rows, after)
         if spec.strategy == "reuse":
-            assert isinstance(victims, Victims), "with this strategy, many are evicted by copying"
-            next_hole = _lowest_dead(slots.pages > 0, victims.emptied(after), after, page_size)
+            next_hole = _lowest_dead(slots.pages > 0, *victims.moves(after), after, page_size)
 
     hole = hole.at[:, rows].set(jnp.where((rows > 0)[:, None], next_hole, -1))
     counts = jnp.where(evicted[:, None, None], after.live, before.live)
@@ -295,17 +297,15 @@ def _relocate(
     return cache, ok, jnp.where(ok, kept, 0)
 
 
-def _lowest_dead(held: jax.Array, dropped: jax.Array, counts: PageCounts, page_size: int) -> jax.Array:
+def _lowest_dead(held: jax.Array, gone: jax.Array, shift: jax.Array, counts: PageCounts, page_size: int) -> jax.Array:
     """i32[L, K, H]: the lowest dead slot; -1 if there is none.
 
     Args:
       held: bool[L, K, H, C], which pages the tables held before.
-      dropped: i32[L, K, H, n], the columns of those that are gone since; -1 for none. Later pages have moved up.
+      gone, shift: bool and i32[L, K, H, C], which of them are gone since, and by how many columns the others moved up.
     """
-    column, gone = jnp.arange(held.shape[-1], dtype=jnp.int32), dropped[..., None, :]
-    held &= jnp.all(gone != column[:, None], axis=-1)
-    place = column - jnp.sum((gone >= 0) & (gone < column[:, None]), axis=-1, dtype=jnp.int32)
-    slot = jnp.where(held & (counts.dead < page_size), place * page_size + counts.dead, _NONE)
+    place = jnp.arange(held.shape[-1], dtype=jnp.int32) - shift
+    slot = jnp.where(held & ~gone & (counts.dead < page_size), place * page_size + counts.dead, _NONE)
     lowest = jnp.min(slot, axis=-1)
     return jnp.where(lowest == _NONE, -1, lowest)
 

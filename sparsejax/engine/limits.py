@@ -39,6 +39,9 @@ def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Foo
         if pool.uniform(length) > pool.num_entries:
             raise PromptTooLongError(_too_long(name, length, config))
         return None
+    if params.per_step:
+        budget = params.budget(length)  # it never shrinks
+        params.check_evict_count(budget, f"the {budget} that are kept of {name}, which has {length}")
     schedule = CompressionSchedule(params, length)
     footprint = footprint_of(schedule, pool, max_chunk=config.max_num_batched_tokens)
     if footprint is None:

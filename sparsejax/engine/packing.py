@@ -14,6 +14,7 @@ from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.selection_plan import Selections
 from sparsejax.engine.state import PrefillBatch, StoreState
 from sparsejax.methods import DeltaKV
+from sparsejax.methods.selection import ALL_TOKENS
 
 IDLE = SamplingParams(temperature=0.0)  # parameters of segments that hold no request
 
@@ -97,5 +98,8 @@ def _stored(requests: Sequence[Request], segments: int) -> StoreState:
         method = request.compression.policy
         if isinstance(method, DeltaKV):
             store.compressed[i] = True
-            (store.top_tokens if isinstance(method.top_tokens, int) else store.top_fraction)[i] = method.top_tokens
+            if isinstance(method.top_tokens, int):
+                store.top_tokens[i] = min(method.top_tokens, ALL_TOKENS)
+            else:
+                store.top_fraction[i] = method.top_tokens
     return store

@@ -14,12 +14,11 @@ from sparsejax.engine.selection import READS_ALL, RowSelection, Selecting, no_se
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import LayerRoles, SelectionMethod
 from sparsejax.methods.known_layers import known_layers, spread_layers
-from sparsejax.methods.selection import candidate_pages, candidates, chosen_count, chosen_pages
+from sparsejax.methods.selection import ALL_TOKENS, candidate_pages, candidates, chosen_count, chosen_pages
 from sparsejax.models import ModelConfig
 
 SMALLEST_WIDTH = 1024
 WIDTH_STEP = 8  # what is too wide costs next to nothing, for work follows what is read
-_ALL_TOKENS = 1 << 30  # more than any text has
 
 
 def view_widths(max_slots: int) -> tuple[int, ...]:
@@ -165,4 +164,4 @@ def _asked(compression: CompressionParams) -> tuple[int, int, int, float]:
     top = policy.top_tokens
     count, fraction = (top, 0.0) if isinstance(top, int) else (0, top)
     sinks, recent = compression.sinks, max(compression.recent_window, 1)
-    return min(sinks, _ALL_TOKENS), min(recent, _ALL_TOKENS), min(count, _ALL_TOKENS), fraction
+    return min(sinks, ALL_TOKENS), min(recent, ALL_TOKENS), min(count, ALL_TOKENS), fraction

@@ -20,6 +20,9 @@ from sparsejax.cache.dead import drop_few_pages, drop_pages
 from sparsejax.methods.select import top_slots
 from sparsejax.methods.slots import Slots
 
+MOST_FEW = 32
+"""Victims of a table up to which naming them is cheaper than marking; what names them grows with their number."""
+
 
 @dataclass(frozen=True)
 class PageCounts:
@@ -81,6 +84,12 @@ class Victims:
         repeated = jnp.any(jnp.tril(column[..., :, None] == column[..., None, :], k=-1), axis=-1)
         return jnp.where(repeated, -1, column)
 
+    def moves(self, after: PageCounts) -> tuple[jax.Array, jax.Array]:
+        """(bool, i32)[L, K, H, C]: the pages that `drop_emptied` takes out, and by how many columns others move up."""
+        dropped, column = self.emptied(after), jnp.arange(after.live.shape[-1], dtype=jnp.int32)
+        before = (dropped[..., None, :] >= 0) & (dropped[..., None, :] < column[:, None])
+        return _mentioned(dropped, len(column)), jnp.sum(before, axis=-1, dtype=jnp.int32)
+
     def drop_emptied(self, cache: KVCache, rows: jax.Array, after: PageCounts) -> KVCache:
         """The cache without the pages that they leave empty: all that are, for such pages never stay."""
         return drop_few_pages(cache, rows, self.emptied(after), num_columns=after.live.shape[-1])
@@ -94,7 +103,7 @@ class Victims:
 
 @dataclass(frozen=True)
 class ManyVictims:
-    """Any number of victims of each table, as a mask; the same interface as `Victims`, but for `emptied`.
+    """Any number of victims of each table, as a mask; the same interface as `Victims`.
 
     Attributes:
       marks: bool[L, K, H, S], the victims.
@@ -128,6 +137,11 @@ class ManyVictims:
         """What the pages hold without them."""
         del before
         return count_pages(self.live & ~self.marks, self.used, self.page_size)
+
+    def moves(self, after: PageCounts) -> tuple[jax.Array, jax.Array]:
+        """(bool, i32)[L, K, H, C]: the pages that `drop_emptied` takes out, and by how many columns others move up."""
+        gone = after.live == 0
+        return gone, jnp.cumsum(gone, axis=-1, dtype=jnp.int32) - gone
 
     def drop_emptied(self, cache: KVCache, rows: jax.Array, after: PageCounts) -> KVCache:
         """The cache without pages that hold nothing without them."""

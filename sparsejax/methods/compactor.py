@@ -109,6 +109,7 @@ def sketch_matrix(dim: int, size: int) -> np.ndarray:
 def _chunk_leverage(x: jax.Array, live: jax.Array, chunk: int, regularization: float) -> jax.Array:
     """f32[K, H, S]: standardised leverage scores; the live slots lie at the front, in the order of the text."""
     rows, heads, slots, size = x.shape
+    chunk = min(chunk, slots)
     chunks = -(-slots // chunk)
     padding = chunks * chunk - slots
     x = jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))).reshape(rows, heads, chunks, chunk, size)

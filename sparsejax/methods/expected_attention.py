@@ -13,6 +13,9 @@ from sparsejax.methods.registry import register
 from sparsejax.methods.slots import LayerSlots
 from sparsejax.validation import flag, number, whole
 
+MAX_FUTURE_TOKENS = 1 << 16
+
+_LAST_POSITION = int(jnp.iinfo(jnp.int32).max)
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -29,7 +32,7 @@ class ExpectedAttention(Method):
     protected by default.
 
     Attributes:
-      future_tokens: positions after the text that the rotation is averaged over.
+      future_tokens: positions after the text that the rotation is averaged over, 1 to 65,536.
       skipped_queries: first queries of the text that are left out of the moments.
       use_covariance: False: the mean query only.
       use_vnorm: weigh by the L2 norm of the value.
@@ -49,8 +52,8 @@ class ExpectedAttention(Method):
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "future_tokens", whole("future_tokens", self.future_tokens, 1))
-        object.__setattr__(self, "skipped_queries", whole("skipped_queries", self.skipped_queries, 0))
+        object.__setattr__(self, "future_tokens", whole("future_tokens", self.future_tokens, 1, MAX_FUTURE_TOKENS))
+        object.__setattr__(self, "skipped_queries", whole("skipped_queries", self.skipped_queries, 0, _LAST_POSITION))
         flag("use_covariance", self.use_covariance)
         flag("use_vnorm", self.use_vnorm)
         object.__setattr__(self, "epsilon", number("epsilon", self.epsilon, 0.0))

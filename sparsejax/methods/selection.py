@@ -20,6 +20,9 @@ the last observation layer chose; or chooses pages for itself, by bounds of thei
 
 DEFAULT_TOP_TOKENS = 2048
 
+ALL_TOKENS = 1 << 30
+"""More than any text has; where 32 bits hold a number of tokens, larger ones become this."""
+
 
 @dataclass(frozen=True)
 class LayerRoles:

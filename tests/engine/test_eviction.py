@@ -254,9 +254,34 @@ def check_step(cache, hole, report, batch, strategy, pages_before):
     assert int(report.pages[-1]) == int(report.active[-1]) == 0
 
 
+@pytest.fixture
+def many_are_two(monkeypatch):
+    """Victims are marked, not named, from the second on."""
+    monkeypatch.setattr("sparsejax.engine.eviction.MOST_FEW", 1)
+    compiled.cache_clear()
+    yield
+    compiled.cache_clear()
+
+
 @pytest.mark.parametrize("num_per_evict", [1, 3, 5])
 def test_strategies_keep_the_same_tokens(num_per_evict):
     """Each against the policy, at every step, and their pages against one another."""
+    check_strategies(num_per_evict)
+
+
+@pytest.mark.usefixtures("many_are_two")
+def test_marked_victims_are_the_named_ones():
+    check_strategies(num_per_evict=4)
+
+
+@pytest.mark.usefixtures("many_are_two")
+def test_no_more_are_marked_than_asked_for():
+    cache, _, report = compiled("free_block", 3)(filled(12), empty_holes(), batch_of([1, 0, 0], [7, 1, 1], [12, 0, 0]))
+    assert np.asarray(report.ok).tolist() == [False, True, True]
+    assert live_positions(cache, 1, 0, 0) == list(range(3, 12))
+
+
+def check_strategies(num_per_evict):
     steps = 22
     traces = {strategy: run(strategy, num_per_evict, steps)[1] for strategy in STRATEGIES}
     for step in range(steps):

@@ -25,7 +25,7 @@ from tiny_engine import CONFIG, VOCAB
 
 from sparsejax import CompressionParams, SamplingParams, methods
 from sparsejax.engine.inputs import TokenizedPrompt
-from sparsejax.errors import PromptTooLongError
+from sparsejax.errors import InvalidArgumentError, PromptTooLongError
 
 SCARCE = SMALL_CHUNKS | {"num_free_entries": 4 * 23}  # 23 table columns of 4 tokens, for prompts of up to 110
 FULL = CompressionParams()
@@ -223,6 +223,13 @@ def test_prompts_longer_than_the_pool(scarce, params, method):
         with pytest.raises(PromptTooLongError, match=r"110 tokens.*holds 92.*does not compress between the chunks"):
             scarce.generate(LONG_PROMPT, GREEDY, asked, use_tqdm=False)
     assert_all_free(scarce)
+
+
+def test_no_more_is_evicted_at_once_than_is_kept(llm):
+    asked = compression("h2o", None, keep_fraction=0.25, sink_tokens=2, recent_tokens=4, num_per_evict=12)
+    llm.generate(LONG_PROMPT[:67], GREEDY, asked, use_tqdm=False)  # 17 are kept, and 1 comes
+    with pytest.raises(InvalidArgumentError, match=r"at most 11, .* 16 that are kept of prompt .* got 12"):
+        llm.generate(LONG_PROMPT[:64], GREEDY, asked, use_tqdm=False)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in STEPPING])

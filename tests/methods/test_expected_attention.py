@@ -99,7 +99,15 @@ def test_moments_are_required():
 
 @pytest.mark.parametrize(
     "option",
-    [{"future_tokens": 0}, {"skipped_queries": -1}, {"use_covariance": 1}, {"use_vnorm": "no"}, {"epsilon": -1.0}],
+    [
+        {"future_tokens": 0},
+        {"future_tokens": 65537},
+        {"skipped_queries": -1},
+        {"skipped_queries": 2**31},
+        {"use_covariance": 1},
+        {"use_vnorm": "no"},
+        {"epsilon": -1.0},
+    ],
 )
 def test_bad_options_are_named(option):
     with pytest.raises(InvalidArgumentError, match=next(iter(option))):
