@@ -16,6 +16,7 @@ from pallas_kernels.delta_compress import (
     reference_mean_reference,
 )
 from pallas_kernels.delta_compress_triton import CompressTile
+from pallas_kernels.delta_places import Places, delta_places
 from pallas_kernels.delta_reconstruct import (
     delta_reconstruct,
     delta_reconstruct_reference,
@@ -61,6 +62,7 @@ __all__ = [
     "LatentPages",
     "PageAddress",
     "PageScan",
+    "Places",
     "PrefillTile",
     "ReconstructTile",
     "RecordTile",
@@ -78,6 +80,7 @@ __all__ = [
     "delta_attention_reference",
     "delta_compress",
     "delta_compress_reference",
+    "delta_places",
     "delta_reconstruct",
     "delta_reconstruct_reference",
     "dequantise",

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import online_softmax
 from pallas_kernels.checks import check_integer, check_shape, query_group
 from pallas_kernels.delta_attention_triton import DeltaTile, default_tile, delta_attention_triton
+from pallas_kernels.delta_places import Places
 from pallas_kernels.delta_reference import read_back_reference
 from pallas_kernels.delta_store import DeltaLayout, DeltaStore, check_rotation, check_rows, check_store, check_up
 from pallas_kernels.delta_store_xla import read_back, read_latents
@@ -33,6 +34,7 @@ def delta_attention(
     sin: jax.Array,
     up: jax.Array,
     up_bias: jax.Array | None = ...,
+    places: Places | None = ...,
     *,
     layout: DeltaLayout,
     num_kv_heads: int,
@@ -56,6 +58,7 @@ def delta_attention(
     sin: jax.Array,
     up: jax.Array,
     up_bias: jax.Array | None = ...,
+    places: Places | None = ...,
     *,
     layout: DeltaLayout,
     num_kv_heads: int,
@@ -78,6 +81,7 @@ def delta_attention(
     sin: jax.Array,
     up: jax.Array,
     up_bias: jax.Array | None = None,
+    places: Places | None = None,
     *,
     layout: DeltaLayout,
     num_kv_heads: int,
@@ -102,6 +106,7 @@ def delta_attention(
       cos, sin: f32[B, V, D/2] rotation of the listed positions.
       up: [d, 2*H*D] the linear up-projection, at the precision of the pools.
       up_bias: [2*H*D] or None.
+      places: what `delta_places` found for this layer; None: it is looked up. The XLA program does not need it.
       num_kv_heads: H.
       scale: factor of the scores, usually D**-0.5.
       return_lse: also return the log-sum-exp of the scaled scores.
@@ -124,6 +129,9 @@ def delta_attention(
     check_integer(positions=positions)
     check_rotation(cos, sin, batch, positions.shape[1], dim)
     check_up(up, up_bias, store, num_kv_heads)
+    if places is not None:
+        check_shape("places.near", places.near, (batch, store.latents.reference.shape[2], positions.shape[1]))
+        check_shape("places.latent", places.latent, tuple(positions.shape))
     implementation, interpret = resolve(implementation, interpret)
     dtype = q.dtype
     up = up.astype(store.k_pages.dtype)
@@ -141,7 +149,7 @@ def delta_attention(
         unpacked = read_latents(store, rows, history, positions, layout=layout) if coded else None
         out, lse = delta_attention_triton(
             q.astype(store.k_pages.dtype), store, unpacked, rows, recent_rows, history, positions, cos, sin, up,
-            up_bias, *layers, layout=common, heads=num_kv_heads, scale=scale,
+            up_bias, places, *layers, layout=common, heads=num_kv_heads, scale=scale,
             tile=tile or default_tile(store.k_pages), interpret=interpret,
         )  # fmt: skip
     out = out.astype(dtype)

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import online_softmax
-from pallas_kernels.delta_places import find_places
+from pallas_kernels.delta_places import everywhere, find_places
 from pallas_kernels.delta_tiles import (
     Columns,
     add_bias,
@@ -269,8 +269,8 @@ def _project_kernel(base_ref, latent_ref, up_ref, out_ref, *, heads, group):
 
 @functools.partial(jax.jit, static_argnames=("layout", "heads", "scale", "tile", "interpret"))
 def delta_attention_triton(
-    q, store, unpacked, rows, recent_rows, history, positions, cos, sin, up, up_bias, near_layer, latent_layer, *,
-    layout, heads, scale, tile, interpret,
+    q, store, unpacked, rows, recent_rows, history, positions, cos, sin, up, up_bias, places, near_layer, latent_layer,
+    *, layout, heads, scale, tile, interpret,
 ):  # fmt: skip
     """(out [B, Hq, D], lse f32[B, Hq]). `unpacked` [B, V, d] are the latents of the tokens, if the pool holds codes."""
     if store.k_pages.dtype == jnp.bfloat16:
@@ -278,11 +278,12 @@ def delta_attention_triton(
         cos, sin = cos.astype(jnp.float16), sin.astype(jnp.float16)
     batch, q_heads, dim = q.shape
     group, size, width = q_heads // heads, store.latents.size, positions.shape[1]
-    everywhere = jnp.full_like(rows, jnp.iinfo(jnp.int32).max)  # the positions that are listed are all held
-    near, latent = find_places(
-        store, rows, recent_rows, history, everywhere, positions, near_layer, latent_layer,
-        tokens=width, layout=layout, interpret=interpret,
-    )  # fmt: skip
+    if places is None:
+        (places,) = find_places(
+            store, rows, recent_rows, history, everywhere(rows), positions, [near_layer], [latent_layer],
+            tokens=width, layout=layout, interpret=interpret,
+        )  # fmt: skip
+    near, latent = places
     values = store.latents.values
     if unpacked is not None:
         values = unpacked

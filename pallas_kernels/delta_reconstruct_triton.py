@@ -109,8 +109,8 @@ def delta_reconstruct_triton(
     segments, tokens = rows.shape[0], cos.shape[1]
     page_size, dim = store.k_pages.shape[1:]
     block = min(tile.block, max(16, next_power_of_two(tokens)))
-    places = find_places(
-        store, rows, recent_rows, history, lengths, positions, near_layer, latent_layer,
+    (places,) = find_places(
+        store, rows, recent_rows, history, lengths, positions, [near_layer], [latent_layer],
         tokens=tokens, layout=layout, interpret=interpret,
     )  # fmt: skip
     inputs = [*store_arrays(store, places), lengths, cos, sin, residual if up is None else up]

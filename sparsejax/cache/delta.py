@@ -141,6 +141,11 @@ class DeltaCacheLayout:
         """Whether the layers behind a full layer follow what it attends to."""
         return self.is_full(layer) and layer + 1 < self.num_layers and not self.is_full(layer + 1)
 
+    def followers(self, layer: int) -> range:
+        """The layers of the model that follow a full one: all up to the next full one."""
+        behind = (each for each in range(layer + 1, self.num_layers) if self.is_full(each))
+        return range(layer + 1, next(behind, self.num_layers))
+
     def ring_row(self, rows):
         """Near row of the recent tokens of rows (ints or arrays); the null row's is the null row."""
         return (self.full.max_rows + rows) * (rows > 0)

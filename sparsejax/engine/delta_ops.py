@@ -5,6 +5,7 @@ The kernels know arrays; here they meet the cache, the compressor and the rotati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +16,10 @@ from pallas_kernels import (
     DeltaLayout,
     DeltaStore,
     Implementation,
+    Places,
     decode_attention,
     delta_attention,
+    delta_places,
     delta_reconstruct,
     prefill_attention,
     read_latents,
@@ -50,11 +53,13 @@ class DeltaView(NamedTuple):
     Attributes:
       positions: i32[B, V], tokens to read; -1 for none.
       cos, sin: f32[B, V, D / 2], their rotation.
+      places: by layer of the model, where it keeps them, if it looks them up by itself no more.
     """
 
     positions: jax.Array
     cos: jax.Array
     sin: jax.Array
+    places: dict[int, Places | None]
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,7 @@ class SparseLayer:
                 view.sin,
                 up["kernel"],
                 up.get("bias"),
+                view.places.get(self.layer),
                 layout=self.layout,
                 **common,
             )
@@ -204,17 +210,38 @@ class SparseLayer:
 
 
 def make_view(
-    selected: jax.Array, history: jax.Array, lengths: jax.Array, *, spec: StoreSpec, head_dim: int
+    selected: jax.Array,
+    rows: jax.Array,
+    history: jax.Array,
+    lengths: jax.Array,
+    *,
+    layers: Sequence[SparseLayer],
+    head_dim: int,
 ) -> DeltaView:
     """The view of sinks, selected history and recent tokens.
 
     Args:
       selected: i32[B, T], positions; -1 behind the last.
+      rows: i32[B].
       history: i32[B], tokens that are not recent.
       lengths: i32[B], tokens of each text; 0 for lanes that read nothing.
+      layers: those that will read it.
     """
+    spec = layers[0].spec
     geometry = spec.geometry
     positions = view_positions(selected, history, lengths, sinks=geometry.sinks, ring=geometry.ring)
     cos, sin = rope_cos_sin(spec.rope, head_dim, jnp.maximum(positions, 0).reshape(-1))
     shape = (*positions.shape, head_dim // 2)
-    return DeltaView(positions, cos.reshape(shape), sin.reshape(shape))
+    places: dict[int, Places | None] = {}
+    if spec.compressor.up_type == "linear":
+        found = delta_places(
+            layers[0].arrays,
+            rows,
+            layers[0].cache.layout.ring_row(rows),
+            history,
+            positions,
+            layouts=[each.layout for each in layers],
+            implementation=layers[0].implementation,
+        )
+        places = {each.layer: at for each, at in zip(layers, found, strict=True)}
+    return DeltaView(positions, cos.reshape(shape), sin.reshape(shape), places)

@@ -152,6 +152,10 @@ def delta_decode_part(
     # Dense lanes have no candidates, and read nothing through the view.
     length = jnp.where(compressed & ok, position + 1, 0)
     history = jnp.where(compressed, spec.geometry.history_at_query(position + 1), 0)
+    owners = jnp.where(length > 0, rows, 0)
+
+    def sparse_layer(cache: DeltaCache, layer: int) -> SparseLayer:
+        return SparseLayer(cache, layer, spec, params["compressor"][f"layers_{layer}"], implementation)
 
     def observe(layer, q, carry):
         full = carry.cache.full
@@ -178,7 +182,8 @@ def delta_decode_part(
             k=min(options.top, probabilities.shape[1]),
             implementation=implementation,
         )
-        view = make_view(selected, history, length, spec=spec, head_dim=q.shape[-1])
+        followers = [sparse_layer(carry.cache, each) for each in layout.followers(layer)]
+        view = make_view(selected, owners, history, length, layers=followers, head_dim=q.shape[-1])
         return out, carry._replace(view=view)
 
     def attend(layer, q, k, v, k_pre_rope, carry, mapping):
@@ -190,8 +195,7 @@ def delta_decode_part(
         if sparse is not None:
             out, carry = _on_near(sparse, layer, q, k, v, k_pre_rope, carry, mapping)
         if options.compressed:
-            at = SparseLayer(carry.cache, layer, spec, params["compressor"][f"layers_{layer}"], implementation)
-            read = at.attend_view(q, jnp.where(length > 0, rows, 0), history, carry.view)
+            read = sparse_layer(carry.cache, layer).attend_view(q, owners, history, carry.view)
             out = read if out is None else jnp.where(compressed[:, None, None], read, out)
         assert out is not None, "a step that decodes serves some kind of request"
         return out, carry

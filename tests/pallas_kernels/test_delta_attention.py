@@ -1,5 +1,6 @@
 """Attention over tokens that are read back in registers: kernel and XLA program against the reference."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from delta_cases import abstract_store, make_delta, rotations
 from kernel_cases import MODES, assert_same_attention, normal
 from lowering import lower_for_h200, triton_calls
 
-from pallas_kernels import DeltaTile, delta_attention, delta_attention_reference, delta_attention_triton
+from pallas_kernels import DeltaTile, delta_attention, delta_attention_reference, delta_attention_triton, delta_places
 from pallas_kernels.delta_store import view_positions
 
 HISTORIES, RECENTS = (0, 2, 3, 19, 40, 0), (5, 0, 1, 12, 7, 0)
@@ -76,6 +77,56 @@ def test_a_part_of_a_long_list_is_many_blocks(monkeypatch, most_parts, few_progr
     got = delta_attention(*arguments, **options, return_lse=True, tile=DeltaTile(16, 2, 1, 16, 1), **mode)
     assert_same_attention(got, delta_attention_reference(*arguments, **options), jnp.float32)
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("latent_dtype", ["float32", "int4"])
+def test_places_looked_up_for_layers_together_are_each_ones_own(latent_dtype):
+    case, up, _ = make(2, 16, 64, 8, jnp.float32, latent_dtype)
+    positions = listed(case)
+    cos, sin = rotations(np.maximum(positions, 0), 16)
+    q = normal(4, len(HISTORIES), 6, 16, dtype=jnp.float32)
+    rows = (case.rows, case.recent_rows, case.history, positions)
+    mode = {"implementation": "triton", "interpret": True}
+    others = [
+        dataclasses.replace(
+            case.layout,
+            near=dataclasses.replace(case.layout.near, layer_offset=2 * layer),
+            latent=dataclasses.replace(case.layout.latent, layer_offset=layer),
+        )
+        for layer in (0, 2)
+    ]
+    layouts = [others[0], case.layout, others[1]]
+    together = delta_places(case.store, *rows, layouts=layouts, **mode)
+    for layout, places in zip(layouts, together, strict=True):
+        (alone,) = delta_places(case.store, *rows, layouts=[layout], **mode)
+        jax.tree.map(np.testing.assert_array_equal, places, alone)
+    assert not np.array_equal(together[0].near, together[1].near)
+    arguments = (q, case.store, *rows, cos, sin, up, None)
+    options = {"layout": case.layout, "num_kv_heads": 2, "scale": 0.25}
+    got = delta_attention(*arguments, together[1], **options, return_lse=True, **mode)
+    assert_same_attention(got, delta_attention_reference(*arguments, **options), jnp.float32)
+
+
+def test_places_of_many_layers_lower_for_cuda():
+    store, layout = abstract_store(heads=8, dim=128, size=512, dtype=jnp.bfloat16, latent_dtype="bfloat16", requests=8)
+    layouts = [
+        dataclasses.replace(layout, latent=dataclasses.replace(layout.latent, layer_offset=layer)) for layer in range(9)
+    ]
+    row = jax.ShapeDtypeStruct((8,), jnp.int32)
+    positions = jax.ShapeDtypeStruct((8, 2320), jnp.int32)
+    find = functools.partial(delta_places, layouts=layouts)
+    assert triton_calls(lower_for_h200(find, store, row, row, row, positions)) == 1
+
+
+def test_places_are_checked():
+    case, *_ = make(2, 16, 64, 8, jnp.float32)
+    rows = (case.rows, case.recent_rows, case.history, listed(case))
+    with pytest.raises(ValueError, match="layouts must differ in the layer only"):
+        delta_places(
+            case.store, *rows, layouts=[case.layout, dataclasses.replace(case.layout, ring=5)], implementation="triton",
+            interpret=True,
+        )  # fmt: skip
+    assert delta_places(case.store, *rows, layouts=[case.layout] * 2, implementation="xla") == [None, None]
 
 
 def test_the_view_of_a_row_is_its_sinks_what_is_recent_and_what_was_selected():
