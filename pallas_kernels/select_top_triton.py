@@ -19,7 +19,8 @@ from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two
 
 _LOWEST = np.int32(np.iinfo(np.int32).min)
 _SHORT = 8192  # slots of a row that one program searches alone
-_CHUNK = 4096
+_CHUNKS = (4096, 2048)  # slots of one: where there are many, or few
+_FEW_CHUNKS = 66  # half of an H200's multiprocessors
 _BLOCK = 1024  # slots of a chunk that are compared with the pivots at once
 _PIVOTS = 32
 # What a pass settles: five bits from here on; the last one, of two bits, has pivots at every number and beyond.
@@ -113,9 +114,10 @@ def _at(counts, index):
 
 
 def _search_kernel(
-    scores_ref, first_ref, last_ref, wanted_ref, shift_ref, state_ref, counts_ref, next_state_ref, next_counts_ref
-):
-    """One chunk: how many of its keys reach each pivot floor + (j << shift), j = 0 .. 31.
+    scores_ref, first_ref, last_ref, wanted_ref, shift_ref, state_ref, counts_ref, next_state_ref, next_counts_ref, *,
+    size,
+):  # fmt: skip
+    """One chunk of `size` slots: how many of its keys reach each pivot floor + (j << shift), j = 0 .. 31.
 
     The floor follows from the pass before: its floor, its shift and the counts of all chunks. `shift_ref` holds that
     shift and the new one, the state of a row its floor and whether just the wanted keys reach it. From then on a chunk
@@ -123,7 +125,7 @@ def _search_kernel(
     """
     row, chunk = pl.program_id(0), pl.program_id(1)
     first, last, wanted = first_ref[row], last_ref[row], wanted_ref[row]
-    start, stop = first // _CHUNK, pl.cdiv(last, _CHUNK)
+    start, stop = first // size, pl.cdiv(last, size)
     searched = ((chunk >= start) & (chunk < stop)) | (chunk == 0)
 
     @pl.when(searched)
@@ -149,21 +151,22 @@ def _search_kernel(
         @pl.when(~is_settled)
         def _():
             bound = floor + jnp.left_shift(pivot, shift_ref[1])
-            counts = jnp.zeros(_PIVOTS, jnp.int32)
-            for block in range(0, _CHUNK, _BLOCK):
-                slot = chunk * _CHUNK + block + jnp.arange(_BLOCK, dtype=jnp.int32)
+            # Summed over the threads once, behind all blocks.
+            counts = jnp.zeros((_PIVOTS, _BLOCK), jnp.int32)
+            for block in range(0, size, _BLOCK):
+                slot = chunk * size + block + jnp.arange(_BLOCK, dtype=jnp.int32)
                 # Keys that are not live are below every number's, so none of them reaches a pivot that matters.
                 keys, _ = _load_keys(scores_ref, row, slot, first, last)
-                counts += (keys[None, :] >= bound[:, None]).astype(jnp.int32).sum(axis=1)
-            plgpu.store(next_counts_ref.at[at], counts)
+                counts += (keys[None, :] >= bound[:, None]).astype(jnp.int32)
+            plgpu.store(next_counts_ref.at[at], counts.sum(axis=1))
 
 
-def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, state_ref, counts_ref, out_ref):
-    """One chunk: writes its chosen slots, and its share of what stays empty."""
+def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, state_ref, counts_ref, out_ref, *, size):
+    """One chunk of `size` slots: writes its chosen slots, and its share of what stays empty."""
     row, chunk = pl.program_id(0), pl.program_id(1)
     first, last, wanted = first_ref[row], last_ref[row], wanted_ref[row]
-    start, stop = first // _CHUNK, pl.cdiv(last, _CHUNK)
-    slot = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
+    start, stop = first // size, pl.cdiv(last, size)
+    slot = chunk * size + jnp.arange(size, dtype=jnp.int32)
     has_chosen = (chunk >= start) & (chunk < stop) & (wanted > 0)
 
     @pl.when(has_chosen)
@@ -205,13 +208,15 @@ def select_top_triton(scores, first, last, wanted, *, k, interpret):
             interpret=interpret,
             name="select_top_row",
         )(scores, first, last, wanted)
-    chunks = -(-size // _CHUNK)
+    many, few = _CHUNKS
+    chunk = few if rows * pl.cdiv(size, many) <= _FEW_CHUNKS else many
+    chunks = pl.cdiv(size, chunk)
     state = jnp.stack([jnp.full(rows, _LOWEST, jnp.int32), jnp.zeros(rows, jnp.int32)], axis=1)
     counts = jnp.zeros((rows, chunks, _PIVOTS), jnp.int32)
     # The shifts are data, so that one compiled kernel serves all passes.
     for before, shift in zip((0, *_SHIFTS), _SHIFTS, strict=False):
         state, counts = pl.pallas_call(
-            _search_kernel,
+            functools.partial(_search_kernel, size=chunk),
             grid=(rows, chunks),
             in_specs=[WHOLE] * 7,
             out_specs=[WHOLE] * 2,
@@ -224,7 +229,7 @@ def select_top_triton(scores, first, last, wanted, *, k, interpret):
             name="select_top_search",
         )(scores, first, last, wanted, jnp.array([before, shift, 0], jnp.int32), state, counts)
     return pl.pallas_call(
-        _emit_kernel,
+        functools.partial(_emit_kernel, size=chunk),
         grid=(rows, chunks),
         in_specs=[WHOLE] * 6,
         out_specs=WHOLE,

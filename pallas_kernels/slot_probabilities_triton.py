@@ -23,9 +23,9 @@ from pallas_kernels.tiles import (
     locate_slots,
 )
 
-_LSE_BLOCK, _LSE_WARPS = 4096, 8  # logits of one query head that are read at once
+_LSE_BLOCK, _LSE_WARPS = 4096, 4  # logits of one query head that are read at once
 _LSE_PROGRAMS, _LSE_MOST_PARTS = 1056, 8  # programs to start: eight on each of an H200's 132 multiprocessors
-_MAX_BLOCK, _MAX_WARPS = 512, 4  # slots of a program that takes the largest
+_MAX_BLOCK, _MAX_WARPS = 1024, 8  # slots of a program that takes the largest
 
 
 def _head_length(length_ref, address, row, head):

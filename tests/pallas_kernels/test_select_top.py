@@ -49,7 +49,7 @@ def mode(request):
 @pytest.fixture
 def split_rows(monkeypatch):
     """Has rows of more than 128 slots cut into chunks of 128."""
-    monkeypatch.setattr(select_top_triton, "_CHUNK", 128)
+    monkeypatch.setattr(select_top_triton, "_CHUNKS", (256, 128))
     monkeypatch.setattr(select_top_triton, "_BLOCK", 64)
     monkeypatch.setattr(select_top_triton, "_CHUNKS_PER_STEP", 2)
     monkeypatch.setattr(select_top_triton, "_SHORT", 128)
