@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparsejax.errors import InvalidArgumentError, unknown_key_error
-from sparsejax.validation import flag
+from sparsejax.validation import choice, flag, number, whole
 
 if TYPE_CHECKING:  # all bring JAX, which the command line's parser does not need
     from pallas_kernels import Implementation
@@ -99,44 +101,39 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_seqs", "num_pages")
-        for name in (*positive, "max_resident_rows", "max_mixed_tokens", "recent_tokens"):
-            value = getattr(self, name)
-            if value is not None and (not _is_whole(value) or value < 1):
-                raise InvalidArgumentError(f"{name} must be a positive whole number, got {value!r}.")
-        if not _is_whole(self.page_size) or self.page_size < 1 or self.page_size & (self.page_size - 1):
+        for name in (*positive, "max_resident_rows", "max_mixed_tokens", "recent_tokens", "page_size"):
+            self._check(name, whole, 1)
+        if self.page_size & (self.page_size - 1):
             raise InvalidArgumentError(f"page_size must be a power of two (1, 2, 4, ...), got {self.page_size!r}.")
-        fraction = self.gpu_memory_utilization
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise InvalidArgumentError(f"gpu_memory_utilization must be a number in (0, 1], got {fraction!r}.")
-        if not _is_whole(self.seed) or self.seed < 0:
-            raise InvalidArgumentError(f"seed must be a whole number of at least 0, got {self.seed!r}.")
-        _require_choice("dtype", self.dtype, DTYPES)
-        _require_choice("table_granularity", self.table_granularity, (None, *GRANULARITIES))
-        _require_choice("implementation", self.implementation, (None, "triton", "xla"))
-        share = self.dense_cache_fraction
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-            raise InvalidArgumentError(f"dense_cache_fraction must be a number in [0, 1), got {share!r}.")
-        _require_choice("latent_dtype", self.latent_dtype, (None, *LATENT_DTYPES))
-        flag("enable_prefix_caching", self.enable_prefix_caching)
-        flag("skip_tokenizer_init", self.skip_tokenizer_init)
-        _require_choice("warmup", self.warmup, (False, True, "greedy"))
+        self._check("gpu_memory_utilization", partial(number, above=True), 0.0, 1.0)
+        self._check("dense_cache_fraction", number, 0.0, 1.0)
+        if self.dense_cache_fraction == 1.0:
+            raise InvalidArgumentError("dense_cache_fraction must be less than 1: compressed requests need the rest.")
+        self._check("seed", whole, 0)
+        self._check("dtype", choice, DTYPES)
+        self._check("table_granularity", choice, GRANULARITIES)
+        self._check("implementation", choice, ("triton", "xla"))
+        self._check("latent_dtype", choice, LATENT_DTYPES)
+        self._check("enable_prefix_caching", flag)
+        self._check("skip_tokenizer_init", flag)
+        if not isinstance(self.warmup, bool) and self.warmup != "greedy":
+            raise InvalidArgumentError(f"warmup must be False, True or 'greedy', got {self.warmup!r}.")
         if self.tensor_parallel_size != 1:
             raise InvalidArgumentError(
                 f"tensor_parallel_size must be 1: tensor parallelism is not available yet, got "
                 f"{self.tensor_parallel_size!r}. Run one engine a GPU instead."
             )
-        layers = self.full_attention_layers
-        if layers is not None and not (isinstance(layers, tuple) and all(_is_whole(x) and x >= 0 for x in layers)):
-            raise InvalidArgumentError(
-                f"full_attention_layers must be a list of layers, numbered from 0, got {layers!r}."
-            )
+        if self.full_attention_layers is not None:
+            from sparsejax.methods.selection import full_layers
+
+            object.__setattr__(self, "full_attention_layers", full_layers(self.full_attention_layers))
         if self.methods is not None:
-            if not isinstance(self.methods, tuple | frozenset | set) or not self.methods:
+            if not isinstance(self.methods, list | tuple | frozenset | set) or not self.methods:
                 raise InvalidArgumentError(f"methods must be a list of at least one name, got {self.methods!r}.")
             from sparsejax import methods
 
-            for name in self.methods:
-                _require_choice("methods", name, methods.available())
+            names = tuple(choice("methods", name, methods.available()) for name in self.methods)
+            object.__setattr__(self, "methods", names)
         if self.default_compression is not None:
             from sparsejax.engine.sampling_params import CompressionParams
 
@@ -145,6 +142,12 @@ class EngineConfig:
                     f"default_compression must be CompressionParams, got {self.default_compression!r}."
                 )
 
+    def _check(self, name: str, check: Callable[..., Any], *allowed: Any) -> None:
+        """Normalises an argument by a check of `sparsejax.validation`; None passes where it is the default."""
+        value = getattr(self, name)
+        if value is not None or self.__dataclass_fields__[name].default is not None:
+            object.__setattr__(self, name, check(name, value, *allowed))
+
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
         """Builds a config; an unknown key is an error that names the nearest valid one."""
@@ -152,16 +155,4 @@ class EngineConfig:
         for name in kwargs:
             if name not in valid:
                 raise unknown_key_error(name, valid, "LLM")
-        for name in ("methods", "full_attention_layers"):
-            if isinstance(kwargs.get(name), list):
-                kwargs[name] = tuple(kwargs[name])
         return cls(**kwargs)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require_choice(name: str, value: Any, allowed: tuple) -> None:
-    if value not in allowed:
-        raise InvalidArgumentError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")

@@ -72,16 +72,12 @@ def check_store_options(args: argparse.Namespace, method: str, *more: str) -> No
 
 def store_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword options of an LLM from those of `add_store_options`, and from --full-attention-layers if there is one."""
-    from sparsejax.methods.selection import full_layers
-
     given = {
         "compressor": args.compressor,
         "latent_dtype": args.latent_dtype,
         "recent_tokens": args.engine_recent_tokens,
+        "full_attention_layers": getattr(args, "full_attention_layers", None),
     }
-    layers = getattr(args, "full_attention_layers", None)
-    if layers is not None:
-        given["full_attention_layers"] = full_layers(layers)
     return {name: value for name, value in given.items() if value is not None}
 
 

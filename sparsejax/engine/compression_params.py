@@ -194,7 +194,9 @@ class CompressionParams:
 
     def recent(self, text_length: int) -> int:
         """Last tokens that are protected in a text of `text_length` tokens."""
-        return self._recent_in(self.budget(text_length)) if self._recent_of_any is None else self._recent_of_any
+        if self._recent_of_any is not None:
+            return self._recent_of_any
+        return self._recent_of(self.budget(text_length))
 
     @cached_property
     def _recent_of_any(self) -> int | None:
@@ -202,10 +204,6 @@ class CompressionParams:
         if self.recent_tokens is not None:
             return self._least_recent
         return self._recent_of(self.budget_tokens) if self.evicts and self.budget_tokens is not None else None
-
-    def _recent_in(self, budget: int) -> int:
-        """Last tokens that are protected where so many are kept."""
-        return self._recent_of(budget) if self._recent_of_any is None else self._recent_of_any
 
     def _recent_of(self, budget: int) -> int:
         return min(self.policy.default_recent_tokens(budget, self.window), max(budget - self.sinks, 0))
@@ -250,23 +248,9 @@ class CompressionParams:
         """Tokens evicted when a step exceeds the budget."""
         return 1 if self.num_per_evict is None else self.num_per_evict
 
-    def check_evict_count(self, budget: int, what: str) -> None:
-        """Refuses to evict more tokens at once than there are to choose from.
-
-        Args:
-          budget: tokens to keep.
-          what: what messages call it.
-
-        Raises:
-          InvalidArgumentError: it does.
-        """
-        # A step that exceeds the budget holds budget + 1 tokens.
-        most = budget + 1 - self.sinks - self._recent_in(budget)
-        if self.evict_count > most:
-            raise InvalidArgumentError(
-                f"num_per_evict must be at most {most}, the tokens of {what} that are not protected; got "
-                f"{self.evict_count}."
-            )
+    def most_evicted(self, text_length: int) -> int:
+        """Tokens of a text of `text_length` tokens that a step over budget, by one, has to choose from."""
+        return self.budget(text_length) + 1 - self.sinks - self.recent(text_length)
 
     @cached_property
     def _least_recent(self) -> int:
@@ -377,7 +361,12 @@ class CompressionParams:
                 f"sink_tokens ({self.sinks}) and recent_tokens ({self._least_recent}, an observation window that is "
                 f"always kept included) must together be at most budget_tokens ({budget})."
             )
-        self.check_evict_count(budget, f"a budget of {budget} tokens")
+        most = self.most_evicted(budget)
+        if self.evict_count > most:
+            raise InvalidArgumentError(
+                f"num_per_evict must be at most {most}, the tokens of a full budget that are not protected; got "
+                f"{self.evict_count}."
+            )
 
 
 def _own_options(policy: type[methods.Method], rule: type[BudgetRule]) -> set[str]:

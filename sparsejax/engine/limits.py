@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.compression_schedule import CompressionSchedule
 from sparsejax.engine.footprint import Footprint, footprint_of
 from sparsejax.engine.request import Request
@@ -40,8 +41,7 @@ def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Foo
             raise PromptTooLongError(_too_long(name, length, config))
         return None
     if params.per_step:
-        budget = params.budget(length)  # it never shrinks
-        params.check_evict_count(budget, f"the {budget} that are kept of {name}, which has {length}")
+        _check_evict_count(params, length, name)
     schedule = CompressionSchedule(params, length)
     footprint = footprint_of(schedule, pool, max_chunk=config.max_num_batched_tokens)
     if footprint is None:
@@ -79,6 +79,16 @@ def _check_decoded_prompt(request: Request, name: str) -> None:
                 f"{name} is decoded from its context_tokens={request.compression.context_tokens} on, where "
                 f"{argument} is not available: leave one of them out."
             )
+
+
+def _check_evict_count(params: CompressionParams, length: int, name: str) -> None:
+    """Refuses to evict more tokens at once than there are to choose from; later, budgets are never smaller."""
+    most = params.most_evicted(length)
+    if params.evict_count > most:
+        raise InvalidArgumentError(
+            f"num_per_evict must be at most {most}, the tokens that are not protected when {name}, of {length} tokens, "
+            f"exceeds the {params.budget(length)} that keep_fraction leaves of it; got {params.evict_count}."
+        )
 
 
 def _check_alignment(footprint: Footprint, config: SchedulerConfig) -> None:

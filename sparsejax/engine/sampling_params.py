@@ -50,7 +50,8 @@ class SamplingParams:
       top_k: sample among the k most likely tokens (ties go to the lower id); 0 or -1: all.
       top_p: sample among the fewest tokens whose probability reaches top_p, in (0, 1]; 1: all.
       min_p: drop tokens less likely than min_p times the most likely one, in [0, 1]; 0: none.
-      repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the answer; 1: off.
+      repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the answer,
+        0.01 to 100; 1: off.
       presence_penalty: subtracted from the logits of tokens in the answer, in [-2, 2].
       frequency_penalty: subtracted once for each time a token is in the answer, in [-2, 2].
       seed: of this request's draws, in [0, 2^32): same seed, same tokens, whatever else runs. None: the engine's own.
@@ -95,7 +96,7 @@ class SamplingParams:
         self._set("top_k", max(top_k, 0))
         self._set("top_p", number("top_p", self.top_p, 0.0, 1.0, above=True))
         self._set("min_p", number("min_p", self.min_p, 0.0, 1.0))
-        self._set("repetition_penalty", number("repetition_penalty", self.repetition_penalty, 0.0, above=True))
+        self._set("repetition_penalty", number("repetition_penalty", self.repetition_penalty, 0.01, 100.0))
         self._set("presence_penalty", number("presence_penalty", self.presence_penalty, -2.0, 2.0))
         self._set("frequency_penalty", number("frequency_penalty", self.frequency_penalty, -2.0, 2.0))
         if self.seed is not None:

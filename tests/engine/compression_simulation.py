@@ -68,6 +68,9 @@ class Params:
             return self.budget_tokens
         return max(math.ceil(self.keep_fraction * text_length), 1)
 
+    def most_evicted(self, text_length: int) -> int:
+        return self.budget(text_length)
+
 
 def request(name, prompt, max_tokens=4, *, shared=0, family=0, compression=None, **params) -> Request:
     """As `scheduler_simulation.request`."""
