@@ -16,7 +16,7 @@ from pallas_kernels.delta_compress import (
     reference_mean_reference,
 )
 from pallas_kernels.delta_compress_triton import CompressTile
-from pallas_kernels.delta_places import Places, delta_places
+from pallas_kernels.delta_places import delta_places
 from pallas_kernels.delta_reconstruct import (
     delta_reconstruct,
     delta_reconstruct_reference,
@@ -24,7 +24,7 @@ from pallas_kernels.delta_reconstruct import (
     scratch_table,
 )
 from pallas_kernels.delta_reconstruct_triton import ReconstructTile
-from pallas_kernels.delta_store import DeltaLayout, DeltaStore, view_positions
+from pallas_kernels.delta_store import DeltaLayout, DeltaStore, Places, view_positions
 from pallas_kernels.delta_store_xla import read_latents
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.in_order import in_order

@@ -15,9 +15,17 @@ import jax.numpy as jnp
 from pallas_kernels import online_softmax
 from pallas_kernels.checks import check_integer, check_shape, query_group
 from pallas_kernels.delta_attention_triton import DeltaTile, default_tile, delta_attention_triton
-from pallas_kernels.delta_places import Places
+from pallas_kernels.delta_places import delta_places
 from pallas_kernels.delta_reference import read_back_reference
-from pallas_kernels.delta_store import DeltaLayout, DeltaStore, check_rotation, check_rows, check_store, check_up
+from pallas_kernels.delta_store import (
+    DeltaLayout,
+    DeltaStore,
+    Places,
+    check_rotation,
+    check_rows,
+    check_store,
+    check_up,
+)
 from pallas_kernels.delta_store_xla import read_back, read_latents
 from pallas_kernels.dispatch import Implementation, resolve
 
@@ -106,7 +114,7 @@ def delta_attention(
       cos, sin: f32[B, V, D/2] rotation of the listed positions.
       up: [d, 2*H*D] the linear up-projection, at the precision of the pools.
       up_bias: [2*H*D] or None.
-      places: what `delta_places` found for this layer; None: it is looked up. The XLA program does not need it.
+      places: what `delta_places` found for this layer; None: it is looked up.
       num_kv_heads: H.
       scale: factor of the scores, usually D**-0.5.
       return_lse: also return the log-sum-exp of the scaled scores.
@@ -132,6 +140,7 @@ def delta_attention(
     if places is not None:
         check_shape("places.near", places.near, (batch, store.latents.reference.shape[2], positions.shape[1]))
         check_shape("places.latent", places.latent, tuple(positions.shape))
+        check_integer(**{f"places.{name}": array for name, array in places._asdict().items()})
     implementation, interpret = resolve(implementation, interpret)
     dtype = q.dtype
     up = up.astype(store.k_pages.dtype)
@@ -139,10 +148,13 @@ def delta_attention(
     if 0 in (batch, positions.shape[1]):
         out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], online_softmax.EMPTY_LSE, jnp.float32)
     elif implementation == "xla":
+        if places is None:
+            (places,) = delta_places(
+                store, rows, recent_rows, history, positions, layouts=[layout], implementation="xla"
+            )
         out, lse = _attention_xla(
-            q, store, rows, recent_rows, history, positions, cos, sin, up, up_bias, *layers,
-            layout=common, heads=num_kv_heads, scale=scale,
-        )  # fmt: skip
+            q, store, places, cos, sin, up, up_bias, layout=common, heads=num_kv_heads, scale=scale
+        )
     else:
         # Codes are unpacked once for all heads.
         coded = store.latents.scale is not None
@@ -181,12 +193,6 @@ def _attend(q, k, v, live, scale):
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "heads", "scale"))
-def _attention_xla(
-    q, store, rows, recent_rows, history, positions, cos, sin, up, up_bias, near_layer, latent_layer, *, layout, heads,
-    scale,
-):  # fmt: skip
-    layout = layout.join_layer(near_layer, latent_layer)
-    k, v = read_back(
-        store, rows, recent_rows, history, positions, cos, sin, up, up_bias, None, layout=layout, heads=heads
-    )
-    return _attend(q, k, v, positions >= 0, scale)
+def _attention_xla(q, store, places, cos, sin, up, up_bias, *, layout, heads, scale):
+    k, v = read_back(store, places, cos, sin, up, up_bias, None, layout=layout, heads=heads)
+    return _attend(q, k, v, places.near[:, 0] >= 0, scale)

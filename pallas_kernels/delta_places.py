@@ -7,7 +7,6 @@ looked up together: the tables are theirs in common, only references differ.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.checks import check_integer, check_shape
-from pallas_kernels.delta_store import DeltaLayout, DeltaStore, check_rows, check_store, tokens_at
+from pallas_kernels.delta_store import DeltaLayout, DeltaStore, Places, check_rows, check_store, tokens_at
+from pallas_kernels.delta_store_xla import places_of
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.tiles import WHOLE, next_power_of_two
 
 _BLOCK, _NUM_WARPS = 128, 4  # tokens of a program
-
-
-class Places(NamedTuple):
-    """Rows of the pools seen as [P * page, n].
-
-    Attributes:
-      near: i32[S, K, T] rows of KV head 0 whose mean is the token's reference; for a token that is kept exactly its own
-        row, K times; -1 for unused tokens.
-      latent: i32[S, T] row of the token's latent; -1 if it has none or is unused.
-
-    Blocks of tokens beyond the length of their row are not written.
-    """
-
-    near: jax.Array
-    latent: jax.Array
 
 
 def delta_places(
@@ -47,7 +32,7 @@ def delta_places(
     layouts: Sequence[DeltaLayout],
     implementation: Implementation | None = None,
     interpret: bool | None = None,
-) -> list[Places | None]:
+) -> list[Places]:
     """Looks listed tokens up for several layers at once; `delta_attention` takes what was found for its layer.
 
     What is found holds until tokens of these rows are compressed.
@@ -55,7 +40,7 @@ def delta_places(
     Args:
       store, rows, recent_rows, history, positions: as `delta_attention` takes them.
       layouts: of the layers, which differ in the layer only.
-      implementation, interpret: see `dispatch.resolve`. "xla" finds nothing: its attention looks tokens up itself.
+      implementation, interpret: see `dispatch.resolve`.
 
     Raises:
       ValueError, TypeError: arguments that do not fit.
@@ -65,16 +50,21 @@ def delta_places(
     check_rows(rows.shape[0], rows=rows, recent_rows=recent_rows, history=history)
     check_shape("positions", positions, (rows.shape[0], None))
     check_integer(positions=positions)
-    implementation, interpret = resolve(implementation, interpret)
-    if implementation == "xla" or 0 in positions.shape or not layouts:
-        return [None] * len(layouts)
     common, near_layers, latent_layers = zip(*(layout.split_layer() for layout in layouts), strict=True)
     if len(set(common)) > 1:
         raise ValueError(f"layouts must differ in the layer only, got {layouts}")
-    found = _find(
+    implementation, interpret = resolve(implementation, interpret)
+    if implementation == "xla" or 0 in positions.shape:
+        layers = zip(near_layers, latent_layers, strict=True)
+        return [_find_xla(store, rows, recent_rows, history, positions, *layer, layout=common[0]) for layer in layers]
+    return _find(
         store, rows, recent_rows, history, positions, near_layers, latent_layers, layout=common[0], interpret=interpret
     )
-    return [*found]
+
+
+@functools.partial(jax.jit, static_argnames=("layout",))
+def _find_xla(store, rows, recent_rows, history, positions, near_layer, latent_layer, *, layout):
+    return places_of(store, rows, recent_rows, history, positions, layout=layout.join_layer(near_layer, latent_layer))
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "interpret"))
@@ -144,7 +134,10 @@ def find_places(
     store: DeltaStore, rows, recent_rows, history, lengths, positions, near_layers: Sequence[jax.Array],
     latent_layers: Sequence[jax.Array], *, tokens: int, layout, interpret: bool,
 ) -> list[Places]:  # fmt: skip
-    """Looks up, in each layer, the tokens at `positions` i32[S, T], or 0 .. T-1 if None, below `lengths` i32[S]."""
+    """Looks up, in each layer, the tokens at `positions` i32[S, T], or 0 .. T-1 if None, below `lengths` i32[S].
+
+    Of no positions, blocks of tokens beyond the length of their row are not written.
+    """
     segments, neighbors, layers = rows.shape[0], store.latents.reference.shape[2], len(near_layers)
     block = min(_BLOCK, max(16, next_power_of_two(tokens)))
     inputs = [store.near_table, store.latent_table, store.latents.reference, rows, recent_rows, history, lengths]

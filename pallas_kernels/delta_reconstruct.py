@@ -13,7 +13,7 @@ from pallas_kernels.checks import check_integer, check_shape
 from pallas_kernels.delta_reconstruct_triton import ReconstructTile, default_tile, delta_reconstruct_triton
 from pallas_kernels.delta_reference import read_back_reference
 from pallas_kernels.delta_store import DeltaLayout, DeltaStore, check_rotation, check_rows, check_store, check_up
-from pallas_kernels.delta_store_xla import read_back
+from pallas_kernels.delta_store_xla import places_of, read_back
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.paging import PageAddress
 
@@ -159,8 +159,8 @@ def _reconstruct_xla(
     def visit(step, out):
         part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=step * block, slice_size=block, axis=1)
         new = read_back(
-            store, rows, recent_rows, history, part(positions), part(cos), part(sin), up, up_bias,
-            None if residual is None else part(residual), layout=layout, heads=heads,
+            store, places_of(store, rows, recent_rows, history, part(positions), layout=layout), part(cos), part(sin),
+            up, up_bias, None if residual is None else part(residual), layout=layout, heads=heads,
         )  # fmt: skip
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), step * block, axis=1)

@@ -43,6 +43,19 @@ class DeltaStore(NamedTuple):
     latent_table: jax.Array
 
 
+class Places(NamedTuple):
+    """Where listed tokens are in one layer: rows of the pools seen as [P * page, n].
+
+    Attributes:
+      near: i32[B, K, T] rows of KV head 0 whose mean is the token's reference; for a token that is kept exactly its own
+        row, K times; -1 for unused tokens.
+      latent: i32[B, T] row of the token's latent; -1 if it has none or is unused.
+    """
+
+    near: jax.Array
+    latent: jax.Array
+
+
 @dataclass(frozen=True)
 class DeltaLayout:
     """How positions become places in one layer; static, hashable.

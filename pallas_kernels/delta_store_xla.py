@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.delta_store import DeltaLayout, DeltaStore, check_rows, check_store, tokens_at
+from pallas_kernels.delta_store import DeltaLayout, DeltaStore, Places, check_rows, check_store, tokens_at
 from pallas_kernels.latents import dequantise
 
 
@@ -33,29 +33,37 @@ def read_latents(
 @functools.partial(jax.jit, static_argnames=("layout",))
 def _read_latents(store, rows, history, positions, near_layer, latent_layer, *, layout):
     layout = layout.join_layer(near_layer, latent_layer)
-    z, *_ = parts_of(store, rows, rows, history, positions, layout=layout)
-    return z.astype(store.k_pages.dtype)
+    places = places_of(store, rows, rows, history, positions, layout=layout)
+    return _latents(store, places).astype(store.k_pages.dtype)
 
 
-def parts_of(store: DeltaStore, rows, recent_rows, history, positions, *, layout: DeltaLayout):
-    """(z f32[B, T, d], 0 without a latent; compressed bool[B, T]; row i32[B, T]; ids i32[B, T, K] near slots).
-
-    The mean of the slots is the token's reference. One that is kept exactly is its own reference, K times.
-    """
+def places_of(store: DeltaStore, rows, recent_rows, history, positions, *, layout: DeltaLayout) -> Places:
+    """Where the tokens at positions i32[B, T] are."""
     rows, recent_rows, history = (x[:, None] for x in (rows, recent_rows, history))
-    compressed, row, slot = tokens_at(rows, recent_rows, history, positions, layout=layout)
-    latents = store.latents
-    page_size = latents.values.shape[1]
-    at = jnp.where(compressed, slot, 0)
-    entry = store.latent_table[0, rows, 0, at // page_size]
-    page, place = layout.latent.page(entry, 0), at % page_size
+    live = positions >= 0
+    compressed, row, own = tokens_at(rows, recent_rows, history, positions, layout=layout)
+    compressed &= live
+    reference = store.latents.reference
+    page_size = reference.shape[1]
+    slot = jnp.where(compressed, own, 0)
+    page = layout.latent.page(store.latent_table[0, rows, 0, slot // page_size], 0)
+    slot %= page_size
+    centers = jnp.where(compressed[..., None], reference[page, slot].astype(jnp.int32), own[..., None])
+    near_size = store.k_pages.shape[1]
+    near_page = layout.near.page(store.near_table[0, row[..., None], 0, centers // near_size], 0)
+    near = jnp.where(live[..., None], near_page * near_size + centers % near_size, -1)
+    return Places(jnp.moveaxis(near, 2, 1), jnp.where(compressed, page * page_size + slot, -1))
+
+
+def _latents(store: DeltaStore, places: Places) -> jax.Array:
+    """f32[B, T, d]; 0 of tokens that have none."""
+    row, latents = jnp.maximum(places.latent, 0), store.latents
+    values = latents.values.reshape(-1, latents.values.shape[2])[row]
     if latents.scale is None:
-        z = latents.values[page, place].astype(jnp.float32)
+        z = values.astype(jnp.float32)
     else:
-        z = dequantise(latents.values[page, place], latents.scale[page, place])
-    reference = latents.reference[page, place].astype(jnp.int32)
-    ids = jnp.where(compressed[..., None], reference, slot[..., None])
-    return jnp.where(compressed[..., None], z, 0.0), compressed, row, ids
+        z = dequantise(values, latents.scale.reshape(-1, latents.scale.shape[2])[row])
+    return jnp.where((places.latent >= 0)[..., None], z, 0.0)
 
 
 def mean_of(pool, page_table, row, ids, *, address, heads: int) -> jax.Array:
@@ -73,20 +81,19 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def read_back(
-    store: DeltaStore, rows, recent_rows, history, positions, cos, sin, up, up_bias, residual, *, layout, heads
-):
+def read_back(store: DeltaStore, places: Places, cos, sin, up, up_bias, residual, *, layout: DeltaLayout, heads: int):
     """(K after RoPE f32[B, T, H, D], V f32[B, T, H, D]) of listed tokens; unused ones come out as anything finite."""
-    dim = store.k_pages.shape[2]
-    z, compressed, row, ids = parts_of(store, rows, recent_rows, history, positions, layout=layout)
-    used = (positions >= 0)[..., None, None]
+    page_size, dim = store.k_pages.shape[1:]
+    head_rows = layout.near.head_stride * page_size * jnp.arange(heads, dtype=jnp.int32)
+    near = jnp.maximum(places.near, 0)[..., None] + head_rows  # [B, K, T, H]
+    used = (places.near[:, 0] >= 0)[..., None, None]
     k, v = (
-        jnp.where(used, mean_of(pool, store.near_table, row, ids, address=layout.near, heads=heads), 0.0)
+        jnp.where(used, pool.reshape(-1, dim)[near].astype(jnp.float32).mean(axis=1), 0.0)
         for pool in (store.k_pages, store.v_pages)
     )
     if residual is None:
-        residual = jnp.einsum("btd,df->btf", z, up.astype(jnp.float32), precision="highest")
+        residual = jnp.einsum("btd,df->btf", _latents(store, places), up.astype(jnp.float32), precision="highest")
         residual = residual if up_bias is None else residual + up_bias.astype(jnp.float32)
-    residual = jnp.where(compressed[..., None], residual.astype(jnp.float32), 0.0)
-    residual = residual.reshape(*positions.shape, 2, heads, dim)
+    residual = jnp.where((places.latent >= 0)[..., None], residual.astype(jnp.float32), 0.0)
+    residual = residual.reshape(*places.latent.shape, 2, heads, dim)
     return rotate(k + residual[:, :, 0], cos, sin), v + residual[:, :, 1]

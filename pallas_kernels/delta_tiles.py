@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.delta_places import Places
-from pallas_kernels.delta_store import DeltaStore
+from pallas_kernels.delta_store import DeltaStore, Places
 from pallas_kernels.latents import GROUP
 from pallas_kernels.tiles import exact_dot, index_grid, next_power_of_two
 

@@ -53,13 +53,13 @@ class DeltaView(NamedTuple):
     Attributes:
       positions: i32[B, V], tokens to read; -1 for none.
       cos, sin: f32[B, V, D / 2], their rotation.
-      places: by layer of the model, where it keeps them, if it looks them up by itself no more.
+      places: by layer of the model, where it keeps them; empty for an `up` that is no matrix.
     """
 
     positions: jax.Array
     cos: jax.Array
     sin: jax.Array
-    places: dict[int, Places | None]
+    places: dict[int, Places]
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def make_view(
     positions = view_positions(selected, history, lengths, sinks=geometry.sinks, ring=geometry.ring)
     cos, sin = rope_cos_sin(spec.rope, head_dim, jnp.maximum(positions, 0).reshape(-1))
     shape = (*positions.shape, head_dim // 2)
-    places: dict[int, Places | None] = {}
+    places: dict[int, Places] = {}
     if spec.compressor.up_type == "linear":
         found = delta_places(
             layers[0].arrays,

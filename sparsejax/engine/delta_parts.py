@@ -184,7 +184,10 @@ def delta_decode_part(
         )
         followers = [sparse_layer(carry.cache, each) for each in layout.followers(layer)]
         view = make_view(selected, owners, history, length, layers=followers, head_dim=q.shape[-1])
-        return out, carry._replace(view=view)
+        cache = carry.cache
+        if options.chunk:  # which writes to the pools that the view was looked up in
+            cache, view = written_after(cache, view, implementation=implementation)
+        return out, carry._replace(cache=cache, view=view)
 
     def attend(layer, q, k, v, k_pre_rope, carry, mapping):
         if layout.is_full(layer):

@@ -24,10 +24,12 @@ from delta_engine import (
     tokens,
 )
 
+from pallas_kernels import delta_places
 from sparsejax import LLM, CompressionParams, SamplingParams
 from sparsejax.cache import Entries, allocate_delta, init_delta_cache
 from sparsejax.compressor import CompressorMismatchError, init_params, reconstruct
 from sparsejax.config import EngineConfig
+from sparsejax.engine import delta_ops
 from sparsejax.engine.build_store import load_store
 from sparsejax.engine.delta_compress import compress_chunk, compress_full_rings
 from sparsejax.engine.delta_ops import SparseLayer
@@ -36,7 +38,7 @@ from sparsejax.engine.packing import pack
 from sparsejax.engine.plan import Chunk
 from sparsejax.engine.request import Request
 from sparsejax.engine.state import init_state
-from sparsejax.engine.steps import StepOptions, prefill_step
+from sparsejax.engine.steps import StepOptions, mixed_step, prefill_step
 from sparsejax.errors import InvalidArgumentError, PromptTooLongError
 from sparsejax.models import Decoder
 from sparsejax.models.rope import apply_rope, rope_cos_sin
@@ -69,6 +71,12 @@ def test_an_identity_compressor_that_reads_everything_is_dense_attention(exact):
     for one, expected in zip(together, dense[1:] * 2, strict=True):
         assert one.cumulative_logprob == pytest.approx(expected.cumulative_logprob, abs=2e-4)
     assert_all_free(exact)
+
+
+def test_three_layers_may_follow_one(exact):
+    followed = make_llm(identity(), full_attention_layers=(0,))
+    text = TEXTS[2:]
+    assert tokens(answers(followed, text, delta())) == tokens(answers(exact, text, DENSE))
 
 
 def test_a_request_is_answered_alike_alone_and_beside_others(coarse, alone):
@@ -280,12 +288,17 @@ def test_what_cannot_be_served_is_refused(coarse):
         CompressionParams(method="deltakv", budget_tokens=5)
 
 
-def test_no_pool_is_copied():
+def test_no_pool_is_copied(monkeypatch):
     """The scratch of the programs that write to the sparse layers' pools does not grow with them."""
+
+    def opaque_places(*args, **kwargs):  # as the kernel is, which XLA cannot move behind a write
+        return jax.lax.optimization_barrier(delta_places(*args, **kwargs))
+
+    monkeypatch.setattr(delta_ops, "delta_places", opaque_places)
     engine = EngineConfig(compressor=lossy(), full_attention_layers=(0, 2), recent_tokens=4)
     store = load_store(CONFIG, engine, dtype=jnp.float32)
     layout = store.layout(
-        CONFIG, entries=Entries(*[20_000] * 3), dtype=jnp.float32, max_rows=2, max_slots=64, page_size=4
+        CONFIG, entries=Entries(*[80_000] * 3), dtype=jnp.float32, max_rows=2, max_slots=64, page_size=4
     )
     cache = jax.eval_shape(lambda: init_delta_cache(layout))
     state = jax.eval_shape(lambda: init_state(layout.num_rows, CONFIG.vocab_size, stores=True))
@@ -293,11 +306,17 @@ def test_no_pool_is_copied():
     batch = pack([], size=32, segments=2, eos_token_ids=(), stores=True)
     rows = jax.ShapeDtypeStruct((2,), jnp.int32)
     options = StepOptions(store=StoreOptions(store.spec, chunk=True))
+    beside_decodes = StepOptions(store=StoreOptions(store.spec, chunk=True, dense=False, compressed=True, top=16))
     programs = [
         (partial(compress_full_rings, spec=store.spec, implementation="xla"), (params, cache, rows, rows), 1),
         (
             partial(prefill_step, decoder=Decoder(CONFIG, jnp.float32), options=options),
             (params, cache, state, batch),
+            (1, 2),
+        ),
+        (
+            partial(mixed_step, decoder=Decoder(CONFIG, jnp.float32), options=beside_decodes),
+            (params, cache, state, batch, rows),
             (1, 2),
         ),
     ]
@@ -306,4 +325,5 @@ def test_no_pool_is_copied():
         compiled = jax.jit(program, donate_argnums=donated).lower(*arguments)
         analysis = compiled.compile(compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"})
         assert layout.bytes() > 100e6
+        assert 2 * cache.latent.pool.reference.size > 2e6
         assert analysis.memory_analysis().temp_size_in_bytes < 2e6
