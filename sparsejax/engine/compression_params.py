@@ -364,8 +364,8 @@ class CompressionParams:
         most = self.most_evicted(budget)
         if self.evict_count > most:
             raise InvalidArgumentError(
-                f"num_per_evict must be at most {most}, the tokens of a full budget that are not protected; got "
-                f"{self.evict_count}."
+                f"num_per_evict must be at most {most}, the tokens that are not protected when one exceeds the budget; "
+                f"got {self.evict_count}."
             )
 
 

@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from pallas_kernels import Implementation, PageScan, scan_pages
 from sparsejax.cache import KVCache, repack, row_usage
@@ -57,9 +58,9 @@ class EvictSpec:
       max_slots: bound on the slots that a table of these rows holds, dead ones included.
       num_query_heads: query heads of the model.
       num_per_evict: n, tokens that a table evicts at once, at most its budget.
-      bulk: tables may be over budget by more than n, as after a long prompt. Slower: it selects among all slots. With
-        "reuse", rows that evict are then compacted: as holes, the victims' slots would be refilled one by one, and hold
-        their pages until then.
+      bulk: tables may be over budget by more than n, as after a long prompt. Slower: it selects among all slots, as any
+        n of more than `victims.MOST_FEW` does. With "reuse", rows that evict are then compacted: as holes, the victims'
+        slots would be refilled one by one, and hold their pages until then.
       implementation: "triton", "xla" or None, handed to the kernels that scan and copy.
 
     Raises:
@@ -222,9 +223,7 @@ def evict_step(
         evicted = evicting & ok
         served &= ok | ~evicting
         if spec.strategy == "reuse":
-            held = slots.pages > 0
-            lowest = _lowest_dead(held, jnp.zeros_like(held), jnp.zeros_like(slots.pages), before, page_size)
-            next_hole = jnp.where(evicted[:, None], -1, lowest)
+            next_hole = jnp.where(evicted[:, None], -1, _lowest_dead(slots.pages > 0, before, page_size))
     else:
         evicted = evicting
         position = cache.pool.position
@@ -234,7 +233,7 @@ def evict_step(
         if spec.strategy != "no_op":
             cache = victims.drop_emptied(cache, rows, after)
         if spec.strategy == "reuse":
-            next_hole = _lowest_dead(slots.pages > 0, *victims.moves(after), after, page_size)
+            next_hole = _lowest_dead(slots.pages > 0, after, page_size, *victims.moves(after))
 
     hole = hole.at[:, rows].set(jnp.where((rows > 0)[:, None], next_hole, -1))
     counts = jnp.where(evicted[:, None, None], after.live, before.live)
@@ -297,15 +296,19 @@ def _relocate(
     return cache, ok, jnp.where(ok, kept, 0)
 
 
-def _lowest_dead(held: jax.Array, gone: jax.Array, shift: jax.Array, counts: PageCounts, page_size: int) -> jax.Array:
+def _lowest_dead(
+    held: jax.Array, counts: PageCounts, page_size: int, gone: ArrayLike = False, shift: ArrayLike = 0
+) -> jax.Array:
     """i32[L, K, H]: the lowest dead slot; -1 if there is none.
 
     Args:
       held: bool[L, K, H, C], which pages the tables held before.
+      counts: of these.
       gone, shift: bool and i32[L, K, H, C], which of them are gone since, and by how many columns the others moved up.
     """
     place = jnp.arange(held.shape[-1], dtype=jnp.int32) - shift
-    slot = jnp.where(held & ~gone & (counts.dead < page_size), place * page_size + counts.dead, _NONE)
+    has_dead = held & jnp.logical_not(gone) & (counts.dead < page_size)
+    slot = jnp.where(has_dead, place * page_size + counts.dead, _NONE)
     lowest = jnp.min(slot, axis=-1)
     return jnp.where(lowest == _NONE, -1, lowest)
 

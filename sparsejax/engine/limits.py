@@ -20,7 +20,7 @@ def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Foo
     Raises:
       EmptyPromptError: no tokens.
       PromptTooLongError: the prompt plus one token exceeds max_model_len, or what is kept of it the whole pool.
-      InvalidArgumentError: its method needs larger chunks than the engine's.
+      InvalidArgumentError: its method needs larger chunks than the engine's, or evicts more at once than may go.
     """
     length, pool = len(request.prompt_token_ids), config.pool
     if length == 0:

@@ -256,7 +256,7 @@ def check_step(cache, hole, report, batch, strategy, pages_before):
 
 @pytest.fixture
 def many_are_two(monkeypatch):
-    """Victims are marked, not named, from the second on."""
+    """Victims are marked, not named, where a step may take more than one."""
     monkeypatch.setattr("sparsejax.engine.eviction.MOST_FEW", 1)
     compiled.cache_clear()
     yield
@@ -270,7 +270,7 @@ def test_strategies_keep_the_same_tokens(num_per_evict):
 
 
 @pytest.mark.usefixtures("many_are_two")
-def test_marked_victims_are_the_named_ones():
+def test_marked_victims_are_those_of_the_policy():
     check_strategies(num_per_evict=4)
 
 

@@ -46,9 +46,10 @@ def mode(request):
     return request.param
 
 
-@pytest.fixture
-def split_rows(monkeypatch):
-    """Has rows of more than 128 slots cut into chunks of 128."""
+@pytest.fixture(params=[1, 66])
+def split_rows(request, monkeypatch):
+    """Has rows of more than 128 slots cut into chunks: of 256, or of 128 where few chunks are 66."""
+    monkeypatch.setattr(select_top_triton, "_FEW_CHUNKS", request.param)
     monkeypatch.setattr(select_top_triton, "_CHUNKS", (256, 128))
     monkeypatch.setattr(select_top_triton, "_BLOCK", 64)
     monkeypatch.setattr(select_top_triton, "_CHUNKS_PER_STEP", 2)
