@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsejax.errors import InvalidArgumentError
+from sparsejax.text_files import read_text
 
 KINDS = ("kernels", "latency", "throughput", "fragmentation")
 NEUTRAL = 0.01  # relative change that is not called better or worse
@@ -88,8 +89,8 @@ def compare(a: str | Path, b: str | Path) -> list[Comparison]:
 def read(path: str | Path) -> Result:
     """A JSON file of `bench kernels`, `latency`, `throughput` or `fragmentation`."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise InvalidArgumentError(f"{path} is not JSON: {error}") from error
     rows = data.get("rows") if isinstance(data, dict) else None
     kind = data.get("kind") if isinstance(data, dict) else None

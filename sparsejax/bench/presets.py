@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from sparsejax.checkpoint.source import read_json
 from sparsejax.errors import InvalidArgumentError, nearest
 from sparsejax.models import ModelConfig
 
@@ -106,7 +106,7 @@ def config_dict(name: str) -> dict[str, Any]:
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     guess = nearest(name, PRESETS)
     hint = f" Did you mean {guess!r}?" if guess else ""
     raise InvalidArgumentError(

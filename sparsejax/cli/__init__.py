@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sparsejax.cli import (
     bench,
@@ -20,7 +22,7 @@ from sparsejax.cli import (
     pack_data,
     train_compressor,
 )
-from sparsejax.errors import SparsejaxError
+from sparsejax.errors import InvalidArgumentError, SparsejaxError
 
 COMMANDS = (
     generate,
@@ -45,6 +47,7 @@ EPILOG = """examples:
   sparsejax methods                                   what can be done to the KV cache
   sparsejax calibrate --model NAME                    choose the layers that read everything, for method omnikv
   sparsejax eval ruler --methods snapkv,random --budgets 0.25
+  sparsejax --import mine.py eval ruler --methods mine --budgets 0.25
   sparsejax doctor                                    what runs here, and what to do where it does not
 """
 
@@ -60,6 +63,15 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"sparsejax {__version__}")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE.py",
+        help="Python file that registers methods or budget rules of your own; given before COMMAND (repeatable)",
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)
@@ -70,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; a foreseen error is one paragraph on stderr and exit code 1, not a traceback."""
     args = build_parser().parse_args(argv)
     try:
+        for path in args.imports:
+            _run_file(path)
         return args.run(args)
     except BrokenPipeError:  # whoever read the output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
@@ -80,3 +94,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _run_file(path: Path) -> None:
+    """Imports a Python file, for what it registers.
+
+    Raises:
+      InvalidArgumentError: there is no such file. What its code raises is left as it is, with its traceback.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path) if path.suffix == ".py" else None
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InvalidArgumentError(f"--import must be a Python file, got {path}.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # where dataclasses look for their names
+    spec.loader.exec_module(module)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from sparsejax.cli import bench_fragmentation, bench_latency
 from sparsejax.cli.bench_options import (
+    RANDOM_MODEL,
     add_delta_options,
     add_model,
     add_outputs,
     add_random_weights,
     check_delta_options,
+    check_model,
     compiling,
     delta_engine_options,
     engine_options,
@@ -174,6 +176,7 @@ def run_throughput(args: argparse.Namespace) -> int:
 
     compression = compression_from(args)
     check_delta_options(args)
+    check_model(args)
     reserve_device_memory(args.gpu_memory_utilization)
     from sparsejax import LLM
     from sparsejax.bench import plots, throughput
@@ -205,6 +208,7 @@ def run_throughput(args: argparse.Namespace) -> int:
 
 def run_startup(args: argparse.Namespace) -> int:
     check_outputs(args)
+    check_model(args)
     from sparsejax.engine.memory import reserve_device_memory
 
     reserve_device_memory(args.gpu_memory_utilization)
@@ -241,7 +245,9 @@ def run_compare(args: argparse.Namespace) -> int:
 def run_checkpoint(args: argparse.Namespace) -> int:
     from sparsejax.bench import checkpoint, presets
 
-    raw = presets.config_dict(args.random_weights)
+    raw = presets.config_dict(args.random_weights or RANDOM_MODEL)
+    if args.folder is not None and not args.folder.is_dir():
+        raise InvalidArgumentError(f"--folder {args.folder} must be a folder that exists.")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         report = checkpoint.run(raw, Path(folder))
     print(json.dumps(report, indent=2))

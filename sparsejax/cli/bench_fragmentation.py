@@ -8,6 +8,7 @@ from typing import Any
 from sparsejax.cli.bench_options import (
     add_model,
     add_outputs,
+    check_model,
     engine_options,
     load,
     reaching,
@@ -65,6 +66,7 @@ def add_parser(suites: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_outputs(args)
+    check_model(args)
     budgets = numbers("--budgets", args.budgets)
     from sparsejax.engine.memory import reserve_device_memory
 

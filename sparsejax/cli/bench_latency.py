@@ -17,6 +17,7 @@ from sparsejax.cli.bench_options import (
     add_model,
     add_outputs,
     check_delta_options,
+    check_model,
     delta_engine_options,
     engine_options,
     load,
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidArgumentError(f"--steps must be at least 1, got {args.steps}.")
     asked = [compression_from(args, method=name) for name in args.method.split(",")]
     check_delta_options(args)
+    check_model(args)
     kinds = {compression.policy.family for compression in asked}
     if len(kinds) > 1:
         raise InvalidArgumentError(

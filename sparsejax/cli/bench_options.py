@@ -9,20 +9,19 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sparsejax.cli.evaluate import numbers
 from sparsejax.cli.options import add_store_options, check_store_options, store_options
 from sparsejax.config import GRANULARITIES
 from sparsejax.errors import InvalidArgumentError
 
+RANDOM_MODEL = "llama-3.1-8b"
 COMPRESSOR_SIZES = ("kv_compressed_size", "neighbors", "cluster_ratio")
 
 
 def add_random_weights(parser: Any) -> None:
     parser.add_argument(
         "--random-weights",
-        default="llama-3.1-8b",
         metavar="CONFIG",
-        help="a known model or a config.json, with weights drawn at random (default: %(default)s)",
+        help=f"a known model or a config.json, with weights drawn at random (default: {RANDOM_MODEL})",
     )
 
 
@@ -63,8 +62,10 @@ def engine_options(args: argparse.Namespace, config: Any, params: Any, *, page_s
     """
     num_pages = args.num_pages
     if args.pool_gib is not None:
-        if num_pages is not None or not 0 < args.pool_gib < math.inf:
-            raise InvalidArgumentError("--pool-gib must be a positive number, and not be given beside --num-pages.")
+        if num_pages is not None:
+            raise InvalidArgumentError("--pool-gib has no meaning with --num-pages; give one of them.")
+        if not 0 < args.pool_gib < math.inf:
+            raise InvalidArgumentError(f"--pool-gib must be a positive number, got {args.pool_gib}.")
         page_bytes = 2 * (args.page_size or page_size) * config.head_dim * params["embed"].dtype.itemsize
         num_pages = int(args.pool_gib * 2**30) // page_bytes
     chosen = {
@@ -123,6 +124,19 @@ def _random_compressor(sizes: dict[str, Any], config: Any, params: Any) -> tuple
     return compressor, jax.tree.map(lambda x: x.astype(params["embed"].dtype), weights)
 
 
+def check_model(args: argparse.Namespace) -> None:
+    """Refuses, before anything is measured, a model that `load` would not find."""
+    from sparsejax.bench import presets
+    from sparsejax.checkpoint import resolve
+
+    if args.model is None:
+        presets.model_config(args.random_weights or RANDOM_MODEL)
+    elif args.random_weights is not None:
+        raise InvalidArgumentError("--random-weights has no meaning with --model; give one of them.")
+    else:
+        resolve(args.model)
+
+
 def load(args: argparse.Namespace) -> tuple[str, Any, Any]:
     """(name, model configuration, parameters on the device) of --model or --random-weights."""
     import jax
@@ -135,8 +149,9 @@ def load(args: argparse.Namespace) -> tuple[str, Any, Any]:
     on_gpu = jax.default_backend() == "gpu"
     if args.model is not None:
         return args.model, *load_model(args.model, dtype=None if on_gpu else "float32")
-    config = presets.model_config(args.random_weights)
-    return args.random_weights, config, init_params(config, jax.random.key(0), jnp.bfloat16 if on_gpu else jnp.float32)
+    name = args.random_weights or RANDOM_MODEL
+    config = presets.model_config(name)
+    return name, config, init_params(config, jax.random.key(0), jnp.bfloat16 if on_gpu else jnp.float32)
 
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:
@@ -146,11 +161,10 @@ def write_json(path: Path | None, report: dict[str, Any]) -> None:
 
 def shapes(text: str) -> list[tuple[int, int]]:
     """ "1x1024,8x32768" -> [(1, 1024), (8, 32768)]."""
-    pairs = [numbers("--shapes", part.replace("x", ",")) for part in text.split(",")]
-    for pair in pairs:
-        if len(pair) != 2:
-            raise InvalidArgumentError(f"--shapes must look like 1x1024,8x32768 (batch x context), got {text!r}.")
-    return [(pair[0], pair[1]) for pair in pairs]
+    pairs = [part.split("x") for part in text.split(",")]
+    if not all(len(pair) == 2 and all(side.isdecimal() and int(side) for side in pair) for pair in pairs):
+        raise InvalidArgumentError(f"--shapes must look like 1x1024,8x32768 (batch x context), got {text!r}.")
+    return [(int(batch), int(context)) for batch, context in pairs]
 
 
 def reaching(config: Any, length: int) -> Any:

@@ -70,17 +70,21 @@ def run(args: argparse.Namespace) -> int:
     from sparsejax.cli.evaluate import numbers
     from sparsejax.evaluation import calibration
     from sparsejax.evaluation.plots import plot_calibration
-    from sparsejax.validation import number
+    from sparsejax.validation import number, whole
 
     target = number("--target", args.target, 0.0, 1.0, above=True)
     fractions = _fractions(args.fractions)
     lengths, tasks = numbers("--lengths", args.lengths), _tasks(args)
+    whole("--answer-tokens", args.answer_tokens, 1)
+    options.check_store_options(args, args.method)
     check_outputs(args)
     compression = compression_options.compression_from(args, keep_fraction=fractions[0])
     # On a CPU every slot that a row could have costs time, so that rows are made no longer than the tasks.
     room = {"max_model_len": max(lengths)} if args.max_model_len is None and args.file is None else {}
     llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", args.method])), **room)
     texts = _texts(args, llm.get_tokenizer(), lengths, tasks)
+    if len(texts) < 2:
+        raise InvalidArgumentError("There is one text to measure on; a fit needs two (--file, --lengths, --samples).")
     points = calibration.measure_points(
         llm, compression, texts, keep_fractions=fractions, smoothing=args.smoothing, progress=True
     )
@@ -126,4 +130,6 @@ def _fractions(text: str) -> list[float]:
         fractions = [0.0]
     if not all(0 < fraction <= 1 for fraction in fractions):
         raise InvalidArgumentError(f"--fractions must be in (0, 1] with commas between, got {text!r}.")
+    if min(fractions) == 1:
+        raise InvalidArgumentError(f"--fractions must have one below 1, where something is lost, got {text!r}.")
     return fractions

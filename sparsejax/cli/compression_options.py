@@ -150,5 +150,5 @@ def _own_option(text: str) -> tuple[str, Any]:
         raise InvalidArgumentError(f"--option must look like NAME=VALUE, got {text!r}.")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return name, {"true": True, "false": False}.get(value.lower(), value)

@@ -21,7 +21,7 @@ def add_parser(subparsers) -> None:
         "--length", type=int, default=4096, metavar="N", help="tokens of a prompt (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default: %(default)s)")
-    options.add_model_options(parser)
+    options.add_model_options(parser, dense=True)
     parser.set_defaults(run=run)
 
 

@@ -14,6 +14,8 @@ from sparsejax.cli.outputs import check_outputs
 from sparsejax.config import LATENT_DTYPES
 from sparsejax.errors import InvalidArgumentError, SparsejaxError
 
+BUDGETS = "0.125,0.25,0.5"
+
 RULER = """Generates needle retrieval, variable tracking and most-common-word tasks at the given lengths from a seed,
 answers them greedily and prints the share of exact answers per task.
 
@@ -61,11 +63,10 @@ def add_parser(subparsers) -> None:
     )
     sweep.add_argument(
         "--budgets",
-        default="0.125,0.25,0.5",
         metavar="B,B",
-        help="with a point: fraction to keep or read, in (0, 1]; whole: tokens (default: %(default)s)",
+        help=f"with a point: fraction to keep or read, in (0, 1]; whole: tokens (default: {BUDGETS})",
     )
-    sweep.add_argument("--mode", choices=("aware", "agnostic", "both"), default="both", help="(default: %(default)s)")
+    sweep.add_argument("--mode", choices=("aware", "agnostic", "both"), help="(default: both)")
     compression_options.add_common_arguments(sweep)
     sweep.add_argument(
         "--option",
@@ -120,7 +121,8 @@ def _dense(args: argparse.Namespace, samples: dict) -> None:
     from sparsejax import CompressionParams
     from sparsejax.evaluation import evaluate, format_table
 
-    for name in ("plot", "latent_dtypes", *compression_options.COMMON_ARGUMENTS):
+    sweeps = ("plot", "budgets", "mode", "full_attention_layers", "latent_dtypes", *options.STORE_OPTIONS)
+    for name in (*sweeps, *compression_options.COMMON_ARGUMENTS):
         if getattr(args, name) is not None:
             raise InvalidArgumentError(f"--{name.replace('_', '-')} needs --methods.")
     if args.option:
@@ -154,8 +156,8 @@ def _sweep(args: argparse.Namespace, samples: dict) -> None:
         settings = [
             make_settings(
                 served,
-                budgets("--budgets", args.budgets),
-                MODES if args.mode == "both" else (args.mode,),
+                budgets("--budgets", args.budgets or BUDGETS),
+                MODES if args.mode in (None, "both") else (args.mode,),
                 common=compression_options.common_arguments(args),
                 options={name: given for name, given in own.items() if name in served},
                 variant=variant,

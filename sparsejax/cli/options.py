@@ -12,8 +12,8 @@ if TYPE_CHECKING:  # brings JAX, which the parser does not need
     from sparsejax import SamplingParams
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model and the engine's options; read them back with `make_llm`."""
+def add_model_options(parser: argparse.ArgumentParser, *, dense: bool = False) -> None:
+    """--model and the engine's options; read them back with `make_llm`. `dense`: for a command that knows no method."""
     group = parser.add_argument_group("model and engine")
     group.add_argument(
         "--model",
@@ -31,7 +31,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--page-size", type=int, metavar="N", help="tokens in a page of the KV cache (default: 32)")
     group.add_argument("--num-pages", type=int, metavar="N", help="physical pages in the pool (default: what fits)")
     group.add_argument("--implementation", choices=("triton", "xla"), help="kernels (default: triton on a GPU)")
-    add_store_options(group)
+    if not dense:
+        add_store_options(group)
     group.add_argument("--engine-seed", type=int, metavar="N", help="seeds requests that bring no seed (default: 0)")
 
 
@@ -46,6 +47,9 @@ ENGINE_OPTIONS = (
     "num_pages",
     "implementation",
 )
+
+
+STORE_OPTIONS = ("compressor", "latent_dtype", "engine_recent_tokens")
 
 
 def add_store_options(group: Any) -> None:
@@ -64,7 +68,7 @@ def add_store_options(group: Any) -> None:
 
 def check_store_options(args: argparse.Namespace, method: str, *more: str) -> None:
     """Refuses options of `add_store_options`, or `more` by name, beside a method that stores nothing compressed."""
-    names = (*more, "compressor", "latent_dtype", "engine_recent_tokens")
+    names = (*more, *STORE_OPTIONS)
     given = [name for name in names if getattr(args, name) is not None]
     if method != "deltakv" and given:
         raise InvalidArgumentError(f"--{given[0].replace('_', '-')} is for --method deltakv; the method is {method}.")
@@ -72,12 +76,9 @@ def check_store_options(args: argparse.Namespace, method: str, *more: str) -> No
 
 def store_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword options of an LLM from those of `add_store_options`, and from --full-attention-layers if there is one."""
-    given = {
-        "compressor": args.compressor,
-        "latent_dtype": args.latent_dtype,
-        "recent_tokens": args.engine_recent_tokens,
-        "full_attention_layers": getattr(args, "full_attention_layers", None),
-    }
+    names = {**{name: name for name in STORE_OPTIONS}, "full_attention_layers": "full_attention_layers"}
+    names["engine_recent_tokens"] = "recent_tokens"
+    given = {keyword: getattr(args, name, None) for name, keyword in names.items()}
     return {name: value for name, value in given.items() if value is not None}
 
 

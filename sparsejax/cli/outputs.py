@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from sparsejax.errors import InvalidArgumentError
 
@@ -11,7 +12,8 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuses paths of --json and --plot that could not be written after the work is done.
 
     Raises:
-      InvalidArgumentError: no such folder, a folder in the place of a file, a figure of unknown kind, no matplotlib.
+      InvalidArgumentError: no such folder, a path that cannot be written or that another argument names, too, a figure
+        of unknown kind, no matplotlib.
     """
     for name in ("json", "plot"):
         path = getattr(args, name)
@@ -21,6 +23,10 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise InvalidArgumentError(f"--{name} {path} cannot be written: there is no folder {path.parent}.")
         if path.is_dir():
             raise InvalidArgumentError(f"--{name} {path} cannot be written: it is a folder.")
+        for other, given in vars(args).items():
+            if other != name and isinstance(given, Path) and given.resolve() == path.resolve():
+                raise InvalidArgumentError(f"--{name} and --{other.replace('_', '-')} are the same file, {path}.")
+        _try_to_open(name, path)
         if name == "plot":
             from sparsejax.bench.plots import require_matplotlib
 
@@ -32,3 +38,14 @@ def check_outputs(args: argparse.Namespace) -> None:
                 raise InvalidArgumentError(
                     f"--{name} {path} must end in a kind of figure: one of {', '.join(f'.{kind}' for kind in kinds)}."
                 )
+
+
+def _try_to_open(name: str, path: Path) -> None:
+    """Opens a file for writing, and leaves everything as it was."""
+    is_new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise InvalidArgumentError(f"--{name} {path} cannot be written: {error.strerror}.") from None
+    if is_new:
+        path.unlink()

@@ -108,6 +108,11 @@ def _record(tokenizer: Any, line: str, answer_tokens: int, name: str) -> Calibra
     except ValueError as error:
         raise InvalidArgumentError(f"{name} is not JSON: {error}.") from None
     keys = set(record) if isinstance(record, Mapping) and all(isinstance(v, str) for v in record.values()) else set()
+    for key in keys:
+        try:
+            record[key].encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgumentError(f"{name} holds half of a surrogate pair: {error.reason}.") from None
     if keys >= {"context", "question", "answer"} and record["answer"].strip():
         return question_text(tokenizer, record["context"], record["question"], record["answer"].strip())
     if "text" in keys:

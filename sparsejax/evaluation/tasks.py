@@ -243,7 +243,7 @@ def compose(
     used = sum(measure(f" {sentence}") for thread in threads for sentence in thread)
     if used > budget:
         raise InvalidArgumentError(
-            f"length is too short: the sentences that matter need {used} tokens, the context has room for {budget}"
+            f"length is too short, by {used - budget} tokens: the sentences that matter need {used}."
         )
     prose: list[str] = []
     while True:

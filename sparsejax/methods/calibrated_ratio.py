@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparsejax.errors import InvalidArgumentError
+from sparsejax.text_files import read_text
 from sparsejax.validation import number
 
 _MAX_CURVATURE = 500.0
@@ -157,9 +158,17 @@ class CalibratedRatio:
           InvalidArgumentError: there is no such file, or it holds something else.
         """
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise InvalidArgumentError(f"the calibration {path} cannot be read: {error.strerror}.") from error
+            values = json.loads(read_text(path, name=f"the calibration {path}"))
+        except json.JSONDecodeError as error:
+            raise InvalidArgumentError(f"{path} is not JSON: {error}.") from None
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or not {"alpha", "beta"} <= values.keys() <= known:
+            raise InvalidArgumentError(
+                f"{path} does not hold a calibrated ratio, which is an object with alpha and beta, and perhaps "
+                f"{', '.join(sorted(known - {'alpha', 'beta'}))}."
+            )
+        try:
+            return cls(**values)
         except (ValueError, TypeError) as error:
             raise InvalidArgumentError(f"{path} does not hold a calibrated ratio: {error}") from None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -17,7 +19,10 @@ from sparsejax import methods
 from sparsejax.assets import tiny_model_path
 from sparsejax.checkpoint import load_model
 from sparsejax.cli import COMMANDS, main
+from sparsejax.cli.outputs import check_outputs
+from sparsejax.errors import InvalidArgumentError
 from sparsejax.evaluation import TASKS
+from sparsejax.methods import registry
 
 HELPS = [
     ([], "sparsejax demo"),
@@ -232,7 +237,7 @@ def test_demo_answers_and_tells_its_times(capsys):
         (["bench", "throughput", "--trace", "random", "--spread", "nan"], "spread must be at least 0"),
         (["bench", "throughput", "--trace", "random", "--seed", "-1"], "seed must be a whole number of at least 0"),
         (["bench", "kernels", "--json", "/"], "cannot be written: it is a folder"),
-        (["eval", "ruler", "--lengths", "16", *OPTIONS], "length is too short"),
+        (["eval", "ruler", "--lengths", "16", *OPTIONS], "length is too short, by [0-9]+ tokens"),
         (["eval", "ruler", "--methods", "snap"], "--methods has no method 'snap'; there are full"),
         (["eval", "ruler", "--methods", "snapkv", "--budgets", "2.5"], "--budgets must be fractions"),
         (["eval", "ruler", "--methods", "snapkv", "--budgets", "16"], "'snapkv' at budget 16: window_tokens"),
@@ -252,6 +257,17 @@ def test_demo_answers_and_tells_its_times(capsys):
         (["demo", "--length", "16", *OPTIONS], "length is too short"),
         (["demo", "--length", "2000", *OPTIONS], "prompt 0 has .* max_model_len=1024"),
         (["bench", "latency", "--shapes", "1024"], "--shapes"),
+        (["bench", "latency", "--shapes", "1x"], "1x1024,8x32768 .*got '1x'"),
+        (["bench", "latency", "--random-weights", "llama-3.1-8b", "--model", "m"], "no meaning with --model"),
+        (["bench", "startup", "--random-weights", "llama-9"], "neither a file nor a known model"),
+        (["bench", "compare", "/no/such/file", "x"], "/no/such/file cannot be read"),
+        (["eval", "ruler", "--methods", "snapkv", "--json", "x.png", "--plot", "x.png"], "are the same file, x.png"),
+        (["eval", "ruler", "--json", "/proc/x.json"], "--json /proc/x.json cannot be written"),
+        (["eval", "ruler", "--budgets", "0.25"], "--budgets needs --methods"),
+        (["eval", "ruler", "--compressor", "x"], "--compressor needs --methods"),
+        (["eval", "calibrate", "--fractions", "1.0"], "--fractions must have one below 1"),
+        (["eval", "calibrate", "--latent-dtype", "int4"], "--latent-dtype is for --method deltakv"),
+        (["eval", "calibrate", "--answer-tokens", "0"], "--answer-tokens must be a whole number of at least 1"),
     ],
 )
 def test_errors_are_one_paragraph(capsys, command, words):
@@ -261,6 +277,38 @@ def test_errors_are_one_paragraph(capsys, command, words):
     assert paragraph.startswith(f"sparsejax {command[0]}: ")
     assert "Traceback" not in printed.err
     assert re.search(words, paragraph), paragraph
+
+
+def test_checking_outputs_leaves_them_alone(tmp_path):
+    kept, new = tmp_path / "kept.json", tmp_path / "new.png"
+    kept.write_text("old")
+    check_outputs(argparse.Namespace(json=kept, plot=new, data=tmp_path / "other.json"))
+    assert kept.read_text() == "old"
+    assert not new.exists()
+    with pytest.raises(InvalidArgumentError, match="--json and --data are the same file"):
+        check_outputs(argparse.Namespace(json=kept, plot=None, data=tmp_path / "x" / ".." / "kept.json"))
+
+
+@pytest.mark.parametrize("text", ['{"a":1', "[1, 2]", b"\xff"])
+def test_a_broken_config_is_one_paragraph(capsys, tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["bench", "latency", "--random-weights", str(path)]) == 1
+    assert re.search(r"^sparsejax bench: .*config\.json (cannot be read as JSON|must hold)", capsys.readouterr().err)
+
+
+def test_a_file_of_ones_own_is_imported_first(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.delitem(sys.modules, "long_values", raising=False)
+    guide = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    (source,) = (block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "@register" in block)
+    path = tmp_path / "long_values.py"
+    path.write_text(source, encoding="utf-8")
+    assert main(["--import", str(path), "methods", "long_values"]) == 0
+    assert "Tokens with the longest values." in capsys.readouterr().out
+    for wrong in (tmp_path / "nothing.py", tmp_path):
+        assert main(["--import", str(wrong), "methods"]) == 1
+        assert f"--import must be a Python file, got {wrong}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels run on a GPU")

@@ -126,6 +126,12 @@ def test_a_compressor_to_start_from_must_be_of_the_same_kind(folders, whole):
         )
 
 
+def test_a_resumed_run_says_what_of_the_compressor_differs(folders, whole):
+    run = make_run(folders, "whole", resume=True)
+    with pytest.raises(InvalidArgumentError, match=r"it had compressor\.neighbors 2, now 3\.$"):
+        train(dataclasses.replace(run, compressor={**COMPRESSOR, "neighbors": 3}))
+
+
 def test_a_start_that_cannot_be_had_leaves_nothing(folders, tmp_path):
     run = make_run(folders, "no_start", init=str(tmp_path / "nowhere"))
     with pytest.raises(SparsejaxError, match="nowhere"):

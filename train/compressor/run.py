@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -286,7 +286,21 @@ def _record(run: Run, config: CompressorConfig, steps: int, rows_per_step: int) 
         compared = [name for name in now if name != "init"]  # what it began with does not matter any more
         differing = [name for name in compared if before.get(name) != json.loads(json.dumps(now[name]))]
         if differing:
-            was = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in differing)
+            was = ", ".join(
+                f"{each} {old!r}, now {new!r}"
+                for name in differing
+                for each, old, new in _differences(name, before.get(name), now[name])
+            )
             raise InvalidArgumentError(f"A resumed run must have the options it was started with; it had {was}.")
     elif jax.process_index() == 0:
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(name, before, now) of an option, or of those within it that differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != json.loads(json.dumps(now.get(key))):
+                yield f"{name}.{key}", before.get(key), now.get(key)
+    else:
+        yield name, before, now
