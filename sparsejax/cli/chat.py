@@ -32,16 +32,16 @@ def run(args: argparse.Namespace) -> int:
     llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", compression.method])))
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(start)
-    interactive = sys.stdin.isatty()
+    interactive, failed = sys.stdin.isatty(), False
     if interactive:
         print(HELP)
     while True:
         try:
             line = input("> " if interactive else "")
         except EOFError:
-            return 0
+            break
         if line.strip() == "/exit":
-            return 0
+            break
         if line.strip() == "/clear":
             messages = list(start)
         elif line.strip() == "/help":
@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
                 messages.append({"role": "assistant", "content": _answer(llm, messages, params, compression)})
             except SparsejaxError as error:  # a turn that cannot be served must not lose the conversation
                 messages.pop()
+                failed = True
                 print(f"error: {error}", file=sys.stderr)
+    return int(failed and not interactive)  # a script that pipes its turns in reads no messages
 
 
 def _answer(llm, messages: list[dict], params, compression) -> str:

@@ -99,7 +99,7 @@ def test_chat_talks_until_the_input_ends(capsys, monkeypatch):
         "never read",
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(turns) + "\n"))
-    assert main(["chat", "--max-tokens", "8", *OPTIONS]) == 0
+    assert main(["chat", "--max-tokens", "8", *OPTIONS]) == 1, "a turn was not answered, and nobody watches"
     printed = capsys.readouterr()
     answers = printed.out.splitlines()
     assert answers[0].split() == ["topaz"]
