@@ -107,7 +107,7 @@ def _tasks(args: argparse.Namespace) -> list[str]:
         return list(TASKS)
     if args.file is not None:
         raise InvalidArgumentError("--tasks has no meaning with --file; give one of them.")
-    tasks = args.tasks.split(",")
+    tasks = list(dict.fromkeys(args.tasks.split(",")))
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise InvalidArgumentError(f"--tasks has no task {unknown[0]!r}; there are {', '.join(TASKS)}.")

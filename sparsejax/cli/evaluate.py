@@ -96,7 +96,7 @@ def run_ruler(args: argparse.Namespace) -> int:
     from sparsejax.evaluation import TASKS
 
     lengths = numbers("--lengths", args.lengths)
-    tasks = args.tasks.split(",") if args.tasks else list(TASKS)
+    tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else list(TASKS)
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise InvalidArgumentError(f"--tasks has no task {unknown[0]!r}; there are {', '.join(TASKS)}.")
@@ -216,14 +216,14 @@ def answering(llm, compression):
 
 
 def numbers(name: str, text: str) -> list[int]:
-    """ "1024,4096" -> [1024, 4096], all positive; `name` is the option, for messages."""
+    """ "1024,4096" -> [1024, 4096], all positive, each once; `name` is the option, for messages."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise InvalidArgumentError(f"{name} must be whole numbers with commas between, got {text!r}.") from None
     if min(numbers) < 1:
         raise InvalidArgumentError(f"{name} must be positive, got {text!r}.")
-    return numbers
+    return list(dict.fromkeys(numbers))
 
 
 def budgets(name: str, text: str) -> list[float]:

@@ -142,6 +142,10 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     for string in strings:
         if not isinstance(string, str) or not string:
             raise InvalidArgumentError(f"stop must be a non-empty string or a list of such, got {stop!r}.")
+        if any("\ud800" <= character <= "\udfff" for character in string):
+            raise InvalidArgumentError(
+                f"stop must be valid Unicode text, which no answer would match else: {string!r}."
+            )
     return tuple(dict.fromkeys(strings))
 
 

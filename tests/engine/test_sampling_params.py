@@ -25,7 +25,7 @@ BAD = [
     ("seed", -1), ("seed", 2**32), ("seed", 0.5),
     ("max_tokens", 0), ("max_tokens", None), ("max_tokens", 1.5),
     ("min_tokens", -1), ("min_tokens", 17),
-    ("stop", ""), ("stop", [""]), ("stop", [1]), ("stop", 5),
+    ("stop", ""), ("stop", [""]), ("stop", [1]), ("stop", 5), ("stop", "\udcff"),
     ("stop_token_ids", 5), ("stop_token_ids", [-1]), ("stop_token_ids", ["a"]), ("stop_token_ids", "ab"),
     ("ignore_eos", 1), ("include_stop_str_in_output", None), ("skip_special_tokens", "yes"),
     ("logprobs", -1), ("logprobs", 21), ("logprobs", True), ("prompt_logprobs", 21),

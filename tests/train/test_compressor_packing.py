@@ -27,7 +27,7 @@ def test_documents_lie_end_to_end_with_their_marks(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[:3]) + "\n")
     (tmp_path / "b.txt").write_text(texts[3])
     packed = pack([tmp_path / "a.jsonl", tmp_path / "b.txt"], tmp_path / "out", tokenizer, length=5, progress=False)
-    documents = [[tokenizer.bos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+    documents = [[tokenizer.bos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id] for text in texts if text]
     stream = [token for document in documents for token in document]
     rows = len(stream) // 5
     np.testing.assert_array_equal(packed.tokens, np.reshape(stream[: rows * 5], (rows, 5)))

@@ -210,4 +210,5 @@ def _encoded(documents: Iterator[Document], tokenizer: Any, wrap: bool) -> Itera
         texts = [_text(document, tokenizer) for document in batch]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         for ids, chat in zip(encoded, chats, strict=True):
-            yield ids if chat else begin + ids + end
+            if ids:  # an empty text is no document
+                yield ids if chat else begin + ids + end
