@@ -26,7 +26,7 @@ from pallas_kernels.delta_store import (
     check_store,
     check_up,
 )
-from pallas_kernels.delta_store_xla import read_back, read_latents
+from pallas_kernels.delta_store_xla import latents_at, read_back
 from pallas_kernels.dispatch import Implementation, resolve
 
 
@@ -144,25 +144,24 @@ def delta_attention(
     implementation, interpret = resolve(implementation, interpret)
     dtype = q.dtype
     up = up.astype(store.k_pages.dtype)
-    common, *layers = layout.split_layer()
+    common = layout.split_layer()[0]
+    if places is None:
+        (places,) = delta_places(
+            store, rows, recent_rows, history, positions, layouts=[layout], implementation=implementation,
+            interpret=interpret,
+        )  # fmt: skip
     if 0 in (batch, positions.shape[1]):
         out, lse = jnp.zeros_like(q), jnp.full(q.shape[:2], online_softmax.EMPTY_LSE, jnp.float32)
     elif implementation == "xla":
-        if places is None:
-            (places,) = delta_places(
-                store, rows, recent_rows, history, positions, layouts=[layout], implementation="xla"
-            )
         out, lse = _attention_xla(
             q, store, places, cos, sin, up, up_bias, layout=common, heads=num_kv_heads, scale=scale
         )
     else:
         # Codes are unpacked once for all heads.
-        coded = store.latents.scale is not None
-        unpacked = read_latents(store, rows, history, positions, layout=layout) if coded else None
+        unpacked = None if store.latents.scale is None else latents_at(store, places.latent)
         out, lse = delta_attention_triton(
-            q.astype(store.k_pages.dtype), store, unpacked, rows, recent_rows, history, positions, cos, sin, up,
-            up_bias, places, *layers, layout=common, heads=num_kv_heads, scale=scale,
-            tile=tile or default_tile(store.k_pages), interpret=interpret,
+            q.astype(store.k_pages.dtype), store, unpacked, places, cos, sin, up, up_bias, layout=common,
+            heads=num_kv_heads, scale=scale, tile=tile or default_tile(store.k_pages), interpret=interpret,
         )  # fmt: skip
     out = out.astype(dtype)
     return (out, lse) if return_lse else out

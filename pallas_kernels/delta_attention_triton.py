@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import online_softmax
-from pallas_kernels.delta_places import everywhere, find_places
 from pallas_kernels.delta_tiles import (
     Columns,
     add_bias,
@@ -268,22 +267,14 @@ def _project_kernel(base_ref, latent_ref, up_ref, out_ref, *, heads, group):
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "heads", "scale", "tile", "interpret"))
-def delta_attention_triton(
-    q, store, unpacked, rows, recent_rows, history, positions, cos, sin, up, up_bias, places, near_layer, latent_layer,
-    *, layout, heads, scale, tile, interpret,
-):  # fmt: skip
+def delta_attention_triton(q, store, unpacked, places, cos, sin, up, up_bias, *, layout, heads, scale, tile, interpret):
     """(out [B, Hq, D], lse f32[B, Hq]). `unpacked` [B, V, d] are the latents of the tokens, if the pool holds codes."""
     if store.k_pages.dtype == jnp.bfloat16:
         # Every KV head reads them anew. Their error is at most an eighth of what rounds a rotated key.
         cos, sin = cos.astype(jnp.float16), sin.astype(jnp.float16)
     batch, q_heads, dim = q.shape
-    group, size, width = q_heads // heads, store.latents.size, positions.shape[1]
-    if places is None:
-        (places,) = find_places(
-            store, rows, recent_rows, history, everywhere(rows), positions, [near_layer], [latent_layer],
-            tokens=width, layout=layout, interpret=interpret,
-        )  # fmt: skip
     near, latent = places
+    group, size, width = q_heads // heads, store.latents.size, latent.shape[1]
     values = store.latents.values
     if unpacked is not None:
         values = unpacked

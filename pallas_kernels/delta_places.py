@@ -69,15 +69,11 @@ def _find_xla(store, rows, recent_rows, history, positions, near_layer, latent_l
 
 @functools.partial(jax.jit, static_argnames=("layout", "interpret"))
 def _find(store, rows, recent_rows, history, positions, near_layers, latent_layers, *, layout, interpret):
+    everywhere = jnp.full_like(rows, jnp.iinfo(jnp.int32).max)  # the positions that are listed are all held
     return find_places(
-        store, rows, recent_rows, history, everywhere(rows), positions, near_layers, latent_layers,
+        store, rows, recent_rows, history, everywhere, positions, near_layers, latent_layers,
         tokens=positions.shape[1], layout=layout, interpret=interpret,
     )  # fmt: skip
-
-
-def everywhere(rows: jax.Array) -> jax.Array:
-    """i32 like rows: lengths beyond every position, for lists of which all is held."""
-    return jnp.full_like(rows, jnp.iinfo(jnp.int32).max)
 
 
 def _kernel(*refs, layers, layout, near_page, block, listed):

@@ -33,8 +33,7 @@ def read_latents(
 @functools.partial(jax.jit, static_argnames=("layout",))
 def _read_latents(store, rows, history, positions, near_layer, latent_layer, *, layout):
     layout = layout.join_layer(near_layer, latent_layer)
-    places = places_of(store, rows, rows, history, positions, layout=layout)
-    return _latents(store, places).astype(store.k_pages.dtype)
+    return latents_at(store, places_of(store, rows, rows, history, positions, layout=layout).latent)
 
 
 def places_of(store: DeltaStore, rows, recent_rows, history, positions, *, layout: DeltaLayout) -> Places:
@@ -55,15 +54,21 @@ def places_of(store: DeltaStore, rows, recent_rows, history, positions, *, layou
     return Places(jnp.moveaxis(near, 2, 1), jnp.where(compressed, page * page_size + slot, -1))
 
 
-def _latents(store: DeltaStore, places: Places) -> jax.Array:
-    """f32[B, T, d]; 0 of tokens that have none."""
-    row, latents = jnp.maximum(places.latent, 0), store.latents
-    values = latents.values.reshape(-1, latents.values.shape[2])[row]
-    if latents.scale is None:
+@jax.jit
+def latents_at(store: DeltaStore, latent: jax.Array) -> jax.Array:
+    """[B, T, d] in the type of the near pool: the latents at `Places.latent`; 0 of tokens that have none."""
+    return _latents(store, latent).astype(store.k_pages.dtype)
+
+
+def _latents(store: DeltaStore, latent: jax.Array) -> jax.Array:
+    """The same in float32."""
+    row, pages = jnp.maximum(latent, 0), store.latents
+    values = pages.values.reshape(-1, pages.values.shape[2])[row]
+    if pages.scale is None:
         z = values.astype(jnp.float32)
     else:
-        z = dequantise(values, latents.scale.reshape(-1, latents.scale.shape[2])[row])
-    return jnp.where((places.latent >= 0)[..., None], z, 0.0)
+        z = dequantise(values, pages.scale.reshape(-1, pages.scale.shape[2])[row])
+    return jnp.where((latent >= 0)[..., None], z, 0.0)
 
 
 def mean_of(pool, page_table, row, ids, *, address, heads: int) -> jax.Array:
@@ -92,7 +97,9 @@ def read_back(store: DeltaStore, places: Places, cos, sin, up, up_bias, residual
         for pool in (store.k_pages, store.v_pages)
     )
     if residual is None:
-        residual = jnp.einsum("btd,df->btf", _latents(store, places), up.astype(jnp.float32), precision="highest")
+        residual = jnp.einsum(
+            "btd,df->btf", _latents(store, places.latent), up.astype(jnp.float32), precision="highest"
+        )
         residual = residual if up_bias is None else residual + up_bias.astype(jnp.float32)
     residual = jnp.where((places.latent >= 0)[..., None], residual.astype(jnp.float32), 0.0)
     residual = residual.reshape(*places.latent.shape, 2, heads, dim)

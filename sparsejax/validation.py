@@ -76,3 +76,16 @@ def odd(name: str, value: Any) -> int:
     if size % 2 == 0:
         raise InvalidArgumentError(f"{name} must be odd, so that the window is centred; got {value!r}.")
     return size
+
+
+def unicode_text(name: str, value: str) -> str:
+    """`value`, which must be whole characters: JSON and command lines can hold half of a surrogate pair.
+
+    Raises:
+      InvalidArgumentError: it does.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"{name} holds half of a surrogate pair: {error.reason}.") from None
+    return value

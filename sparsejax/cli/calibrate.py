@@ -67,14 +67,18 @@ def add_parser(suites) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sparsejax.cli.evaluate import numbers
+    from sparsejax.cli.evaluate import numbers, task_names
     from sparsejax.evaluation import calibration
     from sparsejax.evaluation.plots import plot_calibration
     from sparsejax.validation import number, whole
 
     target = number("--target", args.target, 0.0, 1.0, above=True)
     fractions = _fractions(args.fractions)
-    lengths, tasks = numbers("--lengths", args.lengths), _tasks(args)
+    lengths, tasks = numbers("--lengths", args.lengths), task_names(args.tasks)
+    if args.samples < 1:
+        raise InvalidArgumentError(f"--samples must be at least 1, got {args.samples}.")
+    if args.tasks is not None and args.file is not None:
+        raise InvalidArgumentError("--tasks has no meaning with --file; give one of them.")
     whole("--answer-tokens", args.answer_tokens, 1)
     options.check_store_options(args, args.method)
     check_outputs(args)
@@ -95,23 +99,6 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot_calibration(ratio, points, target, args.plot)
     return 0
-
-
-def _tasks(args: argparse.Namespace) -> list[str]:
-    """Names of the tasks to measure on, checked."""
-    from sparsejax.evaluation import TASKS
-
-    if args.samples < 1:
-        raise InvalidArgumentError(f"--samples must be at least 1, got {args.samples}.")
-    if args.tasks is None:
-        return list(TASKS)
-    if args.file is not None:
-        raise InvalidArgumentError("--tasks has no meaning with --file; give one of them.")
-    tasks = list(dict.fromkeys(args.tasks.split(",")))
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise InvalidArgumentError(f"--tasks has no task {unknown[0]!r}; there are {', '.join(TASKS)}.")
-    return tasks
 
 
 def _texts(args: argparse.Namespace, tokenizer: Any, lengths: list[int], tasks: list[str]) -> list[CalibrationText]:

@@ -93,13 +93,7 @@ def add_parser(subparsers) -> None:
 
 
 def run_ruler(args: argparse.Namespace) -> int:
-    from sparsejax.evaluation import TASKS
-
-    lengths = numbers("--lengths", args.lengths)
-    tasks = list(dict.fromkeys(args.tasks.split(","))) if args.tasks else list(TASKS)
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise InvalidArgumentError(f"--tasks has no task {unknown[0]!r}; there are {', '.join(TASKS)}.")
+    lengths, tasks = numbers("--lengths", args.lengths), task_names(args.tasks)
     if args.samples < 1:
         raise InvalidArgumentError(f"--samples must be at least 1, got {args.samples}.")
     check_outputs(args)
@@ -224,6 +218,17 @@ def numbers(name: str, text: str) -> list[int]:
     if min(numbers) < 1:
         raise InvalidArgumentError(f"{name} must be positive, got {text!r}.")
     return list(dict.fromkeys(numbers))
+
+
+def task_names(text: str | None) -> list[str]:
+    """ "single,multi_key" of --tasks -> ["single", "multi_key"], each once; all tasks without it."""
+    from sparsejax.evaluation import TASKS
+
+    tasks = list(TASKS) if text is None else list(dict.fromkeys(text.split(",")))
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise InvalidArgumentError(f"--tasks has no task {unknown[0]!r}; there are {', '.join(TASKS)}.")
+    return tasks
 
 
 def budgets(name: str, text: str) -> list[float]:

@@ -76,9 +76,8 @@ def check_store_options(args: argparse.Namespace, method: str, *more: str) -> No
 
 def store_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword options of an LLM from those of `add_store_options`, and from --full-attention-layers if there is one."""
-    names = {**{name: name for name in STORE_OPTIONS}, "full_attention_layers": "full_attention_layers"}
-    names["engine_recent_tokens"] = "recent_tokens"
-    given = {keyword: getattr(args, name, None) for name, keyword in names.items()}
+    names = (*STORE_OPTIONS, "full_attention_layers")
+    given = {name.removeprefix("engine_"): getattr(args, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError, unknown_key_error
-from sparsejax.validation import flag, number, whole
+from sparsejax.validation import flag, number, unicode_text, whole
 
 __all__ = ["MAX_LOGPROBS", "MAX_SEED", "MAX_STOP_TOKEN_IDS", "CompressionParams", "SamplingParams"]
 
@@ -142,10 +142,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     for string in strings:
         if not isinstance(string, str) or not string:
             raise InvalidArgumentError(f"stop must be a non-empty string or a list of such, got {stop!r}.")
-        if any("\ud800" <= character <= "\udfff" for character in string):
-            raise InvalidArgumentError(
-                f"stop must be valid Unicode text, which no answer would match else: {string!r}."
-            )
+        unicode_text(f"stop {string!r}", string)  # no answer would match half a character
     return tuple(dict.fromkeys(strings))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.evaluation.ruler import build_samples
 from sparsejax.text_files import numbered_lines, read_text
+from sparsejax.validation import unicode_text
 
 _LEAST_CONTEXT = 2
 
@@ -109,10 +110,7 @@ def _record(tokenizer: Any, line: str, answer_tokens: int, name: str) -> Calibra
         raise InvalidArgumentError(f"{name} is not JSON: {error}.") from None
     keys = set(record) if isinstance(record, Mapping) and all(isinstance(v, str) for v in record.values()) else set()
     for key in keys:
-        try:
-            record[key].encode()
-        except UnicodeEncodeError as error:
-            raise InvalidArgumentError(f"{name} holds half of a surrogate pair: {error.reason}.") from None
+        unicode_text(name, record[key])
     if keys >= {"context", "question", "answer"} and record["answer"].strip():
         return question_text(tokenizer, record["context"], record["question"], record["answer"].strip())
     if "text" in keys:

@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -22,7 +21,6 @@ from sparsejax.cli import COMMANDS, main
 from sparsejax.cli.outputs import check_outputs
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.evaluation import TASKS
-from sparsejax.methods import registry
 
 HELPS = [
     ([], "sparsejax demo"),
@@ -295,20 +293,6 @@ def test_a_broken_config_is_one_paragraph(capsys, tmp_path, text):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert main(["bench", "latency", "--random-weights", str(path)]) == 1
     assert re.search(r"^sparsejax bench: .*config\.json (cannot be read as JSON|must hold)", capsys.readouterr().err)
-
-
-def test_a_file_of_ones_own_is_imported_first(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    monkeypatch.delitem(sys.modules, "long_values", raising=False)
-    guide = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
-    (source,) = (block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "@register" in block)
-    path = tmp_path / "long_values.py"
-    path.write_text(source, encoding="utf-8")
-    assert main(["--import", str(path), "methods", "long_values"]) == 0
-    assert "Tokens with the longest values." in capsys.readouterr().out
-    for wrong in (tmp_path / "nothing.py", tmp_path):
-        assert main(["--import", str(wrong), "methods"]) == 1
-        assert f"--import must be a Python file, got {wrong}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernels run on a GPU")

@@ -12,6 +12,7 @@ import pytest
 from method_cases import random_case
 
 from sparsejax import CompressionParams, methods
+from sparsejax.cli import main
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import registry
 
@@ -98,3 +99,15 @@ def test_every_built_in_method_says_what_it_is(name):
     assert described.source or name == "random"
     assert described.family != "full"
     methods.get_rule(described.budget_rule)
+
+
+def test_commands_import_it_first(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.delitem(sys.modules, "long_values", raising=False)
+    path = tmp_path / "long_values.py"
+    path.write_text(SOURCE)
+    assert main(["--import", str(path), "methods", "long_values"]) == 0
+    assert "Tokens with the longest values." in capsys.readouterr().out
+    for wrong in (tmp_path / "nothing.py", tmp_path):
+        assert main(["--import", str(wrong), "methods"]) == 1
+        assert f"--import must be a Python file, got {wrong}" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from sparsejax.checkpoint.convert import new_folder
 from sparsejax.checkpoint.source import read_json
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.text_files import read_text
+from sparsejax.validation import unicode_text
 
 MANIFEST = "packed.json"
 _VERSION = 1
@@ -194,11 +195,7 @@ def _text(document: Document, tokenizer: Any) -> str:
             content = tokenizer.apply_chat_template(content, tokenize=False)
         except Exception as error:  # whatever the template raises, in a language of its own
             raise InvalidArgumentError(f"{where} has messages that the chat template refuses: {error}") from error
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InvalidArgumentError(f"{where} holds half of a surrogate pair: {error.reason}.") from None
-    return content
+    return unicode_text(where, content)
 
 
 def _encoded(documents: Iterator[Document], tokenizer: Any, wrap: bool) -> Iterator[list[int]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -282,25 +282,18 @@ def _record(run: Run, config: CompressorConfig, steps: int, rows_per_step: int) 
     }
     path = run.out / "options.json"
     if run.resume:
-        before = read_json(path)
-        compared = [name for name in now if name != "init"]  # what it began with does not matter any more
-        differing = [name for name in compared if before.get(name) != json.loads(json.dumps(now[name]))]
+        before, asked = _by_name(read_json(path)), _by_name(json.loads(json.dumps(now)))
+        del asked["init"]  # what it began with does not matter any more
+        names = [*asked, *(name for name in before.keys() - asked if name.startswith("compressor."))]
+        differing = [name for name in names if before.get(name) != asked.get(name)]
         if differing:
-            was = ", ".join(
-                f"{each} {old!r}, now {new!r}"
-                for name in differing
-                for each, old, new in _differences(name, before.get(name), now[name])
-            )
+            was = ", ".join(f"{name} {before.get(name)!r}, now {asked.get(name)!r}" for name in differing)
             raise InvalidArgumentError(f"A resumed run must have the options it was started with; it had {was}.")
     elif jax.process_index() == 0:
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
 
-def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(name, before, now) of an option, or of those within it that differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != json.loads(json.dumps(now.get(key))):
-                yield f"{name}.{key}", before.get(key), now.get(key)
-    else:
-        yield name, before, now
+def _by_name(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run, those of its compressor among them."""
+    compressor = {f"compressor.{name}": value for name, value in options.get("compressor", {}).items()}
+    return {name: value for name, value in options.items() if name != "compressor"} | compressor
