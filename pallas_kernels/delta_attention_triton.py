@@ -44,6 +44,8 @@ _VALUE_CHUNK = 128  # and of the values' references
 _PROJECTED = 32  # numbers of a head's output that a program projects
 _FEW_PROGRAMS = 264  # two on each of an H200's 132 multiprocessors
 _MOST_PARTS = 64  # whose sums are kept, and merged at once
+_MOST_STEPS = 4  # of a part, where shorter parts would do, too
+_AHEAD_BYTES = 64 * 1024  # most references of a step that are fetched while the one before is summed
 
 
 class DeltaTile(NamedTuple):
@@ -75,6 +77,11 @@ def default_tile(k_pages: jax.Array) -> DeltaTile:
 def _padded(rows: int) -> int:
     """Rows of a tile of queries."""
     return max(MIN_DOT_ROWS, next_power_of_two(rows))
+
+
+def _fold(programs: int, enough: int, most: int) -> int:
+    """How many times the work of one a program can take, a power of two, so that `enough` programs are left."""
+    return max(1, min(most, next_power_of_two(programs // enough + 1) // 2))
 
 
 def _value_piece(head, heads: int, dim: int, piece, width: int) -> tuple[Columns, Columns]:
@@ -284,7 +291,12 @@ def delta_attention_triton(q, store, unpacked, places, cos, sin, up, up_bias, *,
     bias = [] if up_bias is None else [up_bias]
     smallest = max(MIN_DOT_ROWS, next_power_of_two(width))
     block, sum_block = min(tile.block, smallest), min(tile.sum_block, smallest)
-    steps = next_power_of_two(pl.cdiv(pl.cdiv(width, sum_block), _MOST_PARTS))
+    blocks = pl.cdiv(width, sum_block)
+    steps = next_power_of_two(pl.cdiv(blocks, _MOST_PARTS))
+    value_pieces, value_width = chunk_count(dim, _VALUE_CHUNK), chunk_width(dim, _VALUE_CHUNK)
+    fetch_ahead = near.shape[1] * sum_block * value_width * store.v_pages.dtype.itemsize <= _AHEAD_BYTES
+    if fetch_ahead:
+        steps = max(steps, _fold(blocks * heads * value_pieces * batch, 2 * _FEW_PROGRAMS, _MOST_STEPS))
     parts = pl.cdiv(width, sum_block * steps)
     common = {
         "head_rows": layout.near.head_stride * store.k_pages.shape[1],
@@ -318,13 +330,13 @@ def delta_attention_triton(q, store, unpacked, places, cos, sin, up, up_bias, *,
     )
     # Sums of latents are long: longer parts of them where there are programs enough.
     chunks = chunk_count(size, _CHUNK)
-    more = 1 << max(0, min(3, (parts * chunks * batch // _FEW_PROGRAMS).bit_length() - 1))
+    more = _fold(parts * chunks * batch, _FEW_PROGRAMS, 8)
     latent_parts = pl.cdiv(parts, more)
     *sums, lse, latent_lse = call(
         functools.partial(
             _sums_kernel, scale=scale, block=sum_block, steps=steps, latent_steps=steps * more, exp2=exp2, **common
         ),
-        (parts, heads * chunk_count(dim, _VALUE_CHUNK) + chunks, batch),
+        (parts, heads * value_pieces + chunks, batch),
         [
             real((batch, parts, q_heads, dim), jnp.float32),
             real((batch, latent_parts, q_heads, size), jnp.float32),
@@ -333,7 +345,7 @@ def delta_attention_triton(q, store, unpacked, places, cos, sin, up, up_bias, *,
         ],
         "delta_attention_sums",
         tile.sum_warps,
-        1,
+        3 if fetch_ahead else 1,
         *(*inputs, logits, *bias),
     )
     base, latents, lse = call(
