@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax.checkpoint.errors import CheckpointError, OutputExistsError
+from sparsejax.checkpoint.load import require_dtype
 from sparsejax.checkpoint.mapping import Parameter, fuse, parameter_groups, split
 from sparsejax.checkpoint.orbax_store import read_manifest, restore_group, save_group, write_manifest
 from sparsejax.checkpoint.progress import group_bytes, progress_bar
 from sparsejax.checkpoint.safetensors_files import SafetensorsReader, SafetensorsWriter
 from sparsejax.checkpoint.source import INDEX, MANIFEST, load_config, read_json, resolve
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 # Config and tokenizer, as their writers name them.
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -46,7 +45,7 @@ def convert_from_hf(source: str | Path, out: str | Path, *, dtype: str | None = 
       OutputExistsError: `out` is a file or a folder that is not empty.
       CheckpointError: the source cannot be read, or its tensors do not fit its config (all listed).
     """
-    target = None if dtype is None else _require_dtype(dtype)
+    target = None if dtype is None else require_dtype(dtype)
     checkpoint = resolve(source)
     if checkpoint.kind != "huggingface":
         raise CheckpointError(f"{checkpoint.folder} is an Orbax checkpoint already.")
@@ -97,7 +96,7 @@ def convert_to_hf(
     Raises:
       OutputExistsError, CheckpointError: as `convert_from_hf`.
     """
-    target = None if dtype is None else _require_dtype(dtype)
+    target = None if dtype is None else require_dtype(dtype)
     checkpoint = resolve(source)
     if checkpoint.kind != "orbax":
         raise CheckpointError(f"{checkpoint.folder} is a Hugging Face checkpoint already.")
@@ -145,9 +144,3 @@ def _copy_side_files(source: Path, out: Path, dtype: str | None) -> None:
         config.pop("torch_dtype", None)  # the name that transformers 4 used
         config["dtype"] = dtype
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _require_dtype(dtype: str) -> np.dtype:
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
-    return jnp.dtype(dtype)

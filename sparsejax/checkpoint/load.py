@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.checkpoint.errors import CheckpointError
 from sparsejax.checkpoint.mapping import EMBEDDING, Group, Parameter, parameter_groups, tree_of
 from sparsejax.checkpoint.orbax_store import read_manifest, restore_group
 from sparsejax.checkpoint.progress import group_bytes, progress_bar
 from sparsejax.checkpoint.safetensors_files import SafetensorsReader
 from sparsejax.checkpoint.source import Checkpoint, load_config, read_json, resolve
 from sparsejax.models import ModelConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 ReadGroup = Callable[[Group], dict[tuple[str, ...], jax.Array]]  # a group's parameters by path, on the device
 
@@ -31,7 +34,8 @@ def load_model(
     sources of one of them.
 
     Args:
-      dtype: type of all parameters; None: the type the checkpoint was stored in (`stored_dtype`).
+      dtype: of all parameters, float32, bfloat16 or float16; None: the one the checkpoint was stored in
+        (`stored_dtype`).
       sharding: where the parameters go; None: JAX's default device.
       progress: show a progress bar in bytes.
 
@@ -39,12 +43,13 @@ def load_model(
       (config, params), params as `sparsejax.models.Decoder` wants them.
 
     Raises:
-      CheckpointError: nothing there, offline and not cached, broken files, or tensors that do not fit (all listed).
+      CheckpointError: nothing there, offline and not cached, broken files, tensors that do not fit (all listed), or a
+        dtype that parameters cannot have.
       UnsupportedModelError: the config asks for what no decoder here computes.
     """
     checkpoint = resolve(source)
     config = load_config(checkpoint)
-    dtype = jnp.dtype(stored_dtype(checkpoint) if dtype is None else dtype)
+    dtype = stored_dtype(checkpoint) if dtype is None else require_dtype(dtype)
     sharding = sharding or jnp.zeros(()).sharding
     groups = parameter_groups(config)
     open_reader = _orbax_reader if checkpoint.kind == "orbax" else _safetensors_reader
@@ -60,11 +65,26 @@ def load_model(
     return config, tree_of(leaves)
 
 
+def require_dtype(dtype: Any) -> np.dtype:
+    """The dtype that a name or a type means, one that parameters can have.
+
+    Raises:
+      CheckpointError: it is none of them.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
+    return found
+
+
 def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
     """The type that config.json declares, or else that of the embedding table."""
     raw = read_json(checkpoint.folder / "config.json")
     declared = raw.get("dtype") or raw.get("torch_dtype")
-    if declared in ("float32", "float16", "bfloat16"):
+    if declared in DTYPES:
         return jnp.dtype(declared)
     config = load_config(checkpoint)
     if checkpoint.kind == "orbax":

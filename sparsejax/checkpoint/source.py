@@ -88,9 +88,20 @@ def load_tokenizer(source: str | Path) -> Any:
             f"{folder} holds no tokenizer (no tokenizer.json, tokenizer_config.json, tokenizer.model)."
         )
     try:
-        return _tokenizer_class(folder).from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        # Never a checkpoint's own code: transformers would ask on the terminal whether to run it.
+        tokenizer = _tokenizer_class(folder).from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        own = len(tokenizer) - len(tokenizer.get_added_vocab())
+        longest = tokenizer.model_max_length
+    except Exception as error:  # the tokenizers library raises bare ones, transformers what a broken file leads it to
         raise CheckpointError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+    if own <= 0 or isinstance(longest, bool) or not isinstance(longest, int | float):
+        what = f"model_max_length must be a number, got {longest!r}."
+        if own <= 0:
+            what = "it has no tokens but special ones. Is tokenizer.json or tokenizer.model missing?"
+        raise CheckpointError(f"The tokenizer in {folder} cannot be used: {what}")
+    return tokenizer
 
 
 def _tokenizer_class(folder: Path) -> Any:

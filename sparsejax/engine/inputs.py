@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import jinja2
-
 from sparsejax.errors import EmptyPromptError, InvalidArgumentError
 
 Prompt = str | Sequence[int]
@@ -137,8 +135,8 @@ def render_chat(messages: Sequence[dict], tokenizer: Any, *, index: int, **templ
         )
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **template)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        # Templates refuse what their model was not trained on, such as a role, or trip over it.
+    except Exception as error:
+        # Templates are programs: they refuse what their model was not trained on, such as a role, or trip over it.
         raise InvalidArgumentError(f"conversation {index}: the chat template refuses it: {error}") from error
 
 

@@ -106,25 +106,38 @@ class ModelConfig:
         given = {key: value for key, value in {**_DEFAULTS[architecture], **config}.items() if value is not None}
         _refuse_quantized(given)
         _refuse_sliding_window(architecture, given)
+        if not _flag(given, "is_causal", True):
+            raise UnsupportedModelError("is_causal must be true: attention in both directions is not supported.")
 
+        layers = _size(given, "num_hidden_layers")
         heads = _size(given, "num_attention_heads")
+        kv_heads = _size(given, "num_key_value_heads") if "num_key_value_heads" in given else heads
+        if heads % kv_heads:
+            raise UnsupportedModelError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {kv_heads}."
+            )
         hidden = _size(given, "hidden_size")
+        if "head_dim" not in given and hidden % heads:
+            raise UnsupportedModelError(
+                f"hidden_size must be a multiple of num_attention_heads where head_dim is not given, got {hidden} and "
+                f"{heads}."
+            )
         max_positions = _size(given, "max_position_embeddings")
-        attention_bias = bool(given.get("attention_bias", False))
+        attention_bias = _flag(given, "attention_bias")
         return cls(
             architecture=architecture,
             vocab_size=_size(given, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=_size(given, "intermediate_size"),
-            num_layers=_size(given, "num_hidden_layers"),
+            num_layers=layers,
             num_heads=heads,
-            num_kv_heads=given.get("num_key_value_heads", heads),
+            num_kv_heads=kv_heads,
             head_dim=given.get("head_dim", hidden // heads),
             rms_norm_eps=_positive(given, "rms_norm_eps", 1e-6),
-            tie_embeddings=bool(given.get("tie_word_embeddings", False)),
+            tie_embeddings=_flag(given, "tie_word_embeddings"),
             qkv_bias=True if architecture == "qwen2" else attention_bias,
             o_bias=False if architecture == "qwen2" else attention_bias,
-            mlp_bias=architecture == "llama" and bool(given.get("mlp_bias", False)),
+            mlp_bias=architecture == "llama" and _flag(given, "mlp_bias"),
             qk_norm=architecture == "qwen3",
             rope=_parse_rope(given, max_positions),
             max_position_embeddings=max_positions,
@@ -190,8 +203,11 @@ def _require_causal_lm(config: Mapping[str, Any]) -> None:
 
 
 def _refuse_quantized(config: Mapping[str, Any]) -> None:
-    if "quantization_config" in config:
-        how = config["quantization_config"]
+    # compressed-tensors wrote the second name in its first versions.
+    for name in ("quantization_config", "compression_config"):
+        if name not in config:
+            continue
+        how = config[name]
         method = how.get("quant_method", "unknown") if isinstance(how, Mapping) else how
         raise UnsupportedModelError(
             f"The checkpoint is quantized (quant_method {method!r}); only float32, bfloat16 and float16 weights load."
@@ -203,7 +219,12 @@ def _refuse_sliding_window(architecture: str, config: Mapping[str, Any]) -> None
     layer_types = config.get("layer_types")
     window = config.get("sliding_window")
     if layer_types is not None:
-        other = sorted(set(layer_types) - {"full_attention"})
+        layers = _size(config, "num_hidden_layers")
+        if not isinstance(layer_types, list | tuple) or len(layer_types) != layers:
+            raise UnsupportedModelError(
+                f"layer_types must name the type of each of {layers} layers, got {layer_types!r}."
+            )
+        other = sorted({str(kind) for kind in layer_types} - {"full_attention"})
         if other:
             raise UnsupportedModelError(
                 f"layer_types must all be full_attention, got also {', '.join(other)}: sliding-window and other "
@@ -211,11 +232,14 @@ def _refuse_sliding_window(architecture: str, config: Mapping[str, Any]) -> None
             )
         return
     if architecture == "llama":
-        in_use = config.get("use_sliding_window", True)
+        in_use = _flag(config, "use_sliding_window", True)
     else:
+        # Qwen configs have a window that use_sliding_window switches on, for the layers from max_window_layers on.
         first = config.get("max_window_layers", 28)
-        # Qwen configs have a window that use_sliding_window switches on.
-        in_use = config.get("use_sliding_window", False) and first < config.get("num_hidden_layers", 0)
+        in_use = _flag(config, "use_sliding_window")
+        if in_use and (isinstance(first, bool) or not isinstance(first, int)):
+            raise UnsupportedModelError(f"max_window_layers must be a whole number, got {first!r}.")
+        in_use = in_use and first < _size(config, "num_hidden_layers")
     if in_use and window is not None:
         raise UnsupportedModelError(
             f"The config uses a sliding window of {window} tokens; sliding-window attention is not supported. "
@@ -253,6 +277,13 @@ def _size(config: Mapping[str, Any], name: str) -> int:
 def _require_size(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UnsupportedModelError(f"{name} must be a positive whole number, got {value!r}.")
+
+
+def _flag(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    value = config.get(name, default)
+    if not isinstance(value, bool):
+        raise UnsupportedModelError(f"{name} must be true or false, got {value!r}.")
+    return value
 
 
 def _positive(config: Mapping[str, Any], name: str, default: float) -> float:

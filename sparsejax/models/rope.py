@@ -61,8 +61,9 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"rope_type must be one of {', '.join(KINDS)}; got {self.kind!r}.")
-        if not (0 < self.theta < math.inf and 0 < self.factor < math.inf):
-            raise ValueError(f"rope_theta and factor must be positive, got {self.theta!r} and {self.factor!r}.")
+        for name, value in (("rope_theta", self.theta), ("factor", self.factor)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value!r}.")
         if self.kind in ("dynamic", "llama3", "yarn") and self.original_max_position_embeddings < 1:
             raise ValueError(f"rope_type {self.kind!r} needs original_max_position_embeddings.")
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
@@ -104,7 +105,9 @@ class RopeConfig:
             names = ("low_freq_factor", "high_freq_factor")
         elif kind == "yarn":
             names = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
-            values["truncate"] = bool(given.get("truncate", True))
+            values["truncate"] = given.get("truncate", True)
+            if not isinstance(values["truncate"], bool):
+                raise ValueError(f"truncate must be true or false, got {values['truncate']!r}.")
             # transformers takes a beta of 0 for one that is not given.
             given = {key: value for key, value in given.items() if value != 0 or key not in ("beta_fast", "beta_slow")}
         else:
@@ -169,8 +172,11 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     """f32[head_dim / 2] radians per position, of the kinds whose frequencies do not depend on the sequence."""
-    base = np.float32(config.theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    plain = (1.0 / base).astype(np.float32)
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # Rounded once, as PyTorch's power is but for single cases. NumPy's float32 power is off by one unit in every fifth
+    # element, and a unit is a hundredth of a radian at position 100,000.
+    base = (np.float64(config.theta) ** exponent.astype(np.float64)).astype(np.float32)
+    plain = (np.float32(1.0) / base).astype(np.float32)
     if config.kind == "linear":
         return (plain / np.float32(config.factor)).astype(np.float32)
     if config.kind == "llama3":

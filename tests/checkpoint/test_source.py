@@ -1,5 +1,6 @@
 """Finding checkpoints: folders, Hugging Face ids in the cache, and clear errors for the rest."""
 
+import io
 import json
 import subprocess
 import sys
@@ -138,6 +139,39 @@ def test_tokenizer_of_a_folder(tmp_path):
 def test_a_folder_without_tokenizer_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"tokenizer.json": {"version": "1.0", "model": {"type": "Nope"}}}, "cannot be loaded"),
+        ({"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}}, "no tokens"),
+        ({"tokenizer_config.json": {"tokenizer_class": ["a"]}}, "cannot be loaded"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path, files, named):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=named) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_code_of_a_checkpoint_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))  # what transformers would ask for
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="trust_remote_code"):
+        load_tokenizer(tmp_path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "bfloat", bool, 5])
+def test_a_dtype_that_parameters_cannot_have_is_refused(hf, dtype):
+    with pytest.raises(CheckpointError, match="float32, bfloat16, float16"):
+        load_model(hf, dtype=dtype)
 
 
 def test_hub_ids_come_from_the_local_cache_when_offline(tmp_path, hf):

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sparsejax.models.rope import KINDS, RopeConfig, apply_rope, attention_factor, inverse_frequencies, rope_cos_sin
 
@@ -35,6 +37,30 @@ def test_rotation_keeps_the_norm_up_to_the_attention_factor(kind):
     rotated = apply_rope(x, *rope_cos_sin(CONFIGS[kind], HEAD_DIM, jnp.array([0, 90]), LENGTHS))
     expected = jnp.linalg.norm(x, axis=-1) * attention_factor(CONFIGS[kind])
     np.testing.assert_allclose(jnp.linalg.norm(rotated, axis=-1), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0},
+    ],
+)
+def test_frequencies_are_those_of_transformers(theta, head_dim, scaling):
+    """Nearly all to the last bit: at position 100,000 one unit in the last place is a hundredth of a radian."""
+    sizes = {"hidden_size": 4 * head_dim, "num_attention_heads": 4, "head_dim": head_dim}
+    parameters = {**scaling, "rope_theta": theta}
+    if scaling["rope_type"] in ("llama3", "yarn"):
+        parameters["original_max_position_embeddings"] = 8192
+    theirs = transformers.LlamaConfig(**sizes, max_position_embeddings=32768, rope_parameters=parameters)
+    expected = LlamaRotaryEmbedding(theirs).inv_freq.numpy()
+    got = inverse_frequencies(RopeConfig.from_hf(parameters, 32768), head_dim)
+    np.testing.assert_allclose(got, expected, rtol=2.5e-7)
+    assert (got != expected).mean() < 0.1
 
 
 def test_position_zero_changes_nothing():
