@@ -44,6 +44,10 @@ class OutOfMemoryError(SparsejaxError, MemoryError):
     """The device or host has no room for what was asked."""
 
 
+class NotFiniteError(SparsejaxError, ArithmeticError):
+    """The model's logits are NaN or infinite, so there is no next token."""
+
+
 class SchedulingError(SparsejaxError, RuntimeError):
     """The scheduler's protocol was broken by its caller; the request states would no longer be exact."""
 

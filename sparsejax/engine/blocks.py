@@ -68,8 +68,8 @@ class Row:
 
     @property
     def weight(self) -> int:
-        """Entries that it holds at most, shared ones included; exact for a uniform row."""
-        return sum(block.weight for block in self.blocks) if self.usage is None else self.bound
+        """Entries that are counted for it, shared ones included; exact for a uniform row."""
+        return sum(block.weight for block in self.blocks)
 
 
 class BlockTable:
@@ -281,8 +281,8 @@ class BlockTable:
     def _unmeasured(row: Row) -> Unmeasured:
         trunk = row.trunk
         if trunk is None or trunk.references == 1:
-            return Unmeasured(row, row.number, row.length, row.bound, None, 0, row.running)
-        return Unmeasured(row, row.number, row.length, row.bound, trunk, trunk.weight, row.running)
+            return Unmeasured(row, row.number, row.length, row.weight, None, 0, row.running)
+        return Unmeasured(row, row.number, row.length, row.weight, trunk, trunk.weight, row.running)
 
     def _bound(self, usage: Usage, length: int) -> int:
         """Most entries of a ragged row once it has been given `length` tokens."""
@@ -303,6 +303,9 @@ class BlockTable:
                 self._unclaim(trunk)
             self._drop(trunk)
         elif trunk is not None:
+            # What was measured before a snapshot was taken may come after it, and say that all of the row is less than
+            # its trunk was counted with.
+            self._weigh(trunk, min(trunk.weight, weight))
             weight -= trunk.weight
         assert weight >= 0, "a row holds what it shares"
         self._weigh(row.blocks[-1], weight)

@@ -26,6 +26,7 @@ from sparsejax.methods import DeltaKV, Method
 from sparsejax.methods.kvzip import FIRST_INSTRUCTION, NEXT_INSTRUCTION
 from sparsejax.models import Decoder, ModelConfig
 
+MAX_HEAD_DIM = 256  # of the kernels on a GPU
 STRETCHING_ROPE = ("linear", "dynamic", "yarn")  # kinds whose factor reaches beyond max_position_embeddings
 
 
@@ -45,13 +46,18 @@ def build_engine(
       eos_token_ids: tokens that end an answer.
 
     Raises:
-      InvalidArgumentError: max_model_len beyond the model's.
+      InvalidArgumentError: max_model_len beyond the model's, or a head_dim that no kernel takes.
       OutOfMemoryError: no room for a KV cache.
     """
     device = next(iter(jax.tree.leaves(params)[0].devices()))
     on_cpu = device.platform == "cpu"
     if on_cpu and config.implementation == "triton":
         raise InvalidArgumentError('implementation="triton" needs an NVIDIA GPU, and the model is on a CPU: use "xla".')
+    if not on_cpu and config.implementation != "xla" and model_config.head_dim > MAX_HEAD_DIM:
+        raise InvalidArgumentError(
+            f"head_dim must be at most {MAX_HEAD_DIM} for the GPU kernels, and the model's is {model_config.head_dim}: "
+            'use implementation="xla".'
+        )
     max_num_seqs = config.max_num_seqs or (16 if on_cpu else 256)
     max_num_batched_tokens = config.max_num_batched_tokens or default_batched_tokens(device.platform)
     max_mixed_tokens = config.max_mixed_tokens or max_num_batched_tokens

@@ -92,6 +92,12 @@ class Detokenizer:
             return None
         return self._search()
 
+    def replay(self, tokens: Sequence[int], *, like: Detokenizer) -> None:
+        """Takes the tokens that another text of the same answer has taken; as much counts as handed out."""
+        for token in tokens:
+            self.add(token)
+        self._taken = like._taken
+
     def finish(self) -> None:
         """Ends the text: what was held back (part of a character, of a stop string) comes out."""
         if not self._finished:

@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from sparsejax.engine.detokenizer import decode_function
+from sparsejax.engine.blame import blamed_requests
+from sparsejax.engine.detokenizer import Detokenizer, decode_function
 from sparsejax.engine.eviction import EvictReport
 from sparsejax.engine.in_flight import Compressed, InFlight, Results, dispatch
 from sparsejax.engine.inputs import TokenizedPrompt
@@ -27,12 +28,12 @@ from sparsejax.engine.plan import Chunk, Evict, FullRing
 from sparsejax.engine.prefix_cache import PrefixCacheStats
 from sparsejax.engine.request import Request, derive_seed, expand
 from sparsejax.engine.runner import Runner
-from sparsejax.engine.sampling import SampleOutput
+from sparsejax.engine.sampling import NOT_FINITE, SampleOutput
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.engine.scheduler import Scheduler
 from sparsejax.engine.stopping import check_stop, detokenizer_for
 from sparsejax.engine.submission import Answer, Submission
-from sparsejax.errors import SchedulingError
+from sparsejax.errors import DuplicateRequestError, NotFiniteError, SchedulingError
 
 PROBE = "\0probe"  # id of a request that is only checked, never added
 
@@ -74,6 +75,7 @@ class Engine:
         self.eviction_observer: Callable[[Sequence[Evict], EvictReport], None] | None = None
         self._in_flight: InFlight | None = None
         self._answers: dict[str, tuple[Submission, Answer]] = {}  # by request id of each answer, unfinished
+        self._submitted: set[str] = set()  # ids of submissions that have such
 
     @property
     def num_unfinished(self) -> int:
@@ -136,6 +138,8 @@ class Engine:
           InvalidArgumentError: the id is in use, or the prompt is longer than the engine can ever serve.
         """
         self.runner.check(compression or CompressionParams())
+        if request_id in self._submitted:
+            raise DuplicateRequestError(f"request_id {request_id!r} is in use by an unfinished request.")
         self.num_added += 1
         requests = expand(
             request_id, prompt.token_ids, params, compression=compression, seed=derive_seed(self._seed, self.num_added)
@@ -146,6 +150,7 @@ class Engine:
         submission = Submission(request_id, prompt, answers, arrival_time=self.clock())
         if params.prompt_logprobs is not None:
             submission.prompt_logprobs = [None]
+        self._submitted.add(request_id)
         for request, answer in zip(requests, answers, strict=True):
             request.arrival_time = submission.arrival_time
             self.scheduler.add(request)
@@ -161,19 +166,24 @@ class Engine:
     def step(self) -> None:
         """Dispatches the next step and reads the previous one.
 
-        If a step fails or is interrupted, requests that were being computed are kept and replayed by the next call.
+        If a step fails or is interrupted, requests that were being computed are kept and replayed by the next call, but
+        for those whose own method or text it failed at: they end with reason "abort", so that the others go on.
 
         Raises:
           OutOfMemoryError: the device has no room for the step.
           SchedulingError: device and scheduler disagree about the cache.
+          NotFiniteError: a request has no next token; it is ended.
         """
         try:
             with explain_out_of_memory("running a step"):
                 self._step()
-        except BaseException:  # what the device has done is unknown, and its cache may be gone: it was donated
+        except BaseException as error:  # what the device has done is unknown; its cache may be gone: it was donated
             self._in_flight = None
             self.scheduler.restart()
             self.runner.reset()
+            for request in blamed_requests(error):
+                if not request.finished:
+                    self._finish(*self._answers[request.request_id], "abort")
             raise
 
     def _step(self) -> None:
@@ -253,19 +263,47 @@ class Engine:
 
     def _take_token(self, request: Request, lane: int, sample: SampleOutput) -> None:
         token = int(sample.token[lane])
+        if token == NOT_FINITE and not request.finished:
+            self._refuse(request)
         if not request.record(token):
             return
         submission, answer = self._answers[request.request_id]
         if submission.first_token_time is None:
             submission.first_token_time = self.clock()
-        if answer.logprobs is not None:
-            entry = self._logprobs(sample, lane, request.params.logprobs or 0)
-            answer.logprobs.append(entry)
-            answer.cumulative_logprob += entry[token].logprob
-        eos = self.runner.eos_token_ids
-        stop = check_stop(request, token, eos_token_ids=eos, detokenizer=answer.detokenizer)
+        try:
+            if answer.logprobs is not None:
+                entry = self._logprobs(sample, lane, request.params.logprobs or 0)
+                answer.logprobs.append(entry)
+                answer.cumulative_logprob += entry[token].logprob
+            eos = self.runner.eos_token_ids
+            stop = check_stop(request, token, eos_token_ids=eos, detokenizer=answer.detokenizer)
+        except BaseException as error:
+            self._forget_token(answer)  # or it would count as one that does not end the answer
+            if isinstance(error, Exception):  # the tokenizer's: it would be raised again and again
+                self._finish(submission, answer, "abort")
+            raise
         if stop is not None:
             self._finish(submission, answer, stop.finish_reason, stop.stop_reason)
+
+    def _forget_token(self, answer: Answer) -> None:
+        """Undoes what has been taken of the newest token, however much that is. A replay draws it again."""
+        request, detokenizer = answer.request, answer.detokenizer
+        request.output_token_ids.pop()
+        if answer.logprobs is not None:
+            del answer.logprobs[len(request.output_token_ids) :]
+            entries = zip(answer.logprobs, request.output_token_ids, strict=True)
+            answer.cumulative_logprob = sum(entry[token].logprob for entry, token in entries)
+        if detokenizer is not None:
+            answer.detokenizer = self._detokenizer(request)
+            answer.detokenizer.replay(request.output_token_ids, like=detokenizer)
+
+    def _refuse(self, request: Request) -> None:
+        """Ends a request that has no next token, and says so. The next `step` goes on with the others."""
+        self._finish(*self._answers[request.request_id], "abort")
+        raise NotFiniteError(
+            f"the logits of request {request.request_id!r} are NaN or infinite after {len(request.output_token_ids)} "
+            "generated tokens: the weights hold such numbers, or float16 overflows (bfloat16 and float32 do not)."
+        )
 
     def _take_prompt_logprobs(self, chunks: Sequence[Chunk], prompt: SampleOutput) -> None:
         lane = 0
@@ -297,11 +335,12 @@ class Engine:
         )
 
     def _answer(self, request: Request) -> Answer:
-        detokenizer = None
-        if self._tokenizer is not None:
-            decode = decode_function(self._tokenizer, skip_special_tokens=request.params.skip_special_tokens)
-            detokenizer = detokenizer_for(request, decode)
+        detokenizer = None if self._tokenizer is None else self._detokenizer(request)
         return Answer(request, detokenizer, logprobs=None if request.params.logprobs is None else [])
+
+    def _detokenizer(self, request: Request) -> Detokenizer:
+        decode = decode_function(self._tokenizer, skip_special_tokens=request.params.skip_special_tokens)
+        return detokenizer_for(request, decode)
 
     def _finish(
         self, submission: Submission, answer: Answer, reason: str, stop_reason: int | str | None = None
@@ -314,8 +353,9 @@ class Engine:
         answer.kv_bytes = max(answer.kv_bytes, *map(self._bytes_of, held))
         answer.read_tokens = self.runner.read_tokens(request)
         self.scheduler.finish(request, reason, stop_reason)
-        if answer.detokenizer is not None:
-            answer.detokenizer.finish()
         del self._answers[request.request_id]
         if submission.finished:
             submission.finished_time = self.clock()
+            self._submitted.discard(submission.request_id)
+        if answer.detokenizer is not None:
+            answer.detokenizer.finish()

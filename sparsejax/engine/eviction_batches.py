@@ -148,7 +148,7 @@ def compress_batch(entries: Sequence[Compress], size: int, moment_slots: Mapping
         budget=_lanes((entry.budget for entry in entries), size),
         sinks=_lanes((request.compression.sinks for request in requests), size),
         recent=_lanes((entry.request.compression.recent(entry.text_length) for entry in entries), size),
-        window=_lanes((request.compression.window for request in requests), size),
+        window=_lanes((min(entry.request.compression.window, entry.text_length) for entry in entries), size),
         text_length=_lanes((entry.text_length for entry in entries), size),
         prompt_length=_lanes((len(request.prompt_token_ids) for request in requests), size),
         recorded=_lanes((_recorded(entry) for entry in entries), size),

@@ -159,6 +159,7 @@ class LLM:
 
         Raises:
           InvalidArgumentError: a bad prompt or parameter; nothing has been run then.
+          NotFiniteError: the model's logits are NaN or infinite.
         """
         prompts = inputs.as_prompts(prompts)
         tokenized = [

@@ -18,6 +18,7 @@ import numpy as np
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, DeltaCacheLayout, init_cache, init_delta_cache
 from sparsejax.engine import buckets
+from sparsejax.engine.blame import blaming
 from sparsejax.engine.compiled_steps import compiled_steps
 from sparsejax.engine.compression import CompressOutput, EvictOutput, Measured
 from sparsejax.engine.compression_params import CompressionParams
@@ -263,8 +264,9 @@ class Runner:
         """Dispatches the compression of rows; lane i of an output belongs to entry i of its members."""
         for entry in entries:
             if "reconstruction" in entry.request.compression.policy.records:
-                for work in self.reconstruction.batches(entry):
-                    self.cache = self.steps.reconstruct(self.params, self.cache, work, self.implementation)
+                with blaming([entry.request]):
+                    for work in self.reconstruction.batches(entry):
+                        self.cache = self.steps.reconstruct(self.params, self.cache, work, self.implementation)
         outputs = []
         for members, spec, batch in compress_calls(
             entries,
@@ -272,7 +274,8 @@ class Runner:
             moment_slots=self._moment_slots,
         ):
             assert self.state.record is not None, "only caches that can evict are given rows to compress"
-            self.cache, output = self.steps.compress(self.params, self.cache, self.state.record, batch, spec)
+            with blaming(entry.request for entry in members):
+                self.cache, output = self.steps.compress(self.params, self.cache, self.state.record, batch, spec)
             outputs.append((members, output))
         for entry in entries:
             self._moment_slots.take_back(entry.request.request_id)
@@ -283,7 +286,8 @@ class Runner:
         outputs = []
         for members, spec, batch in evict_calls(entries, self.eviction_shapes):
             assert self.state.record is not None, "only caches that can evict are given rows to evict from"
-            self.cache, record, output = self.steps.evict(self.cache, self.state.record, batch, spec)
+            with blaming(entry.request for entry in members):
+                self.cache, record, output = self.steps.evict(self.cache, self.state.record, batch, spec)
             self.state = replace(self.state, record=record)
             outputs.append((members, output))
         return outputs

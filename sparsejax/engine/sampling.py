@@ -18,6 +18,7 @@ from sparsejax.engine.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, S
 MAX_EOS_IDS = 16
 MAX_STOP_IDS = MAX_STOP_TOKEN_IDS + MAX_EOS_IDS
 NEVER = -jnp.inf  # logit of a token that cannot be drawn
+NOT_FINITE = -1  # instead of a token, where logits are NaN or infinite
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,7 @@ class SampleOutput:
     Log-probabilities are those of the raw logits: what the model says, before penalties, temperature and filters.
 
     Attributes:
-      token: i32[B].
+      token: i32[B]; NOT_FINITE where there is none.
       logprob: f32[B], of the chosen token.
       rank: i32[B], of the chosen token: 1 if no token is more likely.
       top_ids: i32[B, MAX_LOGPROBS], the likeliest tokens, likeliest first (-1 beyond the vocabulary).
@@ -105,7 +106,14 @@ def to_rows(params: Sequence[SamplingParams], eos_token_ids: Sequence[int], seed
 
 def greedy(logits: jax.Array) -> SampleOutput:
     """The most likely token of each row (the lowest id of equals). logits: f32[B, V]."""
-    return SampleOutput(token=jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return SampleOutput(token=_where_finite(logits, best, best))
+
+
+def _where_finite(logits: jax.Array, best: jax.Array, token: jax.Array) -> jax.Array:
+    """`token` i32[B], or NOT_FINITE; `best` is each row's argmax, which finds a NaN before any number."""
+    largest = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
+    return jnp.where(largest < jnp.inf, token, NOT_FINITE)
 
 
 def sample(
@@ -135,6 +143,7 @@ def sample(
         lambda: jnp.where(draws, _draw(support(adjusted, rows), rows.seed, num_output), best),
         lambda: best,
     )
+    token = _where_finite(adjusted, best, token)
     return token_logprobs(logits, token) if want_logprobs else SampleOutput(token=token)
 
 

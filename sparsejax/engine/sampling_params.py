@@ -41,6 +41,8 @@ def _strict_keywords(cls: _Params) -> _Params:
 class SamplingParams:
     """How a request's tokens are chosen and when they end. Names and meanings follow vLLM.
 
+    Defaults are those below for every model: of a checkpoint's generation_config.json only the end tokens are read.
+
     The order is: minimum length, penalties, temperature, min-p, top-k, top-p; each filter sees the survivors of the
     one before, renormalised.
 

@@ -214,6 +214,9 @@ class Scheduler:
             request.num_preemptions += 1
             self._waiting.appendleft(request)
         self._admitted.clear()
+        # One that an interrupt met between the queue and its row.
+        queued = set(map(id, self._waiting))
+        self._waiting.extendleft(each for each in self._requests.values() if id(each) not in queued)
         self._rows.take_changes()
 
     def must_preempt(self) -> bool:

@@ -125,3 +125,17 @@ def test_a_forked_context_is_left_as_it_is(llm, params):
     assert cached([each.output() for each in submissions]) == [50, 50, 50]
     assert submissions[0].output().outputs[0].token_ids == run.output.outputs[0].token_ids
     assert_all_free(llm)
+
+
+def test_a_context_longer_than_the_pool_is_shared(make_llm):
+    """It is compressed between its chunks, and its figures are read while the copy that stays is taken."""
+    context = np.random.default_rng(3).integers(3, VOCAB, 100).tolist()
+    asked = compression("keydiff", 12, context_tokens=len(context))
+    answers = []
+    for caching in (False, True):
+        llm = make_llm(**ENGINE | {"methods": ["keydiff"], "num_pages": 4 * 24, "enable_prefix_caching": caching})
+        outputs = [llm.generate(context + question, GREEDY, asked, use_tqdm=False)[0] for question in QUESTIONS[:2]]
+        assert cached(outputs) == [0, len(context) if caching else 0]
+        answers.append(tokens(outputs))
+        assert_all_free(llm)
+    assert answers[0] == answers[1]

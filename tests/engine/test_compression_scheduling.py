@@ -122,23 +122,24 @@ def test_many_questions_over_one_compressed_context(data):
         "page_size": page_size,
         "entries_per_page_column": data.draw(st.sampled_from([1, 4])),
         "max_resident_rows": data.draw(st.integers(1, 4)),
-        "max_model_len": 64,
+        "max_model_len": 96,
     }
     limits["num_free_entries"] = data.draw(st.integers(24, 60)) // page_size * limits["entries_per_page_column"]
+    context = data.draw(st.sampled_from([16, 48]))  # one that fits the pool, or one that hardly does
     kinds = [
         Params(
-            context_tokens=16,
+            context_tokens=context,
             budget_tokens=data.draw(st.integers(2, 12)),
-            policy=Policy(uses_seed=data.draw(st.booleans())),
+            policy=Policy(uses_seed=data.draw(st.booleans()), between_chunks=data.draw(st.booleans())),
         )
         for _ in range(2)
     ]
     run = engine(data.draw(st.integers(0, 2)), **limits)
     accepted = []
     for number in range(data.draw(st.integers(3, 10))):
-        length = data.draw(st.integers(14, 26))
+        length = context + data.draw(st.integers(-2, 10))
         compression = data.draw(st.sampled_from([*kinds, None]))
-        each = request(str(number), length, data.draw(st.integers(1, 8)), shared=18, compression=compression)
+        each = request(str(number), length, data.draw(st.integers(1, 8)), shared=context + 2, compression=compression)
         each.seed = number % 2
         try:
             run.add(each)
@@ -295,6 +296,23 @@ def test_a_prompt_longer_than_the_pool():
         run.add(request("b", 100, compression=Params(budget_tokens=8)))
     with pytest.raises(PromptTooLongError, match="Lower the budget"):
         run.add(request("c", 100, compression=Params(budget_tokens=32, policy=Policy(between_chunks=True))))
+
+
+def test_a_context_longer_than_the_pool_is_shared():
+    """Older figures, of before its last compression, come in when the copy that is kept has been taken."""
+    limits = {"num_free_entries": 12, "page_size": 4, "max_model_len": 128, "max_num_batched_tokens": 16}
+    limits["max_resident_rows"] = 2
+    for lag in range(3):
+        run = engine(lag, **limits)
+        between = Params(
+            budget_tokens=8, context_tokens=100, policy=Policy(between_chunks=True), rule=Rule(pooled=False)
+        )
+        for name in "ab":
+            run.add(request(name, 104, 4, shared=100, compression=between))
+        run.run()
+        assert run.snapshots == 1
+        assert run.compressed["a"] == [*range(16, 100, 16), 100]
+        assert run.compressed["b"] == []
 
 
 def test_chunks_shrink_where_budget_and_chunk_do_not_fit_together():

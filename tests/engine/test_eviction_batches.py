@@ -77,3 +77,10 @@ def test_a_budget_of_a_power_of_two_is_not_served_with_slots_for_twice_as_many()
     params = CompressionParams(method="random", strategy="reuse", budget_tokens=1024, num_per_evict=3)
     entry = Evict(request(params, 40), 1400, 1024, held=1024)
     assert evict_calls([entry], SHAPES)[0][1].max_slots == 1024 + SHAPES.layout.page_size
+
+
+def test_a_window_beyond_all_texts_is_all_of_the_text():
+    params = CompressionParams(method="kv_compress", keep_fraction=0.5, window_tokens=2**40)
+    entry = Compress(request(params, 40), text_length=40, budget=20, held=40)
+    ((_, _, batch),) = compress_calls([entry], SHAPES, moment_slots={})
+    assert batch.window[0] == 40

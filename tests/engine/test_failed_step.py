@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import numpy as np
 import pytest
-from tiny_engine import VOCAB
+from tiny_engine import CONFIG, ENGINE, VOCAB
 
-from sparsejax import SamplingParams
+from sparsejax import LLM, CompressionParams, SamplingParams
 from sparsejax.engine.inputs import TokenizedPrompt
-from sparsejax.errors import OutOfMemoryError
+from sparsejax.errors import DuplicateRequestError, NotFiniteError, OutOfMemoryError
+from sparsejax.methods import Method, registry
 
 RNG = np.random.default_rng(4)
 PROMPTS = [RNG.integers(3, VOCAB, size).tolist() for size in (5, 45, 9)]
@@ -77,3 +82,125 @@ def test_an_interrupted_call_leaves_a_stream_unharmed(monkeypatch, llm, expected
     parts += stream
     assert [token for part in parts for token in part.outputs[0].token_ids] == expected[2]
     assert not llm.engine.scheduler.has_unfinished
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_end_their_request_with_an_error(params, temperature):
+    poison = VOCAB - 1
+    llm = LLM.from_params(CONFIG, {**params, "embed": params["embed"].at[poison].set(np.nan)}, **ENGINE)
+    sampling = SamplingParams(temperature=temperature, max_tokens=4, ignore_eos=True, seed=1, logprobs=1)
+    healthy = llm.generate(PROMPTS[0], sampling, use_tqdm=False)[0].outputs[0].token_ids
+    with pytest.raises(NotFiniteError, match=r"request .* NaN or infinite after 0 generated tokens"):
+        llm.generate([*PROMPTS[0], poison], sampling, use_tqdm=False)
+    assert llm.generate(PROMPTS[0], sampling, use_tqdm=False)[0].outputs[0].token_ids == healthy
+    engine = llm.engine
+    bad = engine.add("bad", TokenizedPrompt(None, [poison]), sampling)
+    with pytest.raises(NotFiniteError, match="bad"):
+        run_all(engine)
+    assert bad.finished
+    assert bad.output().outputs[0].finish_reason == "abort"
+    good = engine.add("good", TokenizedPrompt(None, PROMPTS[0]), sampling)
+    run_all(engine)
+    assert good.output().outputs[0].token_ids == healthy
+    llm.reset_prefix_cache()
+    assert engine.scheduler.free_entries == engine.runner.layout.num_entries - 1
+
+
+@dataclass(frozen=True)
+class Broken(Method):
+    """A method of somebody's own, with a mistake in it."""
+
+    name: ClassVar[str] = "broken"
+    summary: ClassVar[str] = "Never works."
+
+    def layer_scores(self, layer):
+        raise ZeroDivisionError("a mistake")
+
+
+def test_a_method_that_fails_ends_its_own_request_only(monkeypatch, make_llm, expected):
+    monkeypatch.setitem(registry._METHODS, "broken", Broken)
+    llm = make_llm(methods=["full", "broken"])
+    engine = llm.engine
+    good = engine.add("good", TokenizedPrompt(None, PROMPTS[0]), PARAMS[0])
+    bad = engine.add(
+        "bad", TokenizedPrompt(None, PROMPTS[1]), PARAMS[0], CompressionParams(method="broken", budget_tokens=8)
+    )
+    with pytest.raises(ZeroDivisionError, match="a mistake") as error:
+        run_all(engine)
+    assert any("'bad'" in note for note in error.value.__notes__)
+    assert bad.output().outputs[0].finish_reason == "abort"
+    run_all(engine)
+    assert good.output().outputs[0].token_ids == expected[0]
+    llm.reset_prefix_cache()
+    assert engine.scheduler.free_entries == engine.runner.layout.num_entries - 1
+
+
+class Letters:
+    """Token i is character i + 65; `error` is raised where `fails` says so, an interrupt once."""
+
+    eos_token_id, all_special_ids = 2, ()
+
+    def __init__(self, error):
+        self.fails, self.error = None, error
+
+    def encode(self, text, **_):
+        return [ord(letter) - 65 for letter in text]
+
+    def decode(self, ids, *, skip_special_tokens):
+        if self.fails is not None and self.fails(ids):
+            self.fails = self.fails if isinstance(self.error, Exception) else None
+            raise self.error
+        return "".join(chr(65 + token) for token in ids)
+
+
+@pytest.mark.parametrize("number", [0, 4, 9])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no such token")])
+def test_a_token_whose_text_fails_is_not_lost(params, expected, error, number):
+    """An interrupt is made good by a replay; an error that would come again ends its request."""
+    tokenizer = Letters(error)
+    llm = LLM.from_params(CONFIG, params, tokenizer=tokenizer, **(ENGINE | {"skip_tokenizer_init": False}))
+    engine, (first, other) = llm.engine, expected[:2]
+    sampling = [dataclasses.replace(each, stop="never", logprobs=1) for each in PARAMS[:2]]
+    runs = [engine.add(str(i), TokenizedPrompt(None, PROMPTS[i]), sampling[i]) for i in range(2)]
+    taken = runs[0].answers[0].request.output_token_ids
+    tokenizer.fails = lambda ids: len(taken) == number + 1 and ids[-1] == first[number]
+    with pytest.raises(type(error)):
+        run_all(engine)
+    run_all(engine)
+    outputs = [run.output().outputs[0] for run in runs]
+    assert outputs[1].token_ids == other
+    assert outputs[1].text == "".join(chr(65 + token) for token in other)
+    expected_tokens = first if isinstance(error, KeyboardInterrupt) else first[:number]
+    assert outputs[0].token_ids == expected_tokens
+    assert outputs[0].text == "".join(chr(65 + token) for token in expected_tokens)
+    assert len(outputs[0].logprobs) == len(expected_tokens)
+    assert outputs[0].finish_reason == ("length" if isinstance(error, KeyboardInterrupt) else "abort")
+
+
+def test_an_id_is_taken_until_all_of_its_answers_have_ended(llm):
+    engine, several = llm.engine, SamplingParams(n=2, max_tokens=2, seed=1)
+    submission = engine.add("x", TokenizedPrompt(None, PROMPTS[0]), several)
+    with pytest.raises(DuplicateRequestError, match="'x'"):
+        engine.add("x", TokenizedPrompt(None, PROMPTS[0]), PARAMS[0])
+    run_all(engine)
+    assert submission.finished
+    engine.cancel(engine.add("x", TokenizedPrompt(None, PROMPTS[0]), PARAMS[0]))
+    engine.cancel(engine.add("x", TokenizedPrompt(None, PROMPTS[0]), several))
+    assert not engine.has_unfinished
+
+
+def test_an_interrupt_between_queue_and_row_loses_nothing(monkeypatch, llm, expected):
+    engine, rows = llm.engine, llm.engine.scheduler._rows
+    give, interrupts = rows.give, iter([KeyboardInterrupt()])
+
+    def interrupted(*work, **options):
+        for error in interrupts:
+            raise error
+        return give(*work, **options)
+
+    monkeypatch.setattr(rows, "give", interrupted)
+    submission = engine.add("met", TokenizedPrompt(None, PROMPTS[0]), PARAMS[0])
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    run_all(engine)
+    assert submission.output().outputs[0].token_ids == expected[0]

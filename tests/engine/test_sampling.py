@@ -12,6 +12,7 @@ import pytest
 from sparsejax.engine.sampling import (
     MAX_EOS_IDS,
     MAX_STOP_IDS,
+    NOT_FINITE,
     greedy,
     penalise,
     sample,
@@ -261,6 +262,17 @@ def test_a_small_vocabulary_pads_the_rivals():
     assert sorted(np.asarray(out.top_ids[0, :5]).tolist()) == [0, 1, 2, 3, 4]
     assert (np.asarray(out.top_ids[:, 5:]) == -1).all()
     assert (np.asarray(out.top_logprobs[:, 5:]) == -np.inf).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_there_is_no_token_where_logits_are_not_finite(value):
+    logits = random_logits(3, seed=3)
+    params = [SamplingParams(temperature=0), SamplingParams(temperature=0), SamplingParams(seed=1)]
+    logits[0, 1] = -np.inf  # only never drawn
+    expected = draw(logits, params).token
+    logits[1:, 7] = value
+    assert draw(logits, params).token.tolist() == [expected[0], NOT_FINITE, NOT_FINITE]
+    assert np.asarray(greedy(jnp.asarray(logits)).token).tolist() == [expected[0], NOT_FINITE, NOT_FINITE]
 
 
 def test_one_compilation_a_shape_whatever_the_parameters():

@@ -1,0 +1,33 @@
+"""Which requests an exception is about, where only some of a step's requests can have caused it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import jax
+
+from sparsejax.engine.request import Request
+
+_NAME = "sparsejax_requests"
+
+
+@contextmanager
+def blaming(requests: Iterable[Request]) -> Iterator[None]:
+    """Marks an exception that leaves the block with the requests it was run for, as their own method may raise it.
+
+    Errors of the device, such as too little memory, are nobody's fault.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            blamed = list(requests)
+            setattr(error, _NAME, blamed)
+            error.add_note("raised for request " + ", ".join(repr(each.request_id) for each in blamed))
+        raise
+
+
+def blamed_requests(error: BaseException) -> list[Request]:
+    """The requests that an exception is marked with."""
+    return getattr(error, _NAME, [])
