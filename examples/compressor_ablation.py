@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         ("latent-dtypes", str, "bfloat16,int4", "types of latents"),
         ("lengths", int, "2048", "prompt tokens"),
         ("full-attention-layers", int, "0", "layers that keep everything"),
-        ("tasks", str, None, "some tasks only"),
+        ("tasks", str, None, "retrieval tasks; None: all"),
     ):
         parser.add_argument(
             f"--{name}", type=listed(kind), default=default, metavar="N,N", help=f"{text} (default: %(default)s)"

@@ -26,8 +26,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=900, help="words of the context (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=6, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the context (default: %(default)s)")
-    parser.add_argument("--max-model-len", type=int, default=1024, help="tokens of a prompt and its answer")
-    parser.add_argument("--max-num-batched-tokens", type=int, default=512, help="most prompt tokens in one step")
+    parser.add_argument(
+        "--max-model-len", type=int, default=1024, help="tokens of a prompt and its answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, default=512, help="most prompt tokens in one step (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
 
     rng = random.Random(args.seed)

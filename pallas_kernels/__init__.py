@@ -1,4 +1,4 @@
-"""Operations on a paged KV cache: arrays in, arrays out. Each has a Pallas-Triton kernel, an XLA program and a
+"""Operations on a paged KV cache: arrays in, arrays out. Most have a Pallas-Triton kernel, an XLA program and a
 reference; prefill attention has a Mosaic GPU kernel for Hopper, too. Nothing here knows of models, requests or sparse
 methods.
 """

@@ -139,7 +139,7 @@ def decode_attention(
       score: f32[P, page] of the slots, updated in place when it is donated. Not with `indices`.
       power: i32[B], with `score`; a request of power 0 records nothing.
       work: result of `decode_work_list` for the same lengths and rows, if already made. Only the kernel uses it.
-      tile: tile sizes of the kernel, for tuning; None takes those of the table above.
+      tile: tile sizes of the kernel, for tuning; None: `default_tile`'s.
       implementation, interpret: see `dispatch.resolve`.
 
     Returns:

@@ -38,7 +38,8 @@ class EngineConfig:
         tokens at shorter intervals while long prompts are computed, which then take longer. Default:
         max_num_batched_tokens.
       max_prefill_seqs: most requests whose chunks share one prefill step.
-      gpu_memory_utilization: fraction of the memory that JAX may use which goes to weights, pool and scratch.
+      gpu_memory_utilization: fraction of each GPU's memory that JAX is asked to reserve, if nothing in the process has
+        used JAX before; weights, scratch and the pool share it. No effect in `LLM.from_params`.
       tensor_parallel_size: GPUs a model is split over; only 1 so far.
       seed: seeds the requests that bring none of their own.
       tokenizer: folder or Hugging Face id of the tokenizer. Default: the model's.

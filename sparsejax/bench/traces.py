@@ -213,10 +213,12 @@ def load(name: str) -> Trace:
     path = Path(name)
     if path.is_file():
         return read_jsonl(path)
-    guess = nearest(name, BUILT_IN + RANDOM)
+    if name in RANDOM:
+        raise InvalidArgumentError(f"--trace {name} is drawn to the other options and stands alone, not in a list.")
+    guess = nearest(name, BUILT_IN)
     hint = f" Did you mean {guess!r}?" if guess else ""
     raise InvalidArgumentError(
-        f"--trace {name!r} is neither a file nor a known trace.{hint} Known: {', '.join(BUILT_IN + RANDOM)}, "
+        f"--trace {name!r} is neither a file nor a known trace.{hint} Known: {', '.join(BUILT_IN)}, "
         "or REQUESTSxINPUTxOUTPUT."
     )
 

@@ -31,6 +31,11 @@ from sparsejax.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from sparsejax.bench.traces import Trace
 
+TUNE = (
+    "time the candidates of a kernel instead: decode_attention, decode_work, prefill_attention, record_attention, "
+    "block_attention_mass, delta_attention, delta_compress, delta_reconstruct or reference_search"
+)
+
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("bench", help="measure speed as a fraction of what the card can do")
@@ -43,7 +48,7 @@ def add_parser(subparsers) -> None:
         epilog="example: sparsejax bench kernels decode_attention --json kernels.json",
     )
     kernels.add_argument("names", nargs="*", metavar="NAME", help="cases or kernels (default: all)")
-    kernels.add_argument("--tune", metavar="KERNEL", help="time the tile candidates of a kernel instead")
+    kernels.add_argument("--tune", metavar="KERNEL", help=TUNE)
     add_outputs(kernels)
     kernels.set_defaults(run=run_kernels)
 
@@ -62,7 +67,8 @@ def add_parser(subparsers) -> None:
         help="mix600, 512x1024x256, 24x32k, itl32k (a long prompt beside eight that decode), prefix64x8k (a shared "
         "system prompt), any "
         "REQUESTSxINPUTxOUTPUT, a JSONL file, or several of these with commas between them (one engine serves them in "
-        "turn, and the trace's name is added to --json and --plot); random or lognormal (default: %(default)s)",
+        "turn, and the trace's name is added to --json and --plot); or, alone, random or lognormal (default: "
+        "%(default)s)",
     )
     throughput.add_argument("--write-trace", type=Path, metavar="FILE", help="write the trace there and stop")
     throughput.add_argument(
@@ -103,7 +109,7 @@ def add_parser(subparsers) -> None:
     startup.add_argument("--compilation-cache", type=Path, metavar="DIR", help="where compiled programs are kept")
     startup.add_argument("--greedy-only", action="store_true", help="warm up the steps of plain greedy requests only")
     startup.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    add_model(startup)
+    add_model(startup, max_model_len="the model's", max_num_seqs="256, 16 on a CPU")
     startup.set_defaults(run=run_startup, plot=None)
 
     bench_fragmentation.add_parser(suites)
@@ -134,6 +140,8 @@ def run_kernels(args: argparse.Namespace) -> int:
     from sparsejax.bench import kernels, plots
 
     if args.tune:
+        if args.json is not None or args.plot is not None:
+            raise InvalidArgumentError("--json and --plot have no meaning with --tune, which prints what it finds.")
         kernels.tune(args.tune, args.names or None)
         return 0
     json_path = None if args.json is None else str(args.json)

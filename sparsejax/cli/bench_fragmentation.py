@@ -17,6 +17,8 @@ from sparsejax.cli.bench_options import (
 from sparsejax.cli.evaluate import numbers
 from sparsejax.cli.outputs import check_outputs
 
+PAGE_SIZE = 16  # SpvLLM's
+
 
 def add_parser(suites: Any) -> None:
     fragmentation = suites.add_parser(
@@ -30,7 +32,7 @@ def add_parser(suites: Any) -> None:
         "--method",
         default="h2o",
         metavar="NAME",
-        help="what evicts at every step: h2o or random (default: %(default)s)",
+        help="what evicts at every step: h2o, random or streaming_llm (default: %(default)s)",
     )
     fragmentation.add_argument(
         "--budgets", default="256,512,1024", metavar="N,...", help="tokens to keep (default: %(default)s)"
@@ -48,7 +50,11 @@ def add_parser(suites: Any) -> None:
         "--seed", type=int, default=0, metavar="N", help="of lengths and tokens (default: %(default)s)"
     )
     fragmentation.add_argument(
-        "--steady-rows", type=int, default=16, metavar="N", help="requests of the one-in-one-out run; 0: none"
+        "--steady-rows",
+        type=int,
+        default=16,
+        metavar="N",
+        help="requests of the one-in-one-out run; 0: none (default: %(default)s)",
     )
     fragmentation.add_argument(
         "--steady-steps", type=int, default=128, metavar="N", help="tokens each of them decodes (default: %(default)s)"
@@ -60,7 +66,7 @@ def add_parser(suites: Any) -> None:
         "--quick", action="store_true", help="to try it: a sixteenth of all lengths, 12 requests"
     )
     add_outputs(fragmentation)
-    add_model(fragmentation)
+    add_model(fragmentation, page_size=PAGE_SIZE)
     fragmentation.set_defaults(run=run)
 
 
@@ -93,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         max_num_seqs=args.max_num_seqs or seqs,
         max_model_len=args.max_model_len or needed,
         methods=(args.method,),
-        **engine_options(args, config, params, page_size=16),
+        **engine_options(args, config, params, page_size=PAGE_SIZE),
     )
     results = fragmentation.measure(
         llm,

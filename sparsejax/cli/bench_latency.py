@@ -32,6 +32,8 @@ from sparsejax.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from sparsejax.engine.sampling_params import CompressionParams
 
+PREFILLS = 2  # timed of one prompt
+
 
 def add_parser(suites: Any) -> None:
     latency = suites.add_parser(
@@ -39,7 +41,8 @@ def add_parser(suites: Any) -> None:
         help="prefill and decode times of fixed batches",
         description="Measures the card's ceilings, then for every batch and context: prefill tokens/s, milliseconds a "
         "decode step, host time a step, and the fraction of the physical limit (weights + KV bytes over bandwidth). "
-        "With --method, prompts are compressed: the limit counts what is left of them.",
+        "With --method, prompts are compressed: the limit counts what is left of them. It may name several of one "
+        "family, with commas between them.",
         epilog="example: sparsejax bench latency --random-weights llama-3.1-8b --shapes 1x1024,32x2048 --profile",
     )
     latency.add_argument(
@@ -63,12 +66,19 @@ def add_parser(suites: Any) -> None:
         help="measure dense decoding too, behind prompts of N tokens (default: as long as the compressed ones)",
     )
     group.add_argument(
-        "--prefills", type=int, default=2, metavar="N", help="timed prefills of one prompt (default: %(default)s)"
+        "--prefills",
+        type=int,
+        metavar="N",
+        help=f"timed prefills of one prompt, for methods that evict or store compressed (default: {PREFILLS})",
     )
     add_delta_options(latency)
     add_compression_options(latency)
     add_outputs(latency)
-    add_model(latency)
+    add_model(
+        latency,
+        max_num_seqs="each shape's batch",
+        num_pages="dense: what the batch needs; else: what fits",
+    )
     latency.set_defaults(run=run)
 
 
@@ -168,6 +178,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, kind: str) -> None:
     """Refuses options that have no meaning for methods of a family."""
+    if args.prefills is not None and kind not in ("evict", "store"):
+        raise InvalidArgumentError("--prefills is for a --method that evicts or stores compressed.")
+    if args.prefills is not None and args.prefills < 1:
+        raise InvalidArgumentError(f"--prefills must be at least 1, got {args.prefills}.")
     if kind == "full" and args.compare_dense is not None:
         raise InvalidArgumentError("--compare-dense compares a --method with dense decoding: give one.")
     if kind in ("select", "store") and args.compare_dense:
@@ -204,7 +218,7 @@ def _evicting(args: argparse.Namespace) -> Family:
     def measure(llm, ceiling, compression: CompressionParams, shape, profiler):
         dense = dense_context(shape["context"])
         return compressed_latency.measure(
-            llm, ceiling, compression, **shape, dense_context=dense, repeats=args.prefills, **profiler
+            llm, ceiling, compression, **shape, dense_context=dense, repeats=args.prefills or PREFILLS, **profiler
         )
 
     def needed(batch: int, context: int, chunk: int) -> int:
@@ -250,7 +264,7 @@ def _storing(args: argparse.Namespace) -> Family:
 
     def measure(llm, ceiling, compression: CompressionParams, shape, profiler):
         return delta_latency.measure(
-            llm, ceiling, compression, **shape, repeats=args.prefills, compare_dense=compare, **profiler
+            llm, ceiling, compression, **shape, repeats=args.prefills or PREFILLS, compare_dense=compare, **profiler
         )
 
     def plot(rows, path: Path) -> None:

@@ -9,11 +9,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sparsejax.cli.options import add_store_options, check_store_options, store_options
+from sparsejax.cli.options import IMPLEMENTATION, add_store_options, check_store_options, store_options
 from sparsejax.config import GRANULARITIES
 from sparsejax.errors import InvalidArgumentError
 
-RANDOM_MODEL = "llama-3.1-8b"
+RANDOM_MODELS = ("llama-3.1-8b", "llama-3.2-1b", "qwen2.5-7b", "qwen3-8b")  # of `bench.presets`
+RANDOM_MODEL = RANDOM_MODELS[0]
+PAGE_SIZE = 32
 COMPRESSOR_SIZES = ("kv_compressed_size", "neighbors", "cluster_ratio")
 
 
@@ -21,7 +23,7 @@ def add_random_weights(parser: Any) -> None:
     parser.add_argument(
         "--random-weights",
         metavar="CONFIG",
-        help=f"a known model or a config.json, with weights drawn at random (default: {RANDOM_MODEL})",
+        help=f"{', '.join(RANDOM_MODELS)} or a config.json, with weights drawn at random (default: {RANDOM_MODEL})",
     )
 
 
@@ -30,13 +32,24 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them (needs matplotlib)")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The model and the engine's options; read them back with `load` and `engine_options`."""
+def add_model(
+    parser: argparse.ArgumentParser,
+    *,
+    max_model_len: str = "what is needed",
+    max_num_seqs: str = "up to 256",
+    num_pages: str = "what fits",
+    page_size: int = PAGE_SIZE,
+) -> None:
+    """The model and the engine's options; read them back with `load` and `engine_options`.
+
+    Args:
+      max_model_len, max_num_seqs, num_pages, page_size: what the command takes by default, for the help.
+    """
     group = parser.add_argument_group("model and engine")
     add_random_weights(group)
     group.add_argument("--model", metavar="NAME", help="a checkpoint instead: folder or Hugging Face id")
-    group.add_argument("--max-model-len", type=int, metavar="N", help="tokens of a request (default: what is needed)")
-    group.add_argument("--max-num-seqs", type=int, metavar="N", help="most requests at once (default: up to 256)")
+    group.add_argument("--max-model-len", type=int, metavar="N", help=f"tokens of a request (default: {max_model_len})")
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help=f"most requests at once (default: {max_num_seqs})")
     group.add_argument(
         "--max-num-batched-tokens", "--chunk", type=int, metavar="N", help="most prompt tokens in one step"
     )
@@ -44,16 +57,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--max-mixed-tokens", type=int, metavar="N", help="likewise, if requests decode in it (default: no less)"
     )
     group.add_argument("--granularity", choices=GRANULARITIES, help="of slot tables (default: the engine's)")
-    group.add_argument("--page-size", type=int, metavar="N", help="tokens in a page of the KV cache (default: 32)")
-    group.add_argument("--num-pages", type=int, metavar="N", help="physical pages in the pool (default: what fits)")
+    group.add_argument(
+        "--page-size", type=int, metavar="N", help=f"tokens in a page of the KV cache (default: {page_size})"
+    )
+    group.add_argument("--num-pages", type=int, metavar="N", help=f"physical pages in the pool (default: {num_pages})")
     group.add_argument("--pool-gib", type=float, metavar="F", help="the same as GiB of K and V: a smaller card's share")
-    group.add_argument("--implementation", choices=("triton", "xla"), help="kernels (default: triton on a GPU)")
+    group.add_argument("--implementation", choices=("triton", "xla"), help=IMPLEMENTATION)
     group.add_argument(
         "--gpu-memory-utilization", type=float, default=0.9, metavar="F", help="to reserve (default: %(default)s)"
     )
 
 
-def engine_options(args: argparse.Namespace, config: Any, params: Any, *, page_size: int = 32) -> dict[str, Any]:
+def engine_options(args: argparse.Namespace, config: Any, params: Any, *, page_size: int = PAGE_SIZE) -> dict[str, Any]:
     """Keyword options of an LLM, those left out that were not given.
 
     Args:

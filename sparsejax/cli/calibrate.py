@@ -34,7 +34,9 @@ def add_parser(suites) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--method", default="compactor", metavar="NAME", help="sparse method (default: %(default)s)")
+    parser.add_argument(
+        "--method", default="compactor", metavar="NAME", help="a method that evicts (default: %(default)s)"
+    )
     compression_options.add_common_arguments(parser)
     parser.add_argument(
         "--option",
@@ -51,7 +53,7 @@ def add_parser(suites) -> None:
     )
     parser.add_argument("--lengths", default="1024,4096", metavar="N,N", help="prompt tokens (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="per task and length (default: 8)")
-    parser.add_argument("--tasks", metavar="A,B", help="some retrieval tasks only (default: all)")
+    parser.add_argument("--tasks", metavar="A,B", help=f"retrieval tasks (default: {options.TASKS})")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the tasks (default: 0)")
     parser.add_argument("--file", type=Path, metavar="FILE", help="texts to measure on instead of the tasks")
     parser.add_argument(
@@ -62,7 +64,7 @@ def add_parser(suites) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the fit there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what was measured and the fit")
-    options.add_model_options(parser)
+    options.add_model_options(parser, dense=True)
     parser.set_defaults(run=run)
 
 
@@ -80,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
     if args.tasks is not None and args.file is not None:
         raise InvalidArgumentError("--tasks has no meaning with --file; give one of them.")
     whole("--answer-tokens", args.answer_tokens, 1)
-    options.check_store_options(args, args.method)
     check_outputs(args)
     compression = compression_options.compression_from(args, keep_fraction=fractions[0])
     # On a CPU every slot that a row could have costs time, so that rows are made no longer than the tasks.

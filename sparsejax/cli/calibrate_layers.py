@@ -37,7 +37,13 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--data", type=Path, metavar="PATH", help="texts (default: retrieval tasks)")
     parser.add_argument("--lengths", default="1024,4096", metavar="N,N", help="tokens of a text (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="texts of each length, and of each task")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="texts of each length, and of each task (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the tasks (default: 0)")
     parser.add_argument("--count", type=int, metavar="N", help="full-attention layers (default: one in six, and one)")
     parser.add_argument(

@@ -7,6 +7,7 @@ import ast
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sparsejax.cli.options import BUDGET_RULES
 from sparsejax.errors import InvalidArgumentError
 
 if TYPE_CHECKING:  # brings JAX, which the command line's parser does not need
@@ -100,7 +101,9 @@ def add_common_arguments(group: Any) -> None:
     ):
         group.add_argument(name, type=int, metavar="N", help=f"{text} (default: the method's)")
     group.add_argument(
-        "--budget-rule", metavar="NAME", help="how layers and heads share the budget: uniform, pyramid, adaptive, ..."
+        "--budget-rule",
+        metavar="NAME",
+        help=f"how layers and heads share the budget, of {BUDGET_RULES} (default: the method's)",
     )
     group.add_argument("--budget-floor", type=float, metavar="F", help="share of the mean budget every head gets")
 

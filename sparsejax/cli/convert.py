@@ -12,7 +12,7 @@ def add_parser(subparsers) -> None:
         help="convert a checkpoint from Hugging Face to Orbax, or back",
         description="Reads safetensors tensor group by tensor group, fuses the projections and writes an Orbax "
         "checkpoint with the config and tokenizer beside it. OUT appears only when it is complete. "
-        "With --to-hf it goes the other way, bit for bit.",
+        "With --to-hf it goes the other way, bit for bit if q, k and v of a layer have one type.",
         epilog="example: sparsejax convert meta-llama/Llama-3.1-8B-Instruct llama-8b",
     )
     parser.add_argument("source", metavar="SOURCE", help="Hugging Face folder or id (with --to-hf: an Orbax folder)")

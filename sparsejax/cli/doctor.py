@@ -89,7 +89,7 @@ def _devices() -> Iterator[Check]:
         )
     elif gpu:
         yield Check("NVIDIA driver", gpu, True)
-    kernels = "Pallas-Triton kernels" if backend == "gpu" else "plain XLA (kernels: interpreted in tests only)"
+    kernels = "Pallas kernels" if backend == "gpu" else "plain XLA (kernels: interpreted in tests only)"
     yield Check("attention and cache run as", kernels)
 
 
@@ -104,9 +104,9 @@ def _nvidia_driver() -> str:
 
 def _kernels() -> Iterator[Check]:
     """Runs every operation on small random data the way the engine would here, against its plain reference."""
-    from sparsejax.cli import kernel_checks
+    from sparsejax.cli import kernel_checks, kernel_checks_sparse
 
-    for name, error in kernel_checks.CHECKS.items():
+    for name, error in (kernel_checks.CHECKS | kernel_checks_sparse.CHECKS).items():
         yield _kernel(name, error)
 
 

@@ -51,7 +51,7 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ruler.add_argument("--lengths", default="1024,4096", metavar="N,N", help="prompt tokens (default: %(default)s)")
-    ruler.add_argument("--tasks", metavar="A,B", help="some tasks only (default: all)")
+    ruler.add_argument("--tasks", metavar="A,B", help=f"(default: {options.TASKS})")
     ruler.add_argument(
         "--samples", type=int, default=20, metavar="N", help="per task and length (default: %(default)s)"
     )
@@ -78,7 +78,8 @@ def add_parser(subparsers) -> None:
     sweep.add_argument(
         "--full-attention-layers",
         metavar="N,N",
-        help="for deltakv: layers that keep and read everything (default: those known for the model)",
+        help="for deltakv: layers that keep and read everything (default: those known for the model); for omnikv write "
+        "--option omnikv.full_attention_layers=N,N",
     )
     sweep.add_argument(
         "--latent-dtypes",
@@ -142,6 +143,7 @@ def _sweep(args: argparse.Namespace, samples: dict) -> None:
     if args.plot is not None and set(names) <= {"full"}:
         raise InvalidArgumentError("--plot needs a method beside full: there is nothing to draw.")
     engines = _engines(args, names)
+    _check_used(args, {methods.get(name).family for name in names})
     own = compression_options.method_options(args.option)
     unknown = next((name for name in own if name not in names), None)
     if unknown is not None:
@@ -177,6 +179,18 @@ def _sweep(args: argparse.Namespace, samples: dict) -> None:
     print(format_methods(rows))
     if args.plot is not None:
         plot_methods(rows, args.plot)
+
+
+def _check_used(args: argparse.Namespace, families: set[str]) -> None:
+    """Refuses options that no method of these families takes."""
+    needed = dict.fromkeys((*options.STORE_OPTIONS, "full_attention_layers"), ("store",))
+    needed |= dict.fromkeys(compression_options.COMMON_ARGUMENTS, ("evict",))
+    needed |= dict.fromkeys(("sink_tokens", "recent_tokens"), ("evict", "select"))
+    words = {"store": "stores tokens compressed, such as deltakv", "evict": "evicts", "select": "selects"}
+    for name, takers in needed.items():
+        if getattr(args, name) is not None and families.isdisjoint(takers):
+            what = " or ".join(words[family] for family in takers)
+            raise InvalidArgumentError(f"--{name.replace('_', '-')} needs a method that {what} among --methods.")
 
 
 def _engines(args: argparse.Namespace, names: Sequence[str]) -> list[tuple[list[str], str]]:

@@ -1,4 +1,4 @@
-"""Small random cases of every kernel against its plain reference, for `sparsejax doctor`."""
+"""Small random cases of the kernels of dense attention against their plain references, for `sparsejax doctor`."""
 
 from __future__ import annotations
 
@@ -20,66 +20,70 @@ def _dtype() -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32)
 
 
-def _draw(rng: np.random.Generator, *shape: int) -> jax.Array:
+def draw(rng: np.random.Generator, *shape: int) -> jax.Array:
+    """Normal numbers, in the dtype that the engine computes in here."""
     return jnp.asarray(rng.standard_normal(shape), _dtype())
 
 
-def _paged(rng: np.random.Generator):
+def paged(rng: np.random.Generator):
     """Random pools and a shared table whose pages lie in random order: k, v, table, lengths."""
     used = (ROWS - 1) * ENTRIES
     table = np.zeros((1, ROWS, 1, ENTRIES), np.int32)
     table[0, 1:, 0] = 1 + rng.permutation(used).reshape(ROWS - 1, ENTRIES)
     pages = ((1 + used) * HEADS, PAGE, DIM)
-    return _draw(rng, *pages), _draw(rng, *pages), jnp.asarray(table), jnp.asarray(LENGTHS, jnp.int32)[None, :, None]
+    return draw(rng, *pages), draw(rng, *pages), jnp.asarray(table), jnp.asarray(LENGTHS, jnp.int32)[None, :, None]
 
 
-def _error(got, expected) -> float:
+def error(got, expected) -> float:
+    """The largest difference between two trees of arrays; NaN if there is one."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    return max(float(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max()) for a, b in pairs)
+    wide = [(np.asarray(a, np.float32), np.asarray(b, np.float32)) for a, b in pairs]
+    # Infinities that are equal differ by nothing.
+    return float(np.max([np.abs(np.subtract(a, b, out=np.zeros_like(a), where=a != b)).max() for a, b in wide]))
 
 
 def _decode_attention() -> float:
     rng = np.random.default_rng(0)
-    k, v, table, lengths = _paged(rng)
-    args = (_draw(rng, ROWS, HEADS * GROUP, DIM), k, v, table, lengths, jnp.arange(ROWS, dtype=jnp.int32))
+    k, v, table, lengths = paged(rng)
+    args = (draw(rng, ROWS, HEADS * GROUP, DIM), k, v, table, lengths, jnp.arange(ROWS, dtype=jnp.int32))
     options = {"address": ADDRESS, "num_kv_heads": HEADS, "scale": DIM**-0.5}
-    return _error(kernels.decode_attention(*args, **options), kernels.decode_attention_reference(*args, **options)[0])
+    return error(kernels.decode_attention(*args, **options), kernels.decode_attention_reference(*args, **options)[0])
 
 
 def _prefill_attention() -> float:
     rng = np.random.default_rng(1)
-    k, v, table, history = _paged(rng)
+    k, v, table, history = paged(rng)
     tokens = 48
-    new = (_draw(rng, tokens, HEADS * GROUP, DIM), _draw(rng, tokens, HEADS, DIM), _draw(rng, tokens, HEADS, DIM))
+    new = (draw(rng, tokens, HEADS * GROUP, DIM), draw(rng, tokens, HEADS, DIM), draw(rng, tokens, HEADS, DIM))
     args = (*new, k, v, table, history, jnp.asarray([1, 2], jnp.int32), jnp.asarray([0, 19, 45], jnp.int32))
     options = {"address": ADDRESS, "scale": DIM**-0.5}
-    return _error(kernels.prefill_attention(*args, **options), kernels.prefill_attention_reference(*args, **options)[0])
+    return error(kernels.prefill_attention(*args, **options), kernels.prefill_attention_reference(*args, **options)[0])
 
 
 def _store_kv() -> float:
     rng = np.random.default_rng(2)
-    k, v, _, _ = _paged(rng)
-    new = (_draw(rng, 3, HEADS, DIM), _draw(rng, 3, HEADS, DIM))
+    k, v, _, _ = paged(rng)
+    new = (draw(rng, 3, HEADS, DIM), draw(rng, 3, HEADS, DIM))
     entry, slot = (jnp.asarray(x, jnp.int32)[None, :, None] for x in ([2, 0, 5], [1, 0, 15]))
     args = (k, v, *new, entry, slot)
-    return _error(kernels.store_kv(*args, address=ADDRESS), kernels.store_kv_reference(*args, address=ADDRESS))
+    return error(kernels.store_kv(*args, address=ADDRESS), kernels.store_kv_reference(*args, address=ADDRESS))
 
 
 def _rotate_and_store() -> float:
     rng = np.random.default_rng(4)
-    k, v, _, _ = _paged(rng)
+    k, v, _, _ = paged(rng)
     angle = jnp.asarray(rng.standard_normal((3, DIM // 2)), jnp.float32)
     entry, slot = (jnp.asarray(x, jnp.int32)[None, :, None] for x in ([2, 0, 5], [1, 0, 15]))
-    args = (k, v, _draw(rng, 3, HEADS * (GROUP + 2), DIM), jnp.cos(angle), jnp.sin(angle), entry, slot)
+    args = (k, v, draw(rng, 3, HEADS * (GROUP + 2), DIM), jnp.cos(angle), jnp.sin(angle), entry, slot)
     options = {"num_kv_heads": HEADS, "address": ADDRESS}
-    return _error(kernels.rotate_and_store(*args, **options), kernels.rotate_and_store_reference(*args, **options))
+    return error(kernels.rotate_and_store(*args, **options), kernels.rotate_and_store_reference(*args, **options))
 
 
 def _move_slots() -> float:
     rng = np.random.default_rng(3)
-    k, v, _, _ = _paged(rng)
+    k, v, _, _ = paged(rng)
     moves = jnp.asarray([40, 41, 70], jnp.int32), jnp.asarray([20, 3, k.shape[0] * PAGE], jnp.int32)
-    return _error(kernels.move_slots(k, v, *moves), kernels.move_slots_reference(k, v, *moves))
+    return error(kernels.move_slots(k, v, *moves), kernels.move_slots_reference(k, v, *moves))
 
 
 CHECKS: dict[str, Callable[[], float]] = {

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print()
     if not args.names:
         rules = ", ".join(methods.available_rules())
-        print(f"Any method takes --budget-rule {rules}, where its heads may differ.")
+        print(f"Methods that evict take --budget-rule {rules}, where their heads may differ.")
         print("`sparsejax methods NAME` explains a method; docs/methods.md explains and measures all of them.")
     return 0
 

@@ -12,6 +12,16 @@ if TYPE_CHECKING:  # brings JAX, which the parser does not need
     from sparsejax import SamplingParams
 
 
+# Names that help texts list; those that commands go by are in modules that bring JAX, which the parser does not need.
+TASKS = "single, multi_key, multi_value, multi_query, variable_tracking, common_word"
+BUDGET_RULES = "uniform, pyramid, adaptive, layer, global, global_pages"
+
+IMPLEMENTATION = (
+    "what runs attention and the cache (default: Pallas kernels on a GPU, on Hopper Mosaic for prompts, else Triton; "
+    "xla on a CPU)"
+)
+
+
 def add_model_options(parser: argparse.ArgumentParser, *, dense: bool = False) -> None:
     """--model and the engine's options; read them back with `make_llm`. `dense`: for a command that knows no method."""
     group = parser.add_argument_group("model and engine")
@@ -22,15 +32,24 @@ def add_model_options(parser: argparse.ArgumentParser, *, dense: bool = False) -
     )
     group.add_argument("--tokenizer", metavar="NAME", help="folder or id of the tokenizer (default: the model's)")
     group.add_argument("--dtype", choices=DTYPES, help="compute and cache dtype (default: auto)")
-    group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt plus answer, in tokens")
-    group.add_argument("--max-num-seqs", type=int, metavar="N", help="most requests running at once")
-    group.add_argument("--max-num-batched-tokens", type=int, metavar="N", help="most prompt tokens in one step")
+    group.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longest prompt plus answer, in tokens (default: the model's)"
+    )
+    group.add_argument(
+        "--max-num-seqs", type=int, metavar="N", help="most requests running at once (default: 256, 16 on a CPU)"
+    )
+    group.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="most prompt tokens in one step (default: 2048, 1024 on a CPU)",
+    )
     group.add_argument(
         "--gpu-memory-utilization", type=float, metavar="F", help="fraction of the GPU to reserve (default: 0.9)"
     )
     group.add_argument("--page-size", type=int, metavar="N", help="tokens in a page of the KV cache (default: 32)")
     group.add_argument("--num-pages", type=int, metavar="N", help="physical pages in the pool (default: what fits)")
-    group.add_argument("--implementation", choices=("triton", "xla"), help="kernels (default: triton on a GPU)")
+    group.add_argument("--implementation", choices=("triton", "xla"), help=IMPLEMENTATION)
     if not dense:
         add_store_options(group)
     group.add_argument("--engine-seed", type=int, metavar="N", help="seeds requests that bring no seed (default: 0)")
@@ -57,7 +76,11 @@ def add_store_options(group: Any) -> None:
     group.add_argument(
         "--compressor", metavar="NAME", help="for method deltakv: folder or id of its trained compressor"
     )
-    group.add_argument("--latent-dtype", choices=LATENT_DTYPES, help="of compressed tokens (default: the model's)")
+    group.add_argument(
+        "--latent-dtype",
+        choices=LATENT_DTYPES,
+        help="of compressed tokens (default: float32 if the model is, else bfloat16)",
+    )
     group.add_argument(
         "--engine-recent-tokens",
         type=int,
@@ -76,7 +99,7 @@ def check_store_options(args: argparse.Namespace, method: str, *more: str) -> No
 
 def store_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword options of an LLM from those of `add_store_options`, and from --full-attention-layers if there is one."""
-    names = (*STORE_OPTIONS, "full_attention_layers")
+    names = (*STORE_OPTIONS, "full_attention_layers")  # not every command has them
     given = {name.removeprefix("engine_"): getattr(args, name, None) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 

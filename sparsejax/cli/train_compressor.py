@@ -96,10 +96,17 @@ def add_parser(subparsers) -> None:
         "--sink-tokens", type=int, default=16, metavar="N", help="first tokens, never compressed (default: %(default)s)"
     )
     group.add_argument(
-        "--chunk-size", type=int, default=1, metavar="C", help="e2e: tokens of a reference (default: none)"
+        "--chunk-size",
+        type=int,
+        default=1,
+        metavar="C",
+        help="e2e: tokens that share a reference; 1: none do (default: 1)",
     )
     group.add_argument(
-        "--ref-mode", choices=("avg", "first"), default="avg", help="e2e: mean of the last C tokens, or a chunk's first"
+        "--ref-mode",
+        choices=("avg", "first"),
+        default="avg",
+        help="e2e: mean of the last C tokens, or a chunk's first (default: %(default)s)",
     )
     group.add_argument("--split-kv", action="store_true", help="e2e: compress keys and values apart")
 
@@ -122,7 +129,7 @@ def add_parser(subparsers) -> None:
             "accumulation": ("batches that make one step", None),
             "max_steps": ("steps of the run; 0: none, for --init pca (default: --epochs passes over the data)", None),
             "epochs": ("passes over the data", None),
-            "length": ("tokens of a sequence to use (default: all)", None),
+            "length": ("tokens of a sequence to use (default: all; 8192 with --benchmark)", None),
             "document_masks": ("keep attention and loss within a document", None),
             "dtype": ("of the computation; what is trained is float32", DTYPES),
             "seed": ("of initial weights and data order", None),

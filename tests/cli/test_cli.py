@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 import json
 import re
@@ -14,13 +15,17 @@ import pytest
 from checkpoint_stubs import write_config
 from embedded import OPTIONS
 
+import pallas_kernels
 from sparsejax import methods
 from sparsejax.assets import tiny_model_path
+from sparsejax.bench import kernels
+from sparsejax.bench.presets import PRESETS
 from sparsejax.checkpoint import load_model
-from sparsejax.cli import COMMANDS, main
+from sparsejax.cli import COMMANDS, bench, bench_options, kernel_checks, kernel_checks_sparse, main, options
 from sparsejax.cli.outputs import check_outputs
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.evaluation import TASKS
+from sparsejax.methods import available_rules
 
 HELPS = [
     ([], "sparsejax demo"),
@@ -175,11 +180,22 @@ def test_eval_compares_methods_with_dense(capsys, tmp_path):
     assert plot.stat().st_size > 1000
 
 
+def test_help_lists_the_names_there_are():
+    assert options.TASKS.split(", ") == list(TASKS)
+    assert sorted(options.BUDGET_RULES.split(", ")) == sorted(available_rules())
+    assert tuple(PRESETS) == bench_options.RANDOM_MODELS
+    assert all(kernel in bench.TUNE for kernel in kernels._CANDIDATES)
+
+
 def test_doctor_finds_every_kernel_in_order(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for kernel in ("decode attention", "prefill attention", "K/V store", "slot moves"):
-        assert any(line.startswith(f"ok {kernel}") for line in lines)
+    checks = kernel_checks.CHECKS | kernel_checks_sparse.CHECKS
+    assert [line[3:31].strip() for line in lines if "largest error" in line] == list(checks)
+    # Every operation that has a reference is among them.
+    sources = [inspect.getsource(module) for module in (kernel_checks, kernel_checks_sparse)]
+    for name in pallas_kernels.__all__:
+        assert not name.endswith("_reference") or any(f"kernels.{name}(" in source for source in sources)
     assert not any(line.startswith("!!") for line in lines)
     assert any("device 0" in line for line in lines)
 
@@ -263,8 +279,18 @@ def test_demo_answers_and_tells_its_times(capsys):
         (["eval", "ruler", "--json", "/proc/x.json"], "--json /proc/x.json cannot be written"),
         (["eval", "ruler", "--budgets", "0.25"], "--budgets needs --methods"),
         (["eval", "ruler", "--compressor", "x"], "--compressor needs --methods"),
+        (
+            ["eval", "ruler", "--methods", "keydiff", "--latent-dtype", "int4"],
+            "--latent-dtype needs a method that stores",
+        ),
+        (["eval", "ruler", "--methods", "omnikv", "--full-attention-layers", "0"], "needs a method that stores"),
+        (["eval", "ruler", "--methods", "quest", "--window-tokens", "8"], "--window-tokens needs a method that evicts"),
+        (["eval", "ruler", "--methods", "full", "--sink-tokens", "8"], "needs a method that evicts or selects"),
+        (["bench", "latency", "--prefills", "3"], "--prefills is for"),
+        (["bench", "latency", "--method", "snapkv", "--keep-fraction", "0.5", "--prefills", "0"], "at least 1"),
+        (["bench", "kernels", "--tune", "decode_work", "--json", "x.json"], "no meaning with --tune"),
+        (["bench", "throughput", "--trace", "mix600,random"], "stands alone"),
         (["eval", "calibrate", "--fractions", "1.0"], "--fractions must have one below 1"),
-        (["eval", "calibrate", "--latent-dtype", "int4"], "--latent-dtype is for --method deltakv"),
         (["eval", "calibrate", "--answer-tokens", "0"], "--answer-tokens must be a whole number of at least 1"),
     ],
 )
