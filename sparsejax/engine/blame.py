@@ -12,19 +12,25 @@ from sparsejax.engine.request import Request
 _NAME = "sparsejax_requests"
 
 
-@contextmanager
-def blaming(requests: Iterable[Request]) -> Iterator[None]:
-    """Marks an exception that leaves the block with the requests it was run for, as their own method may raise it.
+def blame(error: Exception, requests: Iterable[Request]) -> None:
+    """Marks an exception with the requests that it was raised for. The innermost mark stays.
 
     Errors of the device, such as too little memory, are nobody's fault.
     """
+    if isinstance(error, jax.errors.JaxRuntimeError) or blamed_requests(error):
+        return
+    blamed = list(requests)
+    setattr(error, _NAME, blamed)
+    error.add_note("raised for request " + ", ".join(repr(each.request_id) for each in blamed))
+
+
+@contextmanager
+def blaming(requests: Iterable[Request]) -> Iterator[None]:
+    """Marks an exception that leaves the block."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, jax.errors.JaxRuntimeError):
-            blamed = list(requests)
-            setattr(error, _NAME, blamed)
-            error.add_note("raised for request " + ", ".join(repr(each.request_id) for each in blamed))
+        blame(error, requests)
         raise
 
 

@@ -11,13 +11,14 @@ has one surplus token in flight, which is discarded.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from sparsejax.engine.blame import blamed_requests
+from sparsejax.engine.blame import blame, blamed_requests, blaming
 from sparsejax.engine.detokenizer import Detokenizer, decode_function
 from sparsejax.engine.eviction import EvictReport
 from sparsejax.engine.in_flight import Compressed, InFlight, Results, dispatch
@@ -159,15 +160,20 @@ class Engine:
 
     def cancel(self, submission: Submission) -> None:
         """Ends the unfinished answers of a submission with reason "abort"; what they have so far stays."""
-        for answer in submission.answers:
-            if not answer.request.finished:
-                self._finish(submission, answer, "abort")
+        try:
+            for answer in submission.answers:
+                if not answer.request.finished:
+                    self._finish(submission, answer, "abort")
+        except BaseException as error:
+            self._recover(error)
+            raise
 
     def step(self) -> None:
         """Dispatches the next step and reads the previous one.
 
         If a step fails or is interrupted, requests that were being computed are kept and replayed by the next call, but
-        for those whose own method or text it failed at: they end with reason "abort", so that the others go on.
+        for those whose own method or text it failed at (`blamed_requests` of the exception): they end with reason
+        "abort", and their submission holds the error, so that the others go on.
 
         Raises:
           OutOfMemoryError: the device has no room for the step.
@@ -177,14 +183,32 @@ class Engine:
         try:
             with explain_out_of_memory("running a step"):
                 self._step()
-        except BaseException as error:  # what the device has done is unknown; its cache may be gone: it was donated
-            self._in_flight = None
-            self.scheduler.restart()
-            self.runner.reset()
-            for request in blamed_requests(error):
-                if not request.finished:
-                    self._finish(*self._answers[request.request_id], "abort")
+        except BaseException as error:
+            self._recover(error)
             raise
+
+    def _recover(self, error: BaseException) -> None:
+        """Makes whole what a step has left when this was raised, wherever in it that was.
+
+        What the device has done is unknown, and its cache may be gone: it was donated. So all requests are replayed.
+        """
+        self._in_flight = None
+        ends = {each.request_id for each in blamed_requests(error)}
+        answers = list(self._answers.items())
+        for request_id, (_, answer) in answers:
+            try:
+                self._forget_unread(answer)
+            except Exception:  # its tokens have no text; it cannot go on
+                answer.detokenizer = None
+                ends.add(request_id)
+        self.scheduler.restart()
+        self.runner.reset()
+        for request_id, (submission, answer) in answers:
+            if answer.request.finished:
+                self._conclude(submission, answer)
+            elif request_id in ends:
+                submission.error = error
+                self._finish(submission, answer, "abort")
 
     def _step(self) -> None:
         if self.scheduler.must_preempt():
@@ -277,20 +301,24 @@ class Engine:
                 answer.cumulative_logprob += entry[token].logprob
             eos = self.runner.eos_token_ids
             stop = check_stop(request, token, eos_token_ids=eos, detokenizer=answer.detokenizer)
-        except BaseException as error:
-            self._forget_token(answer)  # or it would count as one that does not end the answer
-            if isinstance(error, Exception):  # the tokenizer's: it would be raised again and again
-                self._finish(submission, answer, "abort")
+        except Exception as error:  # the tokenizer's
+            blame(error, [request])
             raise
         if stop is not None:
             self._finish(submission, answer, stop.finish_reason, stop.stop_reason)
+        answer.num_read = len(request.output_token_ids)
 
-    def _forget_token(self, answer: Answer) -> None:
-        """Undoes what has been taken of the newest token, however much that is. A replay draws it again."""
+    def _forget_unread(self, answer: Answer) -> None:
+        """Undoes what has been taken of a token whose taking was interrupted. A replay draws it again.
+
+        Else it would count as one that does not end the answer.
+        """
         request, detokenizer = answer.request, answer.detokenizer
-        request.output_token_ids.pop()
+        if request.finished or len(request.output_token_ids) == answer.num_read:
+            return
+        del request.output_token_ids[answer.num_read :]
         if answer.logprobs is not None:
-            del answer.logprobs[len(request.output_token_ids) :]
+            del answer.logprobs[answer.num_read :]
             entries = zip(answer.logprobs, request.output_token_ids, strict=True)
             answer.cumulative_logprob = sum(entry[token].logprob for entry, token in entries)
         if detokenizer is not None:
@@ -298,12 +326,13 @@ class Engine:
             answer.detokenizer.replay(request.output_token_ids, like=detokenizer)
 
     def _refuse(self, request: Request) -> None:
-        """Ends a request that has no next token, and says so. The next `step` goes on with the others."""
-        self._finish(*self._answers[request.request_id], "abort")
-        raise NotFiniteError(
+        """Says that a request has no next token."""
+        error = NotFiniteError(
             f"the logits of request {request.request_id!r} are NaN or infinite after {len(request.output_token_ids)} "
             "generated tokens: the weights hold such numbers, or float16 overflows (bfloat16 and float32 do not)."
         )
+        blame(error, [request])
+        raise error
 
     def _take_prompt_logprobs(self, chunks: Sequence[Chunk], prompt: SampleOutput) -> None:
         lane = 0
@@ -315,7 +344,8 @@ class Engine:
                 # Position by position in order; a replay, or another answer to the same prompt, adds nothing.
                 known = None if submission is None else submission.prompt_logprobs
                 if known is not None and len(known) == position < len(request.prompt_token_ids):
-                    known.append(self._logprobs(prompt, lane, wanted or 0))
+                    with blaming([request]):
+                        known.append(self._logprobs(prompt, lane, wanted or 0))
                 lane += 1
 
     def _logprobs(self, sample: SampleOutput, lane: int, count: int) -> dict[int, Logprob]:
@@ -353,9 +383,14 @@ class Engine:
         answer.kv_bytes = max(answer.kv_bytes, *map(self._bytes_of, held))
         answer.read_tokens = self.runner.read_tokens(request)
         self.scheduler.finish(request, reason, stop_reason)
-        del self._answers[request.request_id]
+        self._conclude(submission, answer)
+
+    def _conclude(self, submission: Submission, answer: Answer) -> None:
+        """What is left to do for an answer whose request has ended."""
         if submission.finished:
             submission.finished_time = self.clock()
             self._submitted.discard(submission.request_id)
+        self._answers.pop(answer.request.request_id, None)
         if answer.detokenizer is not None:
-            answer.detokenizer.finish()
+            with contextlib.suppress(Exception):  # who asks for its text will be told
+                answer.detokenizer.finish()

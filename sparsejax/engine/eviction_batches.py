@@ -13,6 +13,7 @@ import numpy as np
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout
 from sparsejax.engine import buckets
+from sparsejax.engine.blame import blaming
 from sparsejax.engine.compression import CompressBatch, CompressSpec
 from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.eviction import EvictBatch, EvictLane, EvictSpec
@@ -105,14 +106,15 @@ def compress_calls(
         for first in range(0, len(group), shapes.compress_rows):
             some = tuple(group[first : first + shapes.compress_rows])
             lanes = buckets.compress_rows(len(some), shapes.compress_rows)
-            spec = shapes.compress_spec(
-                some[0].request.compression,
-                lanes=lanes,
-                budget=max(entry.budget for entry in some),
-                held=max(entry.text_length for entry in some),
-                first=all(entry.is_first for entry in some),
-            )
-            calls.append((some, spec, compress_batch(some, lanes, moment_slots)))
+            with blaming(entry.request for entry in some):
+                spec = shapes.compress_spec(
+                    some[0].request.compression,
+                    lanes=lanes,
+                    budget=max(entry.budget for entry in some),
+                    held=max(entry.text_length for entry in some),
+                    first=all(entry.is_first for entry in some),
+                )
+                calls.append((some, spec, compress_batch(some, lanes, moment_slots)))
     return calls
 
 
@@ -171,13 +173,14 @@ def evict_calls(
         groups[params.policy, params.evict_strategy, params.evict_count, some[0].bulk] += some
     calls = []
     for some in groups.values():
-        spec = shapes.evict_spec(
-            some[0].request.compression,
-            bulk=some[0].bulk,
-            text_length=max(entry.text_length for entry in some),
-            budget=max(entry.budget for entry in some),
-        )
-        calls.append((tuple(some), spec, evict_batch(some, buckets.bucket(len(some), shapes.evict_rows))))
+        with blaming(entry.request for entry in some):
+            spec = shapes.evict_spec(
+                some[0].request.compression,
+                bulk=some[0].bulk,
+                text_length=max(entry.text_length for entry in some),
+                budget=max(entry.budget for entry in some),
+            )
+            calls.append((tuple(some), spec, evict_batch(some, buckets.bucket(len(some), shapes.evict_rows))))
     return calls
 
 

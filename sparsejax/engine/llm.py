@@ -19,6 +19,7 @@ from sparsejax.assets import tiny_compressor_path, tiny_model_path
 from sparsejax.checkpoint import load_config, load_model, load_tokenizer, resolve
 from sparsejax.config import EngineConfig
 from sparsejax.engine import inputs, memory
+from sparsejax.engine.blame import blamed_requests
 from sparsejax.engine.build import build_engine, check_methods, named_methods
 from sparsejax.engine.build_store import load_store
 from sparsejax.engine.engine import Engine
@@ -205,6 +206,9 @@ class LLM:
         Yields:
           Outputs whose `.outputs[0].text` and `.token_ids` hold only what is new; the last has `.finished` and the
           finish reason. Leaving the loop early cancels the request.
+
+        Raises:
+          NotFiniteError: the model's logits are NaN or infinite.
         """
         tokenized: TokenizedPrompt
         if inputs.is_conversation(prompt):
@@ -220,12 +224,22 @@ class LLM:
         (submission,) = self._submit([tokenized], params, compression_params)
         try:
             while not submission.finished:
-                self.engine.step()
+                self._step([submission])
                 if submission.has_news and not submission.finished:
                     yield submission.output(increment=True)
+            if submission.error is not None:  # another call's step has met it
+                raise submission.error
             yield submission.output(increment=True)
         finally:
             self.engine.cancel(submission)
+
+    def _step(self, submissions: Sequence[Submission]) -> None:
+        """A step for these. Errors that are about requests of other calls alone wait for those."""
+        try:
+            self.engine.step()
+        except Exception as error:
+            if not blamed_requests(error) or any(each.error is error for each in submissions):
+                raise
 
     def reset_prefix_cache(self) -> None:
         """Forgets the prefixes that are kept for reuse; their pages are free with the next step."""
@@ -291,7 +305,7 @@ class LLM:
         try:
             with bar, quiet_collector():
                 while active:
-                    self.engine.step()
+                    self._step(active)
                     # A pass over all requests at every step would take as long as the step if there were thousands.
                     before, unfinished, now = unfinished, self.engine.num_unfinished, time.monotonic()
                     if unfinished == before and now - shown < SECONDS_BETWEEN_LOOKS:

@@ -115,6 +115,11 @@ class PrefixCache:
         self._contexts = Contexts()
         self._found: tuple[Request, Hit] | None = None  # the last answer, until anything changes
 
+    def go_on_counting(self, before: PrefixCache) -> None:
+        """Takes over the counts of a cache whose rows were lost."""
+        self._queries, self._queried_tokens = before._queries, before._queried_tokens
+        self._hits, self._hit_tokens, self._evictions = before._hits, before._hit_tokens, before._evictions
+
     def stats(self, resident_entries: int) -> PrefixCacheStats:
         """The counts so far. resident_entries: table entries that only resident rows hold."""
         return PrefixCacheStats(

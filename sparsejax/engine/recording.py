@@ -22,6 +22,7 @@ import numpy as np
 
 from pallas_kernels import Implementation, prefill_attention, record_attention
 from sparsejax.cache import CacheLayout, KVCache
+from sparsejax.engine.blame import blaming
 from sparsejax.engine.compression_params import CompressionParams
 from sparsejax.engine.plan import Chunk
 from sparsejax.models import ModelConfig, RopeConfig
@@ -278,7 +279,8 @@ def chunk_record(chunks: Sequence[Chunk], starts: np.ndarray, moment_slots: Mapp
         if chunk.compressed_at is None:
             continue
         power[i], blocks[i] = wanted.power, wanted.blocks
-        first[i] = starts[i] + max(params.record_from(chunk.compressed_at) - chunk.start, 0)
+        with blaming([chunk.request]):
+            first[i] = starts[i] + max(params.record_from(chunk.compressed_at) - chunk.start, 0)
         if wanted.moments:
             moment_slot[i] = moment_slots[chunk.request.request_id]
             moment_first[i] = starts[i] + max(

@@ -146,6 +146,14 @@ class Request:
     def finished(self) -> bool:
         return self.status is Status.FINISHED
 
+    def start_over(self) -> None:
+        """Makes it wait, without a row and with the outputs that have been read."""
+        self.num_preemptions += self.status is not Status.WAITING
+        self.status, self.row = Status.WAITING, None
+        self.num_computed = self.num_held = self.num_reused = 0
+        self.is_evicting = False
+        self.num_dispatched_outputs = len(self.output_token_ids)
+
     def record(self, token: int) -> bool:
         """Takes the oldest unread token from the device. Returns False if it is surplus, because the request has ended.
 

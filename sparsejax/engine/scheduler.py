@@ -81,11 +81,15 @@ class Scheduler:
         self.config = config
         self.clock = clock
         self.num_preemptions = 0
-        self._rows: Rows | StoreRows = Rows(config) if config.store is None else StoreRows(config, config.store)
+        self._rows = self._empty_rows()
         self._waiting: deque[Request] = deque()  # by arrival
         self._admitted: list[Request] = []  # by arrival, all older than those waiting
         self._requests: dict[str, Request] = {}  # unfinished
         self._arrivals = 0
+
+    def _empty_rows(self) -> Rows | StoreRows:
+        config = self.config
+        return Rows(config) if config.store is None else StoreRows(config, config.store)
 
     @property
     def free_entries(self) -> EntryCount:
@@ -176,15 +180,15 @@ class Scheduler:
             raise InvalidArgumentError(f"reason must be one of {', '.join(FINISH_REASONS)}; got {reason!r}.")
         if self._requests.get(request.request_id) is not request:
             raise SchedulingError(f"request {request.request_id!r} is not unfinished here: it cannot finish (again).")
-        if request.status is Status.WAITING:
+        waits = request.status is Status.WAITING
+        request.finish_reason, request.stop_reason = reason, stop_reason
+        request.status = Status.FINISHED  # from here on a `restart` drops it, whatever the rest was interrupted at
+        if waits:
             self._waiting.remove(request)
         else:
             self._admitted.remove(request)
             self._rows.retire(request)
         del self._requests[request.request_id]
-        request.status = Status.FINISHED
-        request.finish_reason = reason
-        request.stop_reason = stop_reason
 
     def cancel(self, request_id: str) -> Request | None:
         """Ends a request with reason "abort". Returns it, or None if no unfinished request has this id."""
@@ -202,22 +206,19 @@ class Scheduler:
         self._rows.release_residents()
 
     def restart(self) -> None:
-        """Makes every request that holds a row wait again, to be replayed: for a device whose cache was lost.
+        """Makes every unfinished request wait, to be replayed: for a device whose cache was lost.
 
-        Tokens that have not been read are forgotten; the replays draw them again, the same ones. Residents are lost.
+        All counts are made anew, so it does not matter where a call was interrupted. Tokens that have not been read are
+        forgotten; the replays draw them again, the same ones. Residents are lost.
         """
-        self.reset_prefix_cache()
-        for request in reversed(self._admitted):
-            self._rows.take_back(request)
-            request.status = Status.WAITING
-            request.num_dispatched_outputs = len(request.output_token_ids)
-            request.num_preemptions += 1
-            self._waiting.appendleft(request)
+        cache, self._rows = self._rows.cache, self._empty_rows()
+        if cache is not None and self._rows.cache is not None:
+            self._rows.cache.go_on_counting(cache)
+        self._requests = {name: each for name, each in self._requests.items() if not each.finished}
+        for request in self._requests.values():
+            request.start_over()
         self._admitted.clear()
-        # One that an interrupt met between the queue and its row.
-        queued = set(map(id, self._waiting))
-        self._waiting.extendleft(each for each in self._requests.values() if id(each) not in queued)
-        self._rows.take_changes()
+        self._waiting = deque(sorted(self._requests.values(), key=lambda each: each.order))
 
     def must_preempt(self) -> bool:
         """Whether the next plan does not fit, so that `schedule` would preempt. Read all results in flight first.

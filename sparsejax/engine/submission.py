@@ -31,6 +31,7 @@ class Answer:
       logprobs: one dict a token, None unless asked for.
       cumulative_logprob: their sum over the chosen tokens.
       kv_bytes: most KV cache it held so far, whole pages.
+      num_read: tokens that have been read to the end, text and stop included.
       taken: tokens that an increment has handed out.
       compression: what compression did.
       read_tokens: tokens that its decode steps read, as in `RequestMetrics`.
@@ -41,6 +42,7 @@ class Answer:
     logprobs: list[dict[int, Logprob]] | None
     cumulative_logprob: float = 0.0
     kv_bytes: int = 0
+    num_read: int = 0
     taken: int = 0
     compression: CompressionRecord = field(default_factory=CompressionRecord)
     read_tokens: float | None = None
@@ -73,6 +75,7 @@ class Submission:
       answers: one per request.
       prompt_logprobs: filled chunk by chunk; None unless asked for.
       arrival_time, first_token_time, finished_time: seconds on the engine's clock.
+      error: what ended it with reason "abort", if it was not its caller.
     """
 
     request_id: str
@@ -82,6 +85,7 @@ class Submission:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    error: BaseException | None = None
 
     @property
     def finished(self) -> bool:

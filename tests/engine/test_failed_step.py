@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -12,6 +15,7 @@ import pytest
 from tiny_engine import CONFIG, ENGINE, VOCAB
 
 from sparsejax import LLM, CompressionParams, SamplingParams
+from sparsejax.engine import engine as engine_module
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.errors import DuplicateRequestError, NotFiniteError, OutOfMemoryError
 from sparsejax.methods import Method, registry
@@ -189,18 +193,83 @@ def test_an_id_is_taken_until_all_of_its_answers_have_ended(llm):
     assert not engine.has_unfinished
 
 
-def test_an_interrupt_between_queue_and_row_loses_nothing(monkeypatch, llm, expected):
-    engine, rows = llm.engine, llm.engine.scheduler._rows
-    give, interrupts = rows.give, iter([KeyboardInterrupt()])
+class InterruptAt:
+    """Raises KeyboardInterrupt at the n-th line that the engine's host code runs in the block; None: counts them."""
 
-    def interrupted(*work, **options):
-        for error in interrupts:
-            raise error
-        return give(*work, **options)
+    def __init__(self, number: int | None):
+        self.number, self.count = number, 0
 
-    monkeypatch.setattr(rows, "give", interrupted)
-    submission = engine.add("met", TokenizedPrompt(None, PROMPTS[0]), PARAMS[0])
-    with pytest.raises(KeyboardInterrupt):
-        engine.step()
-    run_all(engine)
-    assert submission.output().outputs[0].token_ids == expected[0]
+    def _line(self, frame, event, argument):
+        del frame, argument
+        if event == "line":
+            self.count += 1
+            if self.count == self.number:
+                raise KeyboardInterrupt
+        return self._line
+
+    def __enter__(self):
+        names = (
+            "engine",
+            "scheduler",
+            "rows",
+            "blocks",
+            "prefix_cache",
+            "prefix_tree",
+            "contexts",
+            "request",
+            "in_flight",
+        )
+        files = {str(Path(engine_module.__file__).with_name(f"{name}.py")) for name in names}
+        sys.settrace(lambda frame, event, argument: self._line if frame.f_code.co_filename in files else None)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(None)
+
+
+def test_an_interrupt_at_any_line_of_a_step_loses_nothing(llm):
+    """Requests that share a prefix, one of which is a resident's."""
+    engine, shared = llm.engine, PROMPTS[1][:12]
+    prompts = [shared + PROMPTS[0], shared + PROMPTS[1][12:32], shared + PROMPTS[2]]
+    params = [dataclasses.replace(each, max_tokens=3) for each in PARAMS]
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    def serve(number):
+        llm.reset_prefix_cache()
+        llm.generate(shared, params[0], use_tqdm=False)
+        submissions = [
+            engine.add(f"{number}-{i}", TokenizedPrompt(None, prompt), params[i]) for i, prompt in enumerate(prompts)
+        ]
+        with InterruptAt(number) as interrupt, contextlib.suppress(KeyboardInterrupt):
+            run_all(engine)
+        waiting = [each.order for each in engine.scheduler._waiting]
+        assert waiting == sorted(waiting)
+        run_all(engine)
+        assert [each.output().outputs[0].token_ids for each in submissions] == expected
+        llm.reset_prefix_cache()
+        assert engine.scheduler.free_entries == engine.runner.layout.num_entries - 1
+        assert not engine._answers
+        assert not engine._submitted
+        return interrupt.count
+
+    lines = serve(None)
+    assert lines > 1000
+    for number in np.random.default_rng(0).choice(lines, 40, replace=False) + 1:
+        assert serve(int(number)) == number
+
+
+def test_a_fault_is_told_to_its_owner(params):
+    """Another call's step may meet it."""
+    poison = VOCAB - 1
+    llm = LLM.from_params(CONFIG, {**params, "embed": params["embed"].at[poison].set(np.nan)}, **ENGINE)
+    sampling = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    expected = llm.generate(PROMPTS[0], sampling, use_tqdm=False)[0].outputs[0].token_ids
+    good, bad = llm.stream(PROMPTS[0], sampling), llm.stream([poison], sampling)
+    parts = [next(good)]
+    with pytest.raises(NotFiniteError):
+        next(bad)
+    parts += good
+    assert [token for part in parts for token in part.outputs[0].token_ids] == expected
+    submission = llm.engine.add("bad", TokenizedPrompt(None, [poison]), sampling)
+    assert llm.generate(PROMPTS[0], sampling, use_tqdm=False)[0].outputs[0].token_ids == expected
+    assert isinstance(submission.error, NotFiniteError)
