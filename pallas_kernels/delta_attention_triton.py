@@ -36,6 +36,7 @@ from pallas_kernels.delta_tiles import (
     store_refs,
     up_products,
 )
+from pallas_kernels.dispatch import targets_hopper
 from pallas_kernels.online_softmax import LN_2, LOG2_E
 from pallas_kernels.tiles import MIN_DOT_ROWS, WHOLE, exact_dot, index_grid, kernel_exp2, next_power_of_two
 
@@ -45,7 +46,7 @@ _PROJECTED = 32  # numbers of a head's output that a program projects
 _FEW_PROGRAMS = 264  # two on each of an H200's 132 multiprocessors
 _MOST_PARTS = 64  # whose sums are kept, and merged at once
 _MOST_STEPS = 4  # of a part, where shorter parts would do, too
-_AHEAD_BYTES = 64 * 1024  # most references of a step that are fetched while the one before is summed
+_AHEAD_BYTES = 64 * 1024  # most references of a step that are fetched while the one before is summed, on Hopper
 
 
 class DeltaTile(NamedTuple):
@@ -294,9 +295,11 @@ def delta_attention_triton(q, store, unpacked, places, cos, sin, up, up_bias, *,
     blocks = pl.cdiv(width, sum_block)
     steps = next_power_of_two(pl.cdiv(blocks, _MOST_PARTS))
     value_pieces, value_width = chunk_count(dim, _VALUE_CHUNK), chunk_width(dim, _VALUE_CHUNK)
-    fetch_ahead = near.shape[1] * sum_block * value_width * store.v_pages.dtype.itemsize <= _AHEAD_BYTES
+    ahead = near.shape[1] * sum_block * value_width * store.v_pages.dtype.itemsize
+    fetch_ahead = (interpret or targets_hopper()) and ahead <= _AHEAD_BYTES
     if fetch_ahead:
-        steps = max(steps, _fold(blocks * heads * value_pieces * batch, 2 * _FEW_PROGRAMS, _MOST_STEPS))
+        most = min(_MOST_STEPS, next_power_of_two(blocks))
+        steps = max(steps, _fold(blocks * heads * value_pieces * batch, 2 * _FEW_PROGRAMS, most))
     parts = pl.cdiv(width, sum_block * steps)
     common = {
         "head_rows": layout.near.head_stride * store.k_pages.shape[1],

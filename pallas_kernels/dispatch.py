@@ -26,17 +26,26 @@ def targets_gpu() -> bool:
     return platform in ("gpu", "cuda", "rocm")
 
 
+def targets_hopper() -> bool:
+    """Whether the program being traced is meant for a Hopper GPU."""
+    if not targets_gpu():
+        return False
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return re.match(r"NVIDIA (G?H[12]00|H20|H800)\b", abstract.device_kind) is not None
+    return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
 def hopper_refusal() -> str | None:
-    """Why the program being traced cannot hold kernels for Hopper; None if it can."""
+    """Why the program being traced cannot hold Mosaic kernels for Hopper; None if it can."""
     if not targets_gpu():
         return f"it needs a GPU, but the backend is {jax.default_backend()!r}"
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None:
-        is_hopper = re.match(r"NVIDIA (G?H[12]00|H20|H800)\b", abstract.device_kind)
-        return None if is_hopper else f"it needs a Hopper GPU, not {abstract.device_kind!r}"
-    device = jax.devices()[0]
-    if getattr(device, "compute_capability", None) != "9.0":
+    device = jax.devices()[0] if abstract is None else abstract
+    if not targets_hopper():
         return f"it needs a Hopper GPU, not {device.device_kind!r}"
+    if abstract is not None:
+        return None
     # The assembler of these versions miscompiles causal masks (jax refuses them in its own attention, too).
     cuda = re.search(r"cuda (\d+)", device.client.platform_version)
     if cuda and 12080 <= int(cuda[1]) <= 12090:

@@ -66,7 +66,7 @@ def convert_from_hf(source: str | Path, out: str | Path, *, dtype: str | None = 
             save_group(folder, group, arrays)
             del arrays  # before the next group is read
             bar.update(group_bytes(group, dtypes))
-        _copy_side_files(checkpoint.folder, folder, dtype)
+        _copy_side_files(checkpoint.folder, folder, target)
         write_manifest(folder, config, dtypes)
     return Path(out)
 
@@ -113,7 +113,7 @@ def convert_to_hf(
                 writer.add(split(parameter, arrays.pop(parameter.path)))
             bar.update(size)
         writer.close()
-        _copy_side_files(checkpoint.folder, folder, dtype)
+        _copy_side_files(checkpoint.folder, folder, target)
     return Path(out)
 
 
@@ -134,7 +134,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def _copy_side_files(source: Path, out: Path, dtype: str | None) -> None:
+def _copy_side_files(source: Path, out: Path, dtype: np.dtype | None) -> None:
     for pattern in _SIDE_FILES:
         for file in source.glob(pattern):
             if file.is_file() and file.name not in (INDEX, MANIFEST):
@@ -142,5 +142,5 @@ def _copy_side_files(source: Path, out: Path, dtype: str | None) -> None:
     if dtype is not None:
         config = read_json(out / "config.json")
         config.pop("torch_dtype", None)  # the name that transformers 4 used
-        config["dtype"] = dtype
+        config["dtype"] = dtype.name
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

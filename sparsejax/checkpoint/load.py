@@ -75,7 +75,7 @@ def require_dtype(dtype: Any) -> np.dtype:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found is None or found.name not in DTYPES:
+    if found is None or found.name not in DTYPES or not found.isnative:
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     return found
 

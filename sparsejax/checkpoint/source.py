@@ -92,10 +92,11 @@ def load_tokenizer(source: str | Path) -> Any:
         tokenizer = _tokenizer_class(folder).from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-        own = len(tokenizer) - len(tokenizer.get_added_vocab())
+        own = len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
         longest = tokenizer.model_max_length
     except Exception as error:  # the tokenizers library raises bare ones, transformers what a broken file leads it to
-        raise CheckpointError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+        hint = " (sparsejax never runs a checkpoint's own code)" if "trust_remote_code" in str(error) else ""
+        raise CheckpointError(f"The tokenizer in {folder} cannot be loaded{hint}: {error}") from error
     if own <= 0 or isinstance(longest, bool) or not isinstance(longest, int | float):
         what = f"model_max_length must be a number, got {longest!r}."
         if own <= 0:

@@ -186,6 +186,12 @@ def _check_used(args: argparse.Namespace, families: set[str]) -> None:
     needed = dict.fromkeys((*options.STORE_OPTIONS, "full_attention_layers"), ("store",))
     needed |= dict.fromkeys(compression_options.COMMON_ARGUMENTS, ("evict",))
     needed |= dict.fromkeys(("sink_tokens", "recent_tokens"), ("evict", "select"))
+    if args.budgets is not None and families <= {"full"}:
+        raise InvalidArgumentError("--budgets needs a method beside full.")
+    if args.mode is not None and "evict" not in families:
+        raise InvalidArgumentError("--mode needs a method that evicts among --methods.")
+    if args.latent_dtype is not None and args.latent_dtypes is not None:
+        raise InvalidArgumentError("--latent-dtype has no meaning with --latent-dtypes; give one of them.")
     words = {"store": "stores tokens compressed, such as deltakv", "evict": "evicts", "select": "selects"}
     for name, takers in needed.items():
         if getattr(args, name) is not None and families.isdisjoint(takers):

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from sparsejax.cli.bench_options import RANDOM_MODEL
 from sparsejax.cli.options import add_defaulted
 from sparsejax.errors import InvalidArgumentError
 
@@ -155,7 +156,7 @@ def add_parser(subparsers) -> None:
         help="time that many steps on random weights and tokens, and print the FLOP rate as a fraction of the card's",
     )
     group.add_argument(
-        "--random-weights", metavar="CONFIG", default="llama-3.1-8b", help="model of --benchmark (default: %(default)s)"
+        "--random-weights", metavar="CONFIG", default=RANDOM_MODEL, help="model of --benchmark (default: %(default)s)"
     )
     parser.set_defaults(run=run)
 
@@ -164,6 +165,7 @@ def run(args: argparse.Namespace) -> int:
     from train.compressor.options import TrainOptions
 
     options = TrainOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainOptions)})
+    _check_used(args)
     _distribute(args)
     if args.benchmark is not None:
         return _benchmark(args, options)
@@ -192,6 +194,26 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"wrote {folder}")
     return 0
+
+
+def _check_used(args: argparse.Namespace) -> None:
+    """Refuses what is given and has no meaning beside the rest. Given is what is not the default."""
+    clusters = {"neighbors": 4, "cluster_ratio": 0.1, "cluster_metric": "l2", "cluster_on_keys": False}
+    softly = {"cluster_soft_assignment": False, "cluster_temp": 10.0}
+    a_run = dict.fromkeys(("data", "out", "model", "init", "stop_after"))
+    meaningless = [
+        ("e2e", args.model_type == "e2e", clusters | softly),
+        (args.model_type, args.model_type != "e2e", {"chunk_size": 1, "ref_mode": "avg", "split_kv": False}),
+        ("hard assignment", not args.cluster_soft_assignment, {"cluster_temp": 10.0}),
+        ("a linear encoder", args.down_type == "linear", {"down_intermediate_size": 0}),
+        ("a linear decoder", args.up_type == "linear", {"up_intermediate_size": 0}),
+        ("--benchmark", args.benchmark is not None, {**a_run, "resume": False}),
+        ("a run", args.benchmark is None, {"random_weights": RANDOM_MODEL}),
+    ]
+    for what, holds, defaults in meaningless:
+        given = [name for name, default in defaults.items() if getattr(args, name) != default]
+        if holds and given:
+            raise InvalidArgumentError(f"--{given[0].replace('_', '-')} has no meaning with {what}.")
 
 
 def _compressor(args: argparse.Namespace) -> dict[str, Any]:

@@ -151,11 +151,18 @@ class Engine:
         submission = Submission(request_id, prompt, answers, arrival_time=self.clock())
         if params.prompt_logprobs is not None:
             submission.prompt_logprobs = [None]
-        self._submitted.add(request_id)
-        for request, answer in zip(requests, answers, strict=True):
-            request.arrival_time = submission.arrival_time
-            self.scheduler.add(request)
-            self._answers[request.request_id] = (submission, answer)
+        try:
+            self._submitted.add(request_id)
+            for request, answer in zip(requests, answers, strict=True):
+                request.arrival_time = submission.arrival_time
+                self._answers[request.request_id] = (submission, answer)
+                self.scheduler.add(request)
+        except BaseException:  # an interrupt: nobody would wait for what was taken
+            self._submitted.discard(request_id)
+            for request in requests:
+                self._answers.pop(request.request_id, None)
+                self.scheduler.cancel(request.request_id)
+            raise
         return submission
 
     def cancel(self, submission: Submission) -> None:

@@ -183,7 +183,7 @@ class Runner:
         """Raises unless the model's layers are what a request asks for.
 
         Raises:
-          InvalidArgumentError: they are not, or the engine was not built for methods that select.
+          InvalidArgumentError: they are not, the engine was not built for methods that select, or has too many choices.
         """
         own = compression.policy
         if isinstance(own, DeltaKV) and isinstance(self.layout, DeltaCacheLayout):
@@ -199,7 +199,7 @@ class Runner:
             raise InvalidArgumentError(
                 f"method {compression.method!r} selects, and the engine was built without: name it in methods."
             )
-        self.selections.roles_of(compression)
+        self.selections.check(compression)
 
     def read_tokens(self, request: Request) -> float | None:
         """Tokens that a decode step of a request has read: see `read_tokens.read_tokens`."""

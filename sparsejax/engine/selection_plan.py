@@ -18,6 +18,7 @@ from sparsejax.methods.selection import ALL_TOKENS, candidate_pages, candidates,
 from sparsejax.models import ModelConfig
 
 SMALLEST_WIDTH = 1024
+MOST_CHOICES = 16  # of layers that read all, in one engine: steps are compiled for each, and for all of them together
 WIDTH_STEP = 8  # what is too wide costs next to nothing, for work follows what is read
 
 
@@ -55,6 +56,20 @@ class Selections:
         policy = compression.policy
         assert isinstance(policy, SelectionMethod), "only requests that select have roles"
         return policy.layer_roles(self._config.num_layers, self.full_layers)
+
+    def check(self, compression: CompressionParams) -> None:
+        """Raises unless a request may ask for this; its roles have a number then.
+
+        Raises:
+          InvalidArgumentError: the roles do not fit the model, or are more than an engine serves.
+        """
+        roles = self.roles_of(compression)
+        if roles not in self._numbers and len(self._numbers) >= MOST_CHOICES:
+            raise InvalidArgumentError(
+                f"requests of one engine may make at most {MOST_CHOICES} different choices of the layers that read "
+                f"everything, as steps are compiled for each; method {compression.method!r} would be one more."
+            )
+        self._number(roles)
 
     def defaults(self, names: Iterable[str]) -> list[CompressionParams]:
         """What requests for these methods ask for if they say no more; without methods whose defaults do not fit."""

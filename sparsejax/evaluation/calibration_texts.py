@@ -45,9 +45,10 @@ def question_text(tokenizer: Any, context: str, question: str, answer: str) -> C
 
     tokens = chat(question, answer)
     # Whatever the template puts around the turns, other questions share the context, and other answers the question.
-    return CalibrationText(
-        tokens, _shared(tokens, chat("?", answer)), len(tokens) - _shared(tokens, chat(question, "!"))
-    )
+    # Compared with two others each, for one may begin like the text itself.
+    context_tokens = min(_shared(tokens, chat(other, answer)) for other in ("?", "Now"))
+    before_answer = min(_shared(tokens, chat(question, other)) for other in ("!", "Yes"))
+    return CalibrationText(tokens, context_tokens, len(tokens) - before_answer)
 
 
 def task_texts(

@@ -286,6 +286,8 @@ def test_demo_answers_and_tells_its_times(capsys):
         (["eval", "ruler", "--methods", "omnikv", "--full-attention-layers", "0"], "needs a method that stores"),
         (["eval", "ruler", "--methods", "quest", "--window-tokens", "8"], "--window-tokens needs a method that evicts"),
         (["eval", "ruler", "--methods", "full", "--sink-tokens", "8"], "needs a method that evicts or selects"),
+        (["eval", "ruler", "--methods", "full", "--budgets", "0.25"], "--budgets needs a method beside full"),
+        (["eval", "ruler", "--methods", "omnikv", "--mode", "aware"], "--mode needs a method that evicts"),
         (["bench", "latency", "--prefills", "3"], "--prefills is for"),
         (["bench", "latency", "--method", "snapkv", "--keep-fraction", "0.5", "--prefills", "0"], "at least 1"),
         (["bench", "kernels", "--tune", "decode_work", "--json", "x.json"], "no meaning with --tune"),

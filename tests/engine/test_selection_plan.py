@@ -5,7 +5,8 @@ import pytest
 
 from sparsejax import CompressionParams, SamplingParams
 from sparsejax.engine.request import Request
-from sparsejax.engine.selection_plan import Selections, view_widths
+from sparsejax.engine.selection_plan import MOST_CHOICES, Selections, view_widths
+from sparsejax.errors import InvalidArgumentError
 from sparsejax.models import ModelConfig
 
 CONFIG = ModelConfig(
@@ -89,3 +90,15 @@ def test_tokens_that_are_read(selections):
     quest = CompressionParams(method="quest", dense_layers=2, **asked)
     pages = np.asarray([10, 32 + 4 * 32 + 500 - 14 * 32, 32 + 4 * 32 + 9000 - 280 * 32])
     np.testing.assert_allclose(selections.read_tokens(quest, lengths), (2 * lengths + 6 * pages) / 8)
+
+
+def test_choices_of_layers_are_bounded(selections):
+    asked = [CompressionParams(method="omnikv", full_attention_layers=(0, layer)) for layer in range(1, 8)]
+    asked += [CompressionParams(method="omnikv", full_attention_layers=(0, 1, layer)) for layer in range(2, 8)]
+    asked += [CompressionParams(method="quest", dense_layers=layers) for layers in (1, 2, 3)]
+    assert len(asked) == MOST_CHOICES
+    for each in asked:
+        selections.check(each)
+    with pytest.raises(InvalidArgumentError, match="at most 16 different choices"):
+        selections.check(CompressionParams(method="quest", dense_layers=4))
+    selections.check(asked[0])

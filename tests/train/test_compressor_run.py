@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -11,8 +13,10 @@ from compressor_cases import COMPRESSOR, write_model, write_packed
 from sparsejax.checkpoint import load_compressor
 from sparsejax.cli import main
 from sparsejax.errors import InvalidArgumentError, SparsejaxError
+from train.compressor import run as run_module
 from train.compressor.checkpoints import Checkpoints
 from train.compressor.options import TrainOptions
+from train.compressor.placement import Placement
 from train.compressor.run import Run, TrainingDivergedError, train
 from train.compressor.step import learning_rate
 
@@ -197,8 +201,49 @@ def test_the_command_trains_and_measures(folders, capsys):
         (["--coordinator", "localhost:1"], "belong together"),
         (["--batch-size", "0"], "batch_size must be a whole number"),
         (["--benchmark", "0"], "--benchmark must be at least 1"),
+        (["--benchmark", "1", "--data", "x"], "--data has no meaning with --benchmark"),
+        (["--chunk-size", "4"], "--chunk-size has no meaning with cluster_e2e_big"),
+        (["--model-type", "e2e", "--neighbors", "2"], "--neighbors has no meaning with e2e"),
+        (["--cluster-temp", "2"], "--cluster-temp has no meaning with hard assignment"),
+        (["--up-intermediate-size", "8"], "--up-intermediate-size has no meaning with a linear decoder"),
     ],
 )
 def test_the_command_says_what_is_missing(capsys, arguments, words):
     assert main(["train-compressor", *arguments]) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["data", "step"])
+def test_an_interrupted_run_is_resumed_bit_for_bit(folders, whole, monkeypatch, place):
+    """Ctrl-C while a batch is put on the device, and while a step runs."""
+    run, calls = make_run(folders, f"interrupted by {place}"), iter(range(1, 1000))
+
+    def pressing(work):
+        def pressed(*arguments):
+            if next(calls) == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+            return work(*arguments)
+
+        return pressed
+
+    with monkeypatch.context() as patch:
+        if place == "data":
+            patch.setattr(Placement, "put_batch", pressing(Placement.put_batch))
+        else:
+            make = run_module.make_train_step
+            patch.setattr(run_module, "make_train_step", lambda *given, **options: pressing(make(*given, **options)))
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = train(dataclasses.replace(run, resume=True))
+    assert metrics(run.out) == metrics(whole.parent)
+    jax.tree.map(np.testing.assert_array_equal, tree_of_compressor(resumed), tree_of_compressor(whole))
+
+
+def test_a_record_that_was_cut_off_is_gone_on_with(folders, whole):
+    run = make_run(folders, "cut", stop_after=10)
+    train(run)
+    with (run.out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    train(dataclasses.replace(run, stop_after=None, resume=True))
+    assert metrics(run.out) == metrics(whole.parent)

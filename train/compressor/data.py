@@ -52,7 +52,7 @@ class Rows:
                 )
             self._column = _dataset(folder)
             self._count = len(self._column)
-            whole = len(self._column[0]["input_ids"]) if self._count else 0
+            whole = len(_token_ids(self._column[0]["input_ids"], folder, 0)) if self._count else 0
         if self._count == 0:
             raise InvalidArgumentError(f"{folder} has no rows.")
         if length is not None and length > whole:
@@ -72,7 +72,7 @@ class Rows:
                 found["documents"] = self._packed.documents(row, self.length)
             return found
         assert self._column is not None
-        tokens = np.asarray(self._column[row]["input_ids"], np.int32)
+        tokens = _token_ids(self._column[row]["input_ids"], self._folder, row)
         if len(tokens) != self._whole:
             raise InvalidArgumentError(
                 f"Rows must be packed to one length: row {row} of {self._folder} has {len(tokens)} tokens, row 0 has "
@@ -120,7 +120,7 @@ class Batches:
         share = len(rows) // processes
         if share < micro_batches * batch:
             raise InvalidArgumentError(
-                f"One step takes {micro_batches * batch} rows of each of {processes} processes; the data has "
+                f"A step takes batch_size x accumulation = {micro_batches * batch * processes} rows; the data has "
                 f"{len(rows)}."
             )
         self._shape = (micro_batches, batch)
@@ -144,6 +144,18 @@ class Batches:
     def restore(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken; the same rows and options are up to the caller."""
         self._iterator.set_state(state)
+
+
+def _token_ids(values: Any, folder: Path, row: int) -> np.ndarray:
+    """i32[T] of a row of a column input_ids."""
+    try:
+        tokens = np.asarray(values)
+    except (ValueError, OverflowError):  # lists of different lengths, numbers beyond 64 bits
+        tokens = np.zeros(0)
+    fits = tokens.ndim == 1 and tokens.dtype.kind in "iu"
+    if not fits or tokens.min(initial=0) < 0 or tokens.max(initial=0) > np.iinfo(np.int32).max:
+        raise InvalidArgumentError(f"input_ids must be token ids, one list a row: row {row} of {folder} is none.")
+    return tokens.astype(np.int32)
 
 
 def _dataset(folder: Path) -> Any:

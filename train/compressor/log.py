@@ -27,7 +27,9 @@ class RunLog:
         """
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= start]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        partial = self.path.with_suffix(".partial")  # a kill meanwhile loses no line
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        partial.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._every, self._tokens = every, tokens_per_step
         self._bar = tqdm(total=steps, initial=start, unit="step", desc="training", disable=not shown)
@@ -54,10 +56,14 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; none if there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a metrics file, up to one that was cut off; none if there is no file."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
 
 
 def plot_metrics(path: Path, out: Path) -> bool:

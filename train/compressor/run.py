@@ -30,6 +30,7 @@ from train.compressor.checkpoints import Checkpoints
 from train.compressor.data import Batches, LocalBatch, Rows, check_tokens
 from train.compressor.forward import TwoPass
 from train.compressor.frozen import load_frozen, stack_compressor, unstack_compressor
+from train.compressor.interrupts import held_back
 from train.compressor.log import RunLog, plot_metrics
 from train.compressor.options import RESUMABLE, TrainOptions
 from train.compressor.placement import Placement
@@ -197,7 +198,7 @@ class _Loop:
                 if log is not None:
                     log.step(number, metrics)
 
-        try:
+        with held_back() as interrupted:
             while done < last:
                 batch = next(self.batches)
                 check_tokens(batch.tokens, self.model.vocab_size)
@@ -206,14 +207,12 @@ class _Loop:
                 done += 1
                 in_flight.append((done, metrics, batch))
                 settle(2)
-                if done % interval == 0 or done == last:
+                if done % interval == 0 or done == last or interrupted():
                     # What is saved has been seen to be finite.
                     settle(0)
                     self.checkpoints.save(done, state, self.batches.state())
-        except KeyboardInterrupt:
-            settle(0)
-            self.checkpoints.save(done, state, self.batches.state())
-            raise
+                if interrupted():
+                    raise KeyboardInterrupt
         return state
 
     def _diverged(self, number: int, metrics: StepMetrics, batch: LocalBatch) -> None:
@@ -224,8 +223,8 @@ class _Loop:
             np.savez(path, tokens=batch.tokens, documents=batch.documents)
         values = ", ".join(f"{name} {float(value):.4g}" for name, value in metrics._asdict().items())
         raise TrainingDivergedError(
-            f"Step {number} is not finite ({values}). Its batch is in {path}; go on from the checkpoint before it with "
-            "--resume, at a lower learning rate or with another seed."
+            f"Step {number} is not finite ({values}). Its batch is in {path}. Run again in another folder, with a "
+            "lower learning rate or another seed; --resume would come to the same step by the same way."
         )
 
 
