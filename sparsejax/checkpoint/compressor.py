@@ -30,6 +30,7 @@ from sparsejax.checkpoint.orbax_store import restore_group, save_group
 from sparsejax.checkpoint.safetensors_files import SafetensorsReader, SafetensorsWriter
 from sparsejax.checkpoint.source import find_folder, read_json
 from sparsejax.compressor.config import PUBLISHED_NAMES, CompressorConfig
+from sparsejax.errors import SparsejaxError
 from sparsejax.models import ModelConfig
 
 Layout = Literal["huggingface", "orbax"]
@@ -67,6 +68,17 @@ def read_compressor_config(source: str | Path, *, references: str | None = None)
       CompressorConfigError: an option that is not allowed.
     """
     folder = find_folder(source)
+    try:
+        return _read_config(folder, references)
+    except SparsejaxError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError) as error:  # what is there is of another kind than it must be
+        raise CheckpointError(
+            f"The compressor in {folder} is damaged: {type(error).__name__}: {error}, in its config or tensors."
+        ) from error
+
+
+def _read_config(folder: Path, references: str | None) -> CompressorConfig:
     raw = read_json(folder / "config.json")
     if (folder / MANIFEST).is_file():
         manifest = read_json(folder / MANIFEST)
@@ -111,6 +123,15 @@ def load_compressor(
     if (folder / MANIFEST).is_file():
         dtypes = {parameter.path: jnp.dtype(dtype) for group in groups for parameter in group.parameters}
         leaves = {path: leaf for group in groups for path, leaf in restore_group(folder, group, dtypes, None).items()}
+        shapes = {".".join(p.path): p.shape for group in groups for p in group.parameters}
+        found = {".".join(path): leaf.shape for path, leaf in leaves.items()}
+        wrong = [
+            f"{name}: shape {list(found[name])}, expected {list(shapes[name])}"
+            for name in shapes
+            if found[name] != shapes[name]
+        ]
+        if wrong:
+            raise TensorMismatchError(str(folder), missing=(), unexpected=(), misshaped=wrong)
     else:
         reader = SafetensorsReader(folder)
         stored = {canonical: name for name, (canonical, _) in _published_tensors(reader).items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsejax.errors import InvalidArgumentError
-from sparsejax.evaluation.ruler import build_samples
+from sparsejax.evaluation.ruler import build_samples, require_chat_template
 from sparsejax.text_files import numbered_lines, read_text
 from sparsejax.validation import unicode_text
 
@@ -37,6 +37,8 @@ class CalibrationText:
 
 def question_text(tokenizer: Any, context: str, question: str, answer: str) -> CalibrationText:
     """A question about a context with its right answer, as a conversation in the tokenizer's chat template."""
+
+    require_chat_template(tokenizer)
 
     def chat(question: str, answer: str) -> list[int]:
         messages = [{"role": "user", "content": f"{context}\n{question}"}, {"role": "assistant", "content": answer}]

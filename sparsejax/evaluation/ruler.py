@@ -30,7 +30,21 @@ class EncodedPrompt:
     context_tokens: int
 
 
+def require_chat_template(tokenizer: Any) -> None:
+    """Raises unless the tokenizer can render a conversation, as all tasks are asked in one.
+
+    Raises:
+      InvalidArgumentError: it has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidArgumentError(
+            "The tasks are asked in a chat, and this model's tokenizer has no chat template: use a chat model, or a "
+            "tokenizer that has one (--tokenizer)."
+        )
+
+
 def _chat_ids(tokenizer: Any, content: str) -> list[int]:
+    require_chat_template(tokenizer)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )

@@ -17,6 +17,7 @@ from sparsejax.checkpoint import (
     save_compressor,
 )
 from sparsejax.compressor import CompressorConfig, CompressorMismatchError, init_params
+from sparsejax.errors import SparsejaxError
 from sparsejax.models import ModelConfig
 
 MODEL = ModelConfig(
@@ -141,3 +142,22 @@ def test_a_folder_without_a_compressor_says_so(tmp_path):
     save_file({"model.norm.weight": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="holds no compressor: none of its 1 tensors"):
         read_compressor_config(tmp_path)
+
+
+def test_arrays_of_another_size_than_the_config_are_refused(tmp_path):
+    config, params = made()
+    folder = save_compressor(tmp_path / "c", config, params, model=MODEL, layout="orbax")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "kv_compressed_size": 7}))
+    with pytest.raises(TensorMismatchError, match=r"expected \[.*7"):
+        load_compressor(folder)
+
+
+@pytest.mark.parametrize("change", [{"cluster_ratio": "abc"}, {"compressor_up_type": ["linear"]}])
+def test_a_damaged_config_is_named(tmp_path, change):
+    config, params = made()
+    folder = save_compressor(tmp_path / "c", config, params, model=MODEL)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, **change}))
+    with pytest.raises(SparsejaxError, match=str(tmp_path / "c")):
+        read_compressor_config(folder)

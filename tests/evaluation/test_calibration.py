@@ -181,3 +181,19 @@ def test_bad_arguments_are_named(tmp_path):
         params_for(model, CalibratedRatio(0.0, -5.0, "snapkv"), [[1, 2]], target=95)
     with pytest.raises(InvalidArgumentError, match="cannot be read"):
         file_texts(model.tokenizer, tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(("question", "answer"), [("?", "! yes"), ("What?", "!"), ("Now what?", "Yes")])
+def test_questions_and_answers_that_begin_like_those_they_are_compared_with(question, answer):
+    tokenizer = embedded_llm().get_tokenizer()
+    text = question_text(tokenizer, "Anna has a dog . Ben has a cat .", question, answer)
+    usual = question_text(tokenizer, "Anna has a dog . Ben has a cat .", "Who has a cat ?", "Ben")
+    assert text.context_tokens == usual.context_tokens
+    assert text.answer_tokens == len(tokenizer.encode(answer, add_special_tokens=False))
+
+
+def test_a_tokenizer_without_a_chat_template_is_named():
+    with pytest.raises(InvalidArgumentError, match="no chat template"):
+        question_text(SimpleNamespace(chat_template=None), "A dog .", "Who ?", "Ben")
+    with pytest.raises(InvalidArgumentError, match="no chat template"):
+        build_samples(SimpleNamespace(chat_template=None), lengths=[64], samples=1, seed=0)

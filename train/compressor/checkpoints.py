@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from sparsejax.checkpoint import CheckpointError
 from train.compressor.step import TrainState
 
 
@@ -17,6 +18,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int) -> None:
         """Args: keep: how many are kept, the newest."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._folder = folder
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest(self) -> int | None:
@@ -36,9 +38,14 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like._asdict()
         )
-        found = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        )
+        try:
+            found = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{self._folder / str(step)} cannot be read: {error}. Remove it to go on from the one before."
+            ) from error
         return TrainState(**found["state"]), found["data"]
 
     def close(self) -> None:
