@@ -281,11 +281,11 @@ def chunk_record(chunks: Sequence[Chunk], starts: np.ndarray, moment_slots: Mapp
         power[i], blocks[i] = wanted.power, wanted.blocks
         with blaming([chunk.request]):
             first[i] = starts[i] + max(params.record_from(chunk.compressed_at) - chunk.start, 0)
-        if wanted.moments:
-            moment_slot[i] = moment_slots[chunk.request.request_id]
-            moment_first[i] = starts[i] + max(
-                params.policy.record_from(chunk.compressed_at, params.window) - chunk.start, 0
-            )
+            if wanted.moments:
+                moment_slot[i] = moment_slots[chunk.request.request_id]
+                moment_first[i] = starts[i] + max(
+                    params.policy.record_from(chunk.compressed_at, params.window) - chunk.start, 0
+                )
     return ChunkRecord(
         first=first,
         power=power,
