@@ -92,15 +92,17 @@ def load_tokenizer(source: str | Path) -> Any:
         tokenizer = _tokenizer_class(folder).from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-        own = len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+        own = len(tokenizer) - len(tokenizer.get_added_vocab())
         longest = tokenizer.model_max_length
     except Exception as error:  # the tokenizers library raises bare ones, transformers what a broken file leads it to
         hint = " (sparsejax never runs a checkpoint's own code)" if "trust_remote_code" in str(error) else ""
         raise CheckpointError(f"The tokenizer in {folder} cannot be loaded{hint}: {error}") from error
-    if own <= 0 or isinstance(longest, bool) or not isinstance(longest, int | float):
+    # A tokenizer.json may list all of its tokens as added; where there is none, the vocabulary is missing.
+    is_empty = own <= 0 and not (folder / "tokenizer.json").is_file()
+    if is_empty or isinstance(longest, bool) or not isinstance(longest, int | float):
         what = f"model_max_length must be a number, got {longest!r}."
-        if own <= 0:
-            what = "it has no tokens but special ones. Is tokenizer.json or tokenizer.model missing?"
+        if is_empty:
+            what = "it has no tokens but added ones. Is tokenizer.json or tokenizer.model missing?"
         raise CheckpointError(f"The tokenizer in {folder} cannot be used: {what}")
     return tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pallas_kernels.nearest import METRICS
@@ -115,10 +115,19 @@ class CompressorConfig:
             raise CompressorConfigError(f"cluster_temp must be positive, got {self.cluster_temp!r}.")
         if self.split_kv and self.references != "e2e":
             raise CompressorConfigError('split_kv needs references="e2e", got references="cluster".')
+        # What has no meaning is as it is by default, so that equal compressors have equal configurations.
+        by_position = self.references == "e2e"
+        unused = ("chunk_size", "ref_mode")
+        if by_position:
+            unused = ("neighbors", "cluster_ratio", "cluster_metric", "cluster_on_kv", "cluster_soft_assignment")
+        if by_position or not self.cluster_soft_assignment:
+            unused += ("cluster_temp",)
+        for entry in fields(self):
+            if entry.name in unused:
+                object.__setattr__(self, entry.name, entry.default)
         for direction in ("down", "up"):
             name = f"{direction}_intermediate_size"
             if getattr(self, f"{direction}_type") == "linear":
-                # So that equal compressors have equal configurations.
                 object.__setattr__(self, name, 0)
             elif getattr(self, name) == 0:
                 object.__setattr__(self, name, (self.input_size + self.kv_compressed_size) // 2)

@@ -13,11 +13,12 @@ _NAME = "sparsejax_requests"
 
 
 def blame(error: Exception, requests: Iterable[Request]) -> None:
-    """Marks an exception with the requests that it was raised for. The innermost mark stays.
+    """Marks an exception with the requests that it was raised for. The innermost mark stays, while they are unfinished.
 
     Errors of the device, such as too little memory, are nobody's fault.
     """
-    if isinstance(error, jax.errors.JaxRuntimeError) or blamed_requests(error):
+    before = blamed_requests(error)  # of an exception that is raised again, they may have ended long ago
+    if isinstance(error, jax.errors.JaxRuntimeError) or any(not each.finished for each in before):
         return
     blamed = list(requests)
     setattr(error, _NAME, blamed)

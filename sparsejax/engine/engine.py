@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -152,6 +152,7 @@ class Engine:
         if params.prompt_logprobs is not None:
             submission.prompt_logprobs = [None]
         try:
+            self.runner.take(compression or CompressionParams())
             self._submitted.add(request_id)
             for request, answer in zip(requests, answers, strict=True):
                 request.arrival_time = submission.arrival_time
@@ -174,6 +175,12 @@ class Engine:
         except BaseException as error:
             self._recover(error)
             raise
+
+    def withdraw(self, request_ids: Iterable[str]) -> None:
+        """Cancels what was added under these ids and has not ended."""
+        names = set(request_ids)
+        for submission in {id(each): each for each, _ in self._answers.values() if each.request_id in names}.values():
+            self.cancel(submission)
 
     def step(self) -> None:
         """Dispatches the next step and reads the previous one.
@@ -200,21 +207,21 @@ class Engine:
         What the device has done is unknown, and its cache may be gone: it was donated. So all requests are replayed.
         """
         self._in_flight = None
-        ends = {each.request_id for each in blamed_requests(error)}
+        ends: dict[str, BaseException] = {each.request_id: error for each in blamed_requests(error)}
         answers = list(self._answers.items())
         for request_id, (_, answer) in answers:
             try:
                 self._forget_unread(answer)
-            except Exception:  # its tokens have no text; it cannot go on
+            except Exception as own:  # its tokens have no text; it cannot go on
                 answer.detokenizer = None
-                ends.add(request_id)
+                ends.setdefault(request_id, own)
         self.scheduler.restart()
         self.runner.reset()
         for request_id, (submission, answer) in answers:
             if answer.request.finished:
                 self._conclude(submission, answer)
             elif request_id in ends:
-                submission.error = error
+                submission.error = ends[request_id]
                 self._finish(submission, answer, "abort")
 
     def _step(self) -> None:
@@ -308,11 +315,11 @@ class Engine:
                 answer.cumulative_logprob += entry[token].logprob
             eos = self.runner.eos_token_ids
             stop = check_stop(request, token, eos_token_ids=eos, detokenizer=answer.detokenizer)
-        except Exception as error:  # the tokenizer's
+            if stop is not None:
+                self._finish(submission, answer, stop.finish_reason, stop.stop_reason)
+        except Exception as error:  # the tokenizer's, or its method's
             blame(error, [request])
             raise
-        if stop is not None:
-            self._finish(submission, answer, stop.finish_reason, stop.stop_reason)
         answer.num_read = len(request.output_token_ids)
 
     def _forget_unread(self, answer: Answer) -> None:

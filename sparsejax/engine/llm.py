@@ -240,6 +240,12 @@ class LLM:
         except Exception as error:
             if not blamed_requests(error) or any(each.error is error for each in submissions):
                 raise
+        else:
+            return
+        # An error of their own may have come with that of others.
+        for each in submissions:
+            if each.error is not None:
+                raise each.error
 
     def reset_prefix_cache(self) -> None:
         """Forgets the prefixes that are kept for reuse; their pages are free with the next step."""
@@ -291,10 +297,15 @@ class LLM:
         self.enable_methods(each.method for each in compression)
         for i, request in enumerate(zip(prompts, params, compression, strict=True)):
             self.engine.check(*request, name=f"prompt {i}")
-        return [
-            self.engine.add(str(next(self._request_ids)), *request)
-            for request in zip(prompts, params, compression, strict=True)
-        ]
+        names = [str(next(self._request_ids)) for _ in prompts]
+        try:
+            return [
+                self.engine.add(name, *request)
+                for name, request in zip(names, zip(prompts, params, compression, strict=True), strict=True)
+            ]
+        except BaseException:  # nobody would wait for those that were taken
+            self.engine.withdraw(names)
+            raise
 
     def _run(
         self, prompts: Sequence[TokenizedPrompt], sampling_params: Any, compression_params: Any, use_tqdm: bool

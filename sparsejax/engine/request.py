@@ -152,6 +152,7 @@ class Request:
         self.status, self.row = Status.WAITING, None
         self.num_computed = self.num_held = self.num_reused = 0
         self.is_evicting = False
+        self.finish_reason = self.stop_reason = None
         self.num_dispatched_outputs = len(self.output_token_ids)
 
     def record(self, token: int) -> bool:

@@ -201,6 +201,11 @@ class Runner:
             )
         self.selections.check(compression)
 
+    def take(self, compression: CompressionParams) -> None:
+        """Tells that a request with these parameters will come."""
+        if compression.selects and self.selections is not None:
+            self.selections.take(compression)
+
     def read_tokens(self, request: Request) -> float | None:
         """Tokens that a decode step of a request has read: see `read_tokens.read_tokens`."""
         return read_tokens(request, self.layout, selections=self.selections, store=self.store)

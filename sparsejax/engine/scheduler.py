@@ -47,6 +47,7 @@ With `max_resident_rows`, the row of a request that ends stays resident for its 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -184,7 +185,8 @@ class Scheduler:
         request.finish_reason, request.stop_reason = reason, stop_reason
         request.status = Status.FINISHED  # from here on a `restart` drops it, whatever the rest was interrupted at
         if waits:
-            self._waiting.remove(request)
+            with contextlib.suppress(ValueError):  # an interrupt may have met it before it was in the queue
+                self._waiting.remove(request)
         else:
             self._admitted.remove(request)
             self._rows.retire(request)

@@ -58,7 +58,7 @@ class Selections:
         return policy.layer_roles(self._config.num_layers, self.full_layers)
 
     def check(self, compression: CompressionParams) -> None:
-        """Raises unless a request may ask for this; its roles have a number then.
+        """Raises unless a request may ask for this.
 
         Raises:
           InvalidArgumentError: the roles do not fit the model, or are more than an engine serves.
@@ -69,7 +69,11 @@ class Selections:
                 f"requests of one engine may make at most {MOST_CHOICES} different choices of the layers that read "
                 f"everything, as steps are compiled for each; method {compression.method!r} would be one more."
             )
-        self._number(roles)
+
+    def take(self, compression: CompressionParams) -> None:
+        """Counts what a request asks for, as `check` does not."""
+        self.check(compression)
+        self._number(self.roles_of(compression))
 
     def defaults(self, names: Iterable[str]) -> list[CompressionParams]:
         """What requests for these methods ask for if they say no more; without methods whose defaults do not fit."""

@@ -37,7 +37,6 @@ class CalibrationText:
 
 def question_text(tokenizer: Any, context: str, question: str, answer: str) -> CalibrationText:
     """A question about a context with its right answer, as a conversation in the tokenizer's chat template."""
-
     require_chat_template(tokenizer)
 
     def chat(question: str, answer: str) -> list[int]:

@@ -193,11 +193,20 @@ def test_an_id_is_taken_until_all_of_its_answers_have_ended(llm):
     assert not engine.has_unfinished
 
 
+HOST_CODE = [
+    str(Path(engine_module.__file__).with_name(f"{name}.py"))
+    for name in (
+        "engine", "scheduler", "rows", "blocks", "prefix_cache", "prefix_tree", "contexts", "request", "in_flight",
+    )
+]  # fmt: skip
+
+
 class InterruptAt:
     """Raises KeyboardInterrupt at the n-th line that the engine's host code runs in the block; None: counts them."""
 
-    def __init__(self, number: int | None):
+    def __init__(self, number: int | None, files: list[str] | None = None):
         self.number, self.count = number, 0
+        self.files = HOST_CODE if files is None else files
 
     def _line(self, frame, event, argument):
         del frame, argument
@@ -208,18 +217,7 @@ class InterruptAt:
         return self._line
 
     def __enter__(self):
-        names = (
-            "engine",
-            "scheduler",
-            "rows",
-            "blocks",
-            "prefix_cache",
-            "prefix_tree",
-            "contexts",
-            "request",
-            "in_flight",
-        )
-        files = {str(Path(engine_module.__file__).with_name(f"{name}.py")) for name in names}
+        files = set(self.files)
         sys.settrace(lambda frame, event, argument: self._line if frame.f_code.co_filename in files else None)
         return self
 
@@ -273,3 +271,16 @@ def test_a_fault_is_told_to_its_owner(params):
     submission = llm.engine.add("bad", TokenizedPrompt(None, [poison]), sampling)
     assert llm.generate(PROMPTS[0], sampling, use_tqdm=False)[0].outputs[0].token_ids == expected
     assert isinstance(submission.error, NotFiniteError)
+
+
+@pytest.mark.parametrize("place", ["engine", "scheduler"])
+def test_an_interrupt_while_prompts_are_queued_leaves_none_behind(llm, expected, place):
+    module = sys.modules[f"sparsejax.engine.{place}"].__file__
+    for number in range(20, 60, 3):
+        with InterruptAt(number, [module]) as interrupt, contextlib.suppress(KeyboardInterrupt):
+            llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert interrupt.count == number
+        assert not llm.engine.scheduler.has_unfinished
+        assert not llm.engine._answers
+        assert not llm.engine._submitted
+    assert [each.outputs[0].token_ids for each in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected

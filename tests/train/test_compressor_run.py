@@ -213,6 +213,15 @@ def test_the_command_says_what_is_missing(capsys, arguments, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.fixture
+def ctrl_c():
+    """Makes Ctrl-C work where tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("place", ["data", "step"])
 def test_an_interrupted_run_is_resumed_bit_for_bit(folders, whole, monkeypatch, place):
     """Ctrl-C while a batch is put on the device, and while a step runs."""

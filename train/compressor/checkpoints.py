@@ -42,9 +42,10 @@ class Checkpoints:
             found = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise CheckpointError(
-                f"{self._folder / str(step)} cannot be read: {error}. Remove it to go on from the one before."
+                f"{self._folder / str(step)} cannot be read: {error}. If it is damaged, remove it to go on from the "
+                "one before."
             ) from error
         return TrainState(**found["state"]), found["data"]
 

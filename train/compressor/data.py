@@ -120,8 +120,8 @@ class Batches:
         share = len(rows) // processes
         if share < micro_batches * batch:
             raise InvalidArgumentError(
-                f"A step takes batch_size x accumulation = {micro_batches * batch * processes} rows; the data has "
-                f"{len(rows)}."
+                f"A step takes {micro_batches * batch} rows of each of {processes} processes (batch_size x "
+                f"accumulation x its devices); the data has {share} for each."
             )
         self._shape = (micro_batches, batch)
         # Equal shares, so that one state fits all processes.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from tqdm import tqdm
 
 
 @contextmanager
@@ -23,7 +22,8 @@ def held_back() -> Iterator[Callable[[], bool]]:
         if pressed.is_set():
             raise KeyboardInterrupt
         pressed.set()
-        tqdm.write("Stopping after this step, with a checkpoint; Ctrl-C again: at once, without.")
+        # No stream's own write, which the signal may have come in the midst of.
+        os.write(2, b"\nStopping after this step, with a checkpoint; Ctrl-C again: at once, without.\n")
 
     before = signal.getsignal(signal.SIGINT)
     if before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():

@@ -207,11 +207,12 @@ class _Loop:
                 done += 1
                 in_flight.append((done, metrics, batch))
                 settle(2)
-                if done % interval == 0 or done == last or interrupted():
+                stopping = interrupted()
+                if done % interval == 0 or done == last or stopping:
                     # What is saved has been seen to be finite.
                     settle(0)
                     self.checkpoints.save(done, state, self.batches.state())
-                if interrupted():
+                if stopping:
                     raise KeyboardInterrupt
         return state
 
