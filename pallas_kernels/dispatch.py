@@ -5,7 +5,7 @@ fallback: asking for a kernel where it cannot run is an error.
 """
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -21,16 +21,20 @@ def targets_gpu() -> bool:
     That is the default backend, unless an abstract device is set (`jax.sharding.use_abstract_mesh`), which is how a
     machine without a GPU lowers for one.
     """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    platform = getattr(device, "platform", None) or jax.default_backend()
+    platform = getattr(_abstract_device(), "platform", None) or jax.default_backend()
     return platform in ("gpu", "cuda", "rocm")
+
+
+def _abstract_device() -> Any:
+    """The abstract device that is set, if there is one."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
 def targets_hopper() -> bool:
     """Whether the program being traced is meant for a Hopper GPU."""
     if not targets_gpu():
         return False
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    abstract = _abstract_device()
     if abstract is not None:
         return re.match(r"NVIDIA (G?H[12]00|H20|H800)\b", abstract.device_kind) is not None
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
@@ -40,7 +44,7 @@ def hopper_refusal() -> str | None:
     """Why the program being traced cannot hold Mosaic kernels for Hopper; None if it can."""
     if not targets_gpu():
         return f"it needs a GPU, but the backend is {jax.default_backend()!r}"
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    abstract = _abstract_device()
     device = jax.devices()[0] if abstract is None else abstract
     if not targets_hopper():
         return f"it needs a Hopper GPU, not {device.device_kind!r}"

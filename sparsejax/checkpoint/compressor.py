@@ -123,12 +123,11 @@ def load_compressor(
     if (folder / MANIFEST).is_file():
         dtypes = {parameter.path: jnp.dtype(dtype) for group in groups for parameter in group.parameters}
         leaves = {path: leaf for group in groups for path, leaf in restore_group(folder, group, dtypes, None).items()}
-        shapes = {".".join(p.path): p.shape for group in groups for p in group.parameters}
-        found = {".".join(path): leaf.shape for path, leaf in leaves.items()}
         wrong = [
-            f"{name}: shape {list(found[name])}, expected {list(shapes[name])}"
-            for name in shapes
-            if found[name] != shapes[name]
+            f"{'.'.join(p.path)}: shape {list(leaves[p.path].shape)}, expected {list(p.shape)}"
+            for group in groups
+            for p in group.parameters
+            if leaves[p.path].shape != p.shape
         ]
         if wrong:
             raise TensorMismatchError(str(folder), missing=(), unexpected=(), misshaped=wrong)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +160,15 @@ def add_parser(subparsers) -> None:
     group.add_argument(
         "--random-weights", metavar="CONFIG", default=RANDOM_MODEL, help="model of --benchmark (default: %(default)s)"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=functools.partial(run, default_of=parser.get_default))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, *, default_of: Callable[[str], Any]) -> int:
+    """Trains, or measures. default_of: what an option is when it is not given."""
     from train.compressor.options import TrainOptions
 
     options = TrainOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainOptions)})
-    _check_used(args)
+    _check_used(args, default_of)
     _distribute(args)
     if args.benchmark is not None:
         return _benchmark(args, options)
@@ -196,22 +199,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_used(args: argparse.Namespace) -> None:
+def _check_used(args: argparse.Namespace, default_of: Callable[[str], Any]) -> None:
     """Refuses what is given and has no meaning beside the rest. Given is what is not the default."""
-    clusters = {"neighbors": 4, "cluster_ratio": 0.1, "cluster_metric": "l2", "cluster_on_keys": False}
-    softly = {"cluster_soft_assignment": False, "cluster_temp": 10.0}
-    a_run = dict.fromkeys(("data", "out", "model", "init", "stop_after"))
+    clusters = ("neighbors", "cluster_ratio", "cluster_metric", "cluster_on_keys")
     meaningless = [
-        ("e2e", args.model_type == "e2e", clusters | softly),
-        (args.model_type, args.model_type != "e2e", {"chunk_size": 1, "ref_mode": "avg", "split_kv": False}),
-        ("hard assignment", not args.cluster_soft_assignment, {"cluster_temp": 10.0}),
-        ("a linear encoder", args.down_type == "linear", {"down_intermediate_size": 0}),
-        ("a linear decoder", args.up_type == "linear", {"up_intermediate_size": 0}),
-        ("--benchmark", args.benchmark is not None, {**a_run, "resume": False}),
-        ("a run", args.benchmark is None, {"random_weights": RANDOM_MODEL}),
+        ("e2e", args.model_type == "e2e", (*clusters, "cluster_soft_assignment", "cluster_temp")),
+        (args.model_type, args.model_type != "e2e", ("chunk_size", "ref_mode", "split_kv")),
+        ("hard assignment", not args.cluster_soft_assignment, ("cluster_temp",)),
+        ("a linear encoder", args.down_type == "linear", ("down_intermediate_size",)),
+        ("a linear decoder", args.up_type == "linear", ("up_intermediate_size",)),
+        ("--benchmark", args.benchmark is not None, ("data", "out", "model", "init", "stop_after", "resume")),
+        ("a run", args.benchmark is None, ("random_weights",)),
     ]
-    for what, holds, defaults in meaningless:
-        given = [name for name, default in defaults.items() if getattr(args, name) != default]
+    for what, holds, names in meaningless:
+        given = [name for name in names if getattr(args, name) != default_of(name)]
         if holds and given:
             raise InvalidArgumentError(f"--{given[0].replace('_', '-')} has no meaning with {what}.")
 

@@ -238,14 +238,11 @@ class LLM:
         try:
             self.engine.step()
         except Exception as error:
-            if not blamed_requests(error) or any(each.error is error for each in submissions):
+            own = next((each.error for each in submissions if each.error is not None), None)
+            if own is error or not blamed_requests(error):
                 raise
-        else:
-            return
-        # An error of their own may have come with that of others.
-        for each in submissions:
-            if each.error is not None:
-                raise each.error
+            if own is not None:  # it came with that of others
+                raise own from error
 
     def reset_prefix_cache(self) -> None:
         """Forgets the prefixes that are kept for reuse; their pages are free with the next step."""
