@@ -4,6 +4,7 @@ methods.
 """
 
 from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm
+from pallas_kernels.beside import beside
 from pallas_kernels.block_attention import BlockTile, block_attention_mass, block_attention_mass_reference
 from pallas_kernels.decode_attention import decode_attention, decode_attention_reference
 from pallas_kernels.decode_work import DecodeTile, SpanLimits, WorkList, decode_work_list
@@ -47,7 +48,7 @@ from pallas_kernels.reference_search import reference_search, reference_search_r
 from pallas_kernels.reference_search_triton import SearchTile
 from pallas_kernels.rotate_and_store import rotate, rotate_and_store, rotate_and_store_reference
 from pallas_kernels.select_top import select_top, select_top_reference
-from pallas_kernels.slot_probabilities import slot_probabilities, slot_probabilities_reference
+from pallas_kernels.slot_probabilities import attend_then_rank, slot_probabilities, slot_probabilities_reference
 from pallas_kernels.store_kv import store_kv, store_kv_reference
 
 __all__ = [
@@ -71,6 +72,8 @@ __all__ = [
     "WorkList",
     "add_rms_norm",
     "add_rms_norm_reference",
+    "attend_then_rank",
+    "beside",
     "block_attention_mass",
     "block_attention_mass_reference",
     "decode_attention",

@@ -6,6 +6,7 @@ decode attention leave their logits behind, and two small kernels normalise them
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from pallas_kernels.decode_work import DecodeTile, WorkList, decode_work_list
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.online_softmax import LOG2_E, absorb, finish, start
 from pallas_kernels.paging import PageAddress
-from pallas_kernels.slot_probabilities_triton import slot_probabilities_triton
+from pallas_kernels.slot_probabilities_triton import attend_keeping, kept_probabilities
 
 
 def slot_probabilities(
@@ -55,6 +56,35 @@ def slot_probabilities(
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit.
     """
+    out, rank = attend_then_rank(
+        q, k_pages, v_pages, page_table, lengths, rows, first, last, address=address, num_kv_heads=num_kv_heads,
+        scale=scale, work=work, tile=tile, implementation=implementation, interpret=interpret,
+    )  # fmt: skip
+    return out, rank()
+
+
+def attend_then_rank(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    rows: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    *,
+    address: PageAddress,
+    num_kv_heads: int,
+    scale: float,
+    work: WorkList | None = None,
+    tile: DecodeTile | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool | None = None,
+) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """`slot_probabilities` in two: the attention, and a function that computes the probabilities.
+
+    So they can be left for later, or for `beside`, by who needs the attention first.
+    """
     check_pool(k_pages, v_pages)
     check_shape("q", q, (None, None, k_pages.shape[2]))
     check_table(page_table, lengths, "lengths", address, num_kv_heads)
@@ -65,24 +95,32 @@ def slot_probabilities(
     implementation, interpret = resolve(implementation, interpret)
     common, layer = address.split_layer()
     if q.shape[0] == 0:
-        return q, jnp.zeros((0, page_table.shape[3] * k_pages.shape[1]), jnp.float32)
+        return q, lambda: jnp.zeros((0, page_table.shape[3] * k_pages.shape[1]), jnp.float32)
     if implementation == "xla":
         out = decode_attention(
             q, k_pages, v_pages, page_table, lengths, rows, address=address, num_kv_heads=num_kv_heads, scale=scale,
             implementation="xla",
         )  # fmt: skip
-        probabilities = _probabilities_xla(
+        return out, lambda: _probabilities_xla(
             q, k_pages, page_table, rows, first, last, layer, address=common, heads=num_kv_heads, scale=scale
         )
-        return out, probabilities
     if work is None:
         max_slots = page_table.shape[3] * k_pages.shape[1]
         work = decode_work_list(lengths, rows, num_kv_heads=num_kv_heads, max_slots=max_slots)
-    out, probabilities = slot_probabilities_triton(
-        q.astype(k_pages.dtype), k_pages, v_pages, page_table, lengths, rows, first, last, work, layer, address=common,
-        heads=num_kv_heads, scale=scale, tile=tile or default_tile(k_pages), interpret=interpret,
-    )  # fmt: skip
-    return out.astype(q.dtype), probabilities
+    options = {
+        "address": common,
+        "heads": num_kv_heads,
+        "scale": scale,
+        "tile": tile or default_tile(k_pages),
+        "interpret": interpret,
+    }
+    query = q.astype(k_pages.dtype)
+    out, kept, places = attend_keeping(
+        query, k_pages, v_pages, page_table, lengths, rows, first, last, work, layer, **options
+    )
+    return out.astype(q.dtype), lambda: kept_probabilities(
+        kept, places, query, k_pages, page_table, lengths, rows, first, last, layer, **options
+    )
 
 
 _BLOCK = 256  # slots read per step

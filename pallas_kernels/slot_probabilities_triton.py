@@ -168,18 +168,30 @@ def _max_kernel(
     pl.when(has_candidates & ~stays)(compute)
 
 
-@functools.partial(jax.jit, static_argnames=("address", "heads", "scale", "tile", "interpret"))
-def slot_probabilities_triton(
+_STATIC = ("address", "heads", "scale", "tile", "interpret")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def attend_keeping(
     q, k_pages, v_pages, page_table, lengths, rows, first, last, work, layer, *, address, heads, scale, tile, interpret
 ):
-    """(out [B, Hq, D], probabilities f32[B, M * page])."""
-    batch, q_heads, _ = q.shape
-    group, max_slots = q_heads // heads, page_table.shape[3] * k_pages.shape[1]
+    """(out [B, Hq, D], the logits that were kept, and where: as `logit_places` says)."""
     places = logit_places(lengths, rows, (first < last).astype(jnp.int32), heads=heads)
     out, _, kept, _ = attend_spans(
         q, k_pages, v_pages, page_table, lengths, rows, None, None, places, None, None, work, layer, address=address,
         heads=heads, scale=scale, tile=tile, interpret=interpret,
     )  # fmt: skip
+    assert kept is not None, "places were given"
+    return out, kept, places
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def kept_probabilities(
+    kept, places, q, k_pages, page_table, lengths, rows, first, last, layer, *, address, heads, scale, tile, interpret
+):
+    """f32[B, M * page], from what `attend_keeping` left behind."""
+    batch, q_heads, _ = q.shape
+    group, max_slots = q_heads // heads, page_table.shape[3] * k_pages.shape[1]
     options = {
         "address": address,
         "heads": heads,
@@ -188,7 +200,6 @@ def slot_probabilities_triton(
         "tile": tile,
         "exp2": kernel_exp2(interpret),
     }
-    assert kept is not None, "places were given"
     inputs = [*kept, places, lengths, first, last, q, k_pages, page_table, rows, layer]
     parts = max(1, min(_LSE_MOST_PARTS, _LSE_PROGRAMS // (batch * q_heads)))
     lse = pl.pallas_call(
@@ -203,7 +214,7 @@ def slot_probabilities_triton(
     )(*inputs)
     top = lse.max(axis=2)
     lse = top + jnp.log2(jnp.exp2(lse - top[..., None]).sum(axis=2))
-    probabilities = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_max_kernel, **options),
         grid=(batch, -(-max_slots // max(_MAX_BLOCK, tile.block))),
         in_specs=[WHOLE] * (len(inputs) + 1),
@@ -213,4 +224,3 @@ def slot_probabilities_triton(
         interpret=interpret,
         name="slot_probabilities_max",
     )(*inputs, lse)
-    return out, probabilities

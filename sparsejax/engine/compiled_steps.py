@@ -20,8 +20,13 @@ from sparsejax.engine.state import DecodeState, StepOutput
 from sparsejax.engine.steps import decode_step, mixed_step, prefill_step
 from sparsejax.models import Decoder
 
-# Rematerialisation counts a donated pool twice, and so spends compile time on saving memory that is not short.
-COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+COMPILER_OPTIONS = {
+    # Rematerialisation counts a donated pool twice, and so spends compile time on saving memory that is not short.
+    "xla_disable_hlo_passes": "rematerialization",
+    # Kernels of a graph wait for those whose buffers they use, not for all before them: what an observation layer
+    # chooses is computed beside the products that follow it.
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+}
 
 
 @dataclass(frozen=True)

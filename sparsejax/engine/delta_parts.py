@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Implementation, select_top, slot_probabilities
+from pallas_kernels import Implementation, attend_then_rank, beside, select_top
 from sparsejax.cache import DeltaCache, Entries, allocate_delta
 from sparsejax.engine.delta_compress import compress_chunk, written_after
-from sparsejax.engine.delta_ops import SparseLayer, StoreSpec, make_view
+from sparsejax.engine.delta_ops import DeltaView, SparseLayer, StoreSpec, make_view
 from sparsejax.engine.parts import Carry, NearTokens, Part, decode_part, prefill_part
 from sparsejax.engine.placing import DeltaMapping
 from sparsejax.engine.state import DecodeState, PrefillBatch, StoreState
@@ -160,7 +160,7 @@ def delta_decode_part(
     def observe(layer, q, carry):
         full = carry.cache.full
         first = jnp.minimum(spec.geometry.sinks, history)
-        out, probabilities = slot_probabilities(
+        out, rank = attend_then_rank(
             q,
             full.pool.k,
             full.pool.v,
@@ -174,16 +174,21 @@ def delta_decode_part(
             scale=q.shape[-1] ** -0.5,
             implementation=implementation,
         )
-        selected = select_top(
-            probabilities,
-            first,
-            history,
-            store.wanted(history - first),
-            k=min(options.top, probabilities.shape[1]),
-            implementation=implementation,
-        )
         followers = [sparse_layer(carry.cache, each) for each in layout.followers(layer)]
-        view = make_view(selected, owners, history, length, layers=followers, head_dim=q.shape[-1])
+
+        def choose() -> DeltaView:
+            probabilities = rank()
+            selected = select_top(
+                probabilities,
+                first,
+                history,
+                store.wanted(history - first),
+                k=min(options.top, probabilities.shape[1]),
+                implementation=implementation,
+            )
+            return make_view(selected, owners, history, length, layers=followers, head_dim=q.shape[-1])
+
+        view = beside(choose)  # which the next layer is the first to read
         cache = carry.cache
         if options.chunk:  # which writes to the pools that the view was looked up in
             cache, view = written_after(cache, view, implementation=implementation)
