@@ -98,7 +98,7 @@ def _logits_kernel(*refs, head_rows, heads, group, block, biased):
     q_ref, cos_ref, sin_ref, up_ref, *refs = refs
     bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
     (logit_ref,) = refs
-    index, head, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    head, index, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     dtype, dim = store.k.dtype, q_ref.shape[2]
     half = dim // 2
     place = index * block + jnp.arange(block, dtype=jnp.int32)
@@ -147,12 +147,6 @@ def _sums_kernel(*refs, head_rows, heads, group, scale, block, steps, latent_ste
     is_base = head < heads
     own_rows = jnp.where(is_base, head, 0) * head_rows
 
-    def any_live(steps):
-        """Whether the part, of so many blocks, has a token."""
-        everything = part * (block * steps) + jnp.arange(block * steps, dtype=jnp.int32)
-        at = jnp.broadcast_to(b, everything.shape), jnp.zeros_like(everything), everything
-        return plgpu.load(store.near.at[at], mask=everything < width, other=-1).max() >= 0
-
     def sums_of(row, real, columns: int, steps: int, weighted_sum):
         """(sums f32[n, columns], lse f32[n]) of the query heads `row` i32[n]."""
 
@@ -161,7 +155,8 @@ def _sums_kernel(*refs, head_rows, heads, group, scale, block, steps, latent_ste
             tokens = load_tile(store, b, place, place < width, own_rows)
             return online_softmax.absorb(
                 state,
-                load_grid(logit_ref, row, place, real, tokens.live, at=(b,)),
+                # Of dead tokens, too, whatever these hold: so the load does not wait for those of the tile.
+                load_grid(logit_ref, row, place, real, place < width, at=(b,)),
                 real[:, None] & tokens.live[None, :],
                 lambda weights: weighted_sum(weights.astype(dtype), tokens),
                 scale=scale * LOG2_E,
@@ -176,49 +171,33 @@ def _sums_kernel(*refs, head_rows, heads, group, scale, block, steps, latent_ste
     def _():
         member = jnp.arange(_padded(group), dtype=jnp.int32)
         row, real = head * group + member, member < group
+        own, columns = _value_piece(head, heads, dim, piece, own_width)
+
+        def weighted_sum(weights, tokens):
+            values = mean(load_references(store.v, tokens.near, tokens.live, *own))
+            return exact_dot(weights, add_bias(bias_ref, values, tokens.compressed, columns).astype(dtype))
+
+        out, lse = sums_of(row, real, own_width, steps, weighted_sum)
+        rows, numbers = index_grid(row, own.number)
+        plgpu.store(base_ref.at[b, part, rows, numbers], out, mask=real[:, None] & (numbers < dim))
         at = jnp.broadcast_to(b, row.shape), row, jnp.broadcast_to(part, row.shape)
-
-        live = any_live(steps)
-
-        @pl.when(live)
-        def _():
-            own, columns = _value_piece(head, heads, dim, piece, own_width)
-
-            def weighted_sum(weights, tokens):
-                values = mean(load_references(store.v, tokens.near, tokens.live, *own))
-                return exact_dot(weights, add_bias(bias_ref, values, tokens.compressed, columns).astype(dtype))
-
-            out, lse = sums_of(row, real, own_width, steps, weighted_sum)
-            rows, numbers = index_grid(row, own.number)
-            plgpu.store(base_ref.at[b, part, rows, numbers], out, mask=real[:, None] & (numbers < dim))
-            plgpu.store(lse_ref.at[at], lse, mask=real & (piece == 0))
-
-        @pl.when(jnp.logical_not(live))
-        def _():
-            plgpu.store(lse_ref.at[at], jnp.full(row.shape, online_softmax.EMPTY_LSE, jnp.float32), mask=real)
+        plgpu.store(lse_ref.at[at], lse, mask=real & (piece == 0))
 
     @pl.when(jnp.logical_not(is_base) & (part < latent_ref.shape[1]))
     def _():
         chunk, columns = unit - heads * pieces, chunk_width(store.size, _CHUNK)
         row = jnp.arange(_padded(heads * group), dtype=jnp.int32)
         real = row < heads * group
+
+        def weighted_sum(weights, tokens):
+            return exact_dot(weights, latent_chunk(store, tokens, chunk, columns, dtype)[0])
+
+        sums, lse = sums_of(row, real, columns, latent_steps, weighted_sum)
+        rows, numbers = index_grid(row, chunk * columns + jnp.arange(columns, dtype=jnp.int32))
+        mask = real[:, None] & (numbers < latent_ref.shape[3])
+        plgpu.store(latent_ref.at[b, part, rows, numbers], sums, mask=mask)
         at = jnp.broadcast_to(b, row.shape), row, jnp.broadcast_to(part, row.shape)
-        live = any_live(latent_steps)
-
-        @pl.when(live)
-        def _():
-            def weighted_sum(weights, tokens):
-                return exact_dot(weights, latent_chunk(store, tokens, chunk, columns, dtype)[0])
-
-            sums, lse = sums_of(row, real, columns, latent_steps, weighted_sum)
-            rows, numbers = index_grid(row, chunk * columns + jnp.arange(columns, dtype=jnp.int32))
-            mask = real[:, None] & (numbers < latent_ref.shape[3])
-            plgpu.store(latent_ref.at[b, part, rows, numbers], sums, mask=mask)
-            plgpu.store(latent_lse_ref.at[at], lse, mask=real & (chunk == 0))
-
-        @pl.when(jnp.logical_not(live))
-        def _():
-            plgpu.store(latent_lse_ref.at[at], jnp.full(row.shape, online_softmax.EMPTY_LSE, jnp.float32), mask=real)
+        plgpu.store(latent_lse_ref.at[at], lse, mask=real & (chunk == 0))
 
 
 def _merge_kernel(base_ref, latent_ref, lse_ref, latent_lse_ref, merged_base_ref, merged_ref, merged_lse_ref, *, exp2):
@@ -239,9 +218,11 @@ def _merge_kernel(base_ref, latent_ref, lse_ref, latent_lse_ref, merged_base_ref
         number = chunk * width + jnp.arange(width, dtype=jnp.int32)
         parts_at, numbers = index_grid(part, number)
         exists = number < size
-        mask = live[:, None] & exists[None, :]
+        # Not only those of live parts, for which the loads would have to wait.
+        mask = (part < parts)[:, None] & exists[None, :]
         sums = plgpu.load(ref.at[b, parts_at, jnp.broadcast_to(row, parts_at.shape), numbers], mask=mask, other=0.0)
-        plgpu.store(out.at[b, row, number], (weight[:, None] * sums).sum(axis=0).astype(out.dtype), mask=exists)
+        merged = jnp.where(live[:, None], weight[:, None] * sums, 0.0).sum(axis=0)
+        plgpu.store(out.at[b, row, number], merged.astype(out.dtype), mask=exists)
         return jnp.where(top > online_softmax.EMPTY_LSE / 2, top + jnp.log2(total) * LN_2, top)
 
     @pl.when(unit < base_chunks)
@@ -323,8 +304,9 @@ def delta_attention_triton(q, store, unpacked, places, cos, sin, up, up_bias, *,
         )(*inputs)
 
     logits = call(
+        # All heads of a block one after the other, so that blocks without a latent, which are last, fill the gaps.
         functools.partial(_logits_kernel, block=block, **common),
-        (pl.cdiv(width, block), heads, batch),
+        (heads, pl.cdiv(width, block), batch),
         real((batch, q_heads, width), jnp.float32),
         "delta_attention_logits",
         tile.num_warps,

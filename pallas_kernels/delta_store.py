@@ -85,7 +85,7 @@ class DeltaLayout:
 
 
 def view_positions(selected: jax.Array, history: jax.Array, lengths: jax.Array, *, sinks: int, ring: int) -> jax.Array:
-    """Positions that a decode step reads: the sinks, all recent tokens, and those selected from the history.
+    """Positions that a decode step reads: those selected from the history, the sinks, and all recent tokens.
 
     Layers of a group share it.
 
@@ -95,14 +95,14 @@ def view_positions(selected: jax.Array, history: jax.Array, lengths: jax.Array, 
       lengths: i32[B] tokens of each row, at most history + ring; 0 for padding.
 
     Returns:
-      i32[B, sinks + ring + T], -1 where nothing is read. `selected` is last: if its unused places are at its end, the
-      work of `delta_attention` ends with it.
+      i32[B, T + sinks + ring], -1 where nothing is read. `selected` is first, so that no block of `delta_attention`
+      holds some of both: one without a latent has nothing to project.
     """
     held, last = history[:, None], lengths[:, None]
     sink = jnp.arange(sinks, dtype=jnp.int32)[None]
     recent = held + jnp.arange(ring, dtype=jnp.int32)[None]
     return jnp.concatenate(
-        [jnp.where(sink < jnp.minimum(held, last), sink, -1), jnp.where(recent < last, recent, -1), selected], axis=1
+        [selected, jnp.where(sink < jnp.minimum(held, last), sink, -1), jnp.where(recent < last, recent, -1)], axis=1
     )
 
 

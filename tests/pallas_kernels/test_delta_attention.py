@@ -135,8 +135,8 @@ def test_the_view_of_a_row_is_its_sinks_what_is_recent_and_what_was_selected():
     selected = jnp.array([[7, 9, -1], [-1, -1, -1], [-1, -1, -1]], jnp.int32)
     view = view_positions(selected, jnp.array([10, 1, 0]), jnp.array([12, 2, 0]), sinks=2, ring=4)
     assert np.asarray(view).tolist() == [
-        [0, 1, 10, 11, -1, -1, 7, 9, -1],
-        [0, -1, 1, -1, -1, -1, -1, -1, -1],
+        [7, 9, -1, 0, 1, 10, 11, -1, -1],
+        [-1, -1, -1, 0, -1, 1, -1, -1, -1],
         [-1] * 9,
     ]
 
