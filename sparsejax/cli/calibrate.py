@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,10 +67,11 @@ def add_parser(suites) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the fit there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what was measured and the fit")
     options.add_model_options(parser, dense=True)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=functools.partial(run, default_of=parser.get_default))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, *, default_of: Callable[[str], Any]) -> int:
+    """Measures and fits. default_of: what an option is when it is not given."""
     from sparsejax.cli.evaluate import numbers, task_names
     from sparsejax.evaluation import calibration
     from sparsejax.evaluation.plots import plot_calibration
@@ -79,9 +82,13 @@ def run(args: argparse.Namespace) -> int:
     lengths, tasks = numbers("--lengths", args.lengths), task_names(args.tasks)
     if args.samples < 1:
         raise InvalidArgumentError(f"--samples must be at least 1, got {args.samples}.")
-    if args.tasks is not None and args.file is not None:
-        raise InvalidArgumentError("--tasks has no meaning with --file; give one of them.")
     whole("--answer-tokens", args.answer_tokens, 1)
+    if args.file is not None:
+        options.refuse_given(args, default_of, ("tasks", "seed"), "--file")
+        if args.file.suffix == ".jsonl":
+            options.refuse_given(args, default_of, ("lengths", "samples"), "a .jsonl, whose texts are taken whole")
+    else:
+        options.refuse_given(args, default_of, ("answer_tokens",), "tasks, which have answers of their own")
     check_outputs(args)
     compression = compression_options.compression_from(args, keep_fraction=fractions[0])
     # On a CPU every slot that a row could have costs time, so that rows are made no longer than the tasks.

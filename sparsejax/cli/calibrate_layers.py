@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparsejax.cli.evaluate import numbers
+from sparsejax.cli.options import refuse_given
 from sparsejax.cli.outputs import check_outputs
 from sparsejax.config import DTYPES
 from sparsejax.errors import InvalidArgumentError
@@ -56,10 +59,11 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--queries", type=int, default=16, metavar="N", help="last tokens that ask (default: 16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write layers and matrix there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the matrix (needs matplotlib)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=functools.partial(run, default_of=parser.get_default))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, *, default_of: Callable[[str], Any]) -> int:
+    """Measures and chooses. default_of: what an option is when it is not given."""
     from sparsejax.cli.compression_options import selection_options
     from sparsejax.methods.selection import top_tokens
 
@@ -67,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("samples", "queries"):
         if getattr(args, name) < 1:
             raise InvalidArgumentError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if args.data is not None:
+        refuse_given(args, default_of, ("seed",), "--data")
+        if args.data.suffix == ".jsonl":
+            refuse_given(args, default_of, ("lengths", "samples"), "a .jsonl, whose texts are taken whole")
     check_outputs(args)
     for name in ("sink_tokens", "recent_tokens"):
         whole(f"--{name.replace('_', '-')}", getattr(args, name), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from sparsejax.config import DTYPES, LATENT_DTYPES
@@ -20,6 +21,17 @@ IMPLEMENTATION = (
     "what runs attention and the cache (default: Pallas kernels on a GPU, on Hopper Mosaic for prompts, else Triton; "
     "xla on a CPU)"
 )
+
+
+def refuse_given(args: argparse.Namespace, default_of: Callable[[str], Any], names: Iterable[str], what: str) -> None:
+    """Refuses options that have no meaning with `what` else is asked for. Given is what is not the default.
+
+    Args:
+      default_of: what an option is when it is not given: `parser.get_default`.
+    """
+    for name in names:
+        if getattr(args, name) != default_of(name):
+            raise InvalidArgumentError(f"--{name.replace('_', '-')} has no meaning with {what}.")
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, dense: bool = False) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsejax.cli.bench_options import RANDOM_MODEL
-from sparsejax.cli.options import add_defaulted
+from sparsejax.cli.options import add_defaulted, refuse_given
 from sparsejax.errors import InvalidArgumentError
 
 EPILOG = """examples:
@@ -202,19 +202,20 @@ def run(args: argparse.Namespace, *, default_of: Callable[[str], Any]) -> int:
 def _check_used(args: argparse.Namespace, default_of: Callable[[str], Any]) -> None:
     """Refuses what is given and has no meaning beside the rest. Given is what is not the default."""
     clusters = ("neighbors", "cluster_ratio", "cluster_metric", "cluster_on_keys")
+    of_runs = ("data", "out", "model", "init", "stop_after", "resume")
+    of_runs += ("max_steps", "epochs", "seed", "log_every", "save_every", "keep")
     meaningless = [
         ("e2e", args.model_type == "e2e", (*clusters, "cluster_soft_assignment", "cluster_temp")),
         (args.model_type, args.model_type != "e2e", ("chunk_size", "ref_mode", "split_kv")),
         ("hard assignment", not args.cluster_soft_assignment, ("cluster_temp",)),
         ("a linear encoder", args.down_type == "linear", ("down_intermediate_size",)),
         ("a linear decoder", args.up_type == "linear", ("up_intermediate_size",)),
-        ("--benchmark", args.benchmark is not None, ("data", "out", "model", "init", "stop_after", "resume")),
+        ("--benchmark", args.benchmark is not None, of_runs),
         ("a run", args.benchmark is None, ("random_weights",)),
     ]
     for what, holds, names in meaningless:
-        given = [name for name in names if getattr(args, name) != default_of(name)]
-        if holds and given:
-            raise InvalidArgumentError(f"--{given[0].replace('_', '-')} has no meaning with {what}.")
+        if holds:
+            refuse_given(args, default_of, names, what)
 
 
 def _compressor(args: argparse.Namespace) -> dict[str, Any]:

@@ -111,9 +111,12 @@ def greedy(logits: jax.Array) -> SampleOutput:
 
 
 def _where_finite(logits: jax.Array, best: jax.Array, token: jax.Array) -> jax.Array:
-    """`token` i32[B], or NOT_FINITE; `best` is each row's argmax, which finds a NaN before any number."""
+    """`token` i32[B], or NOT_FINITE; `best` is each row's argmax, which finds a NaN before any number.
+
+    Some logits of -inf are tokens that are not wanted; all of them are no choice.
+    """
     largest = jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]
-    return jnp.where(largest < jnp.inf, token, NOT_FINITE)
+    return jnp.where(jnp.isfinite(largest), token, NOT_FINITE)
 
 
 def sample(

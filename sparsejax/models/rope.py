@@ -171,8 +171,8 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """f32[head_dim / 2] radians per position, of the kinds whose frequencies do not depend on the sequence."""
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    """f32[head_dim / 2] radians per position; of "dynamic", those up to the original length."""
+    exponent = _exponents(head_dim)
     # Rounded once, as PyTorch's power is but for single cases. NumPy's float32 power is off by one unit in every fifth
     # element, and a unit is a hundredth of a radian at position 100,000.
     base = (np.float64(config.theta) ** exponent.astype(np.float64)).astype(np.float32)
@@ -184,6 +184,11 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     if config.kind == "yarn":
         return _yarn_frequencies(config, plain)
     return plain
+
+
+def _exponents(head_dim: int) -> np.ndarray:
+    """f32[head_dim / 2], divided as PyTorch does: XLA multiplies by the inverse, which is off by a unit for some."""
+    return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
 
 
 def attention_factor(config: RopeConfig) -> float:
@@ -204,10 +209,10 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
 def _dynamic_frequencies(config: RopeConfig, head_dim: int, lengths: jax.Array) -> jax.Array:
     """f32[T, head_dim / 2]: the base grows so that the slowest frequency stretches with the sequence."""
     original = config.original_max_position_embeddings
-    lengths = jnp.maximum(lengths, original).astype(jnp.float32)
-    growth = config.factor * lengths / original - (config.factor - 1)
-    base = config.theta * growth ** (head_dim / (head_dim - 2))  # [T]
-    return 1.0 / base[:, None] ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    growth = config.factor * lengths.astype(jnp.float32) / original - (config.factor - 1)
+    base = config.theta * jnp.maximum(growth, 1.0) ** (head_dim / (head_dim - 2))  # [T]
+    grown = 1.0 / base[:, None] ** jnp.asarray(_exponents(head_dim))
+    return jnp.where(lengths[:, None] > original, grown, inverse_frequencies(config, head_dim))
 
 
 def _llama3_frequencies(config: RopeConfig, plain: np.ndarray) -> np.ndarray:

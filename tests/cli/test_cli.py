@@ -294,6 +294,11 @@ def test_demo_answers_and_tells_its_times(capsys):
         (["bench", "throughput", "--trace", "mix600,random"], "stands alone"),
         (["eval", "calibrate", "--fractions", "1.0"], "--fractions must have one below 1"),
         (["eval", "calibrate", "--answer-tokens", "0"], "--answer-tokens must be a whole number of at least 1"),
+        (["eval", "calibrate", "--answer-tokens", "8"], "no meaning with tasks"),
+        (["eval", "calibrate", "--file", "x.txt", "--seed", "1"], "--seed has no meaning with --file"),
+        (["eval", "calibrate", "--file", "x.jsonl", "--samples", "2"], "--samples has no meaning with a .jsonl"),
+        (["calibrate", "--data", "x.jsonl", "--lengths", "64"], "--lengths has no meaning with a .jsonl"),
+        (["calibrate", "--data", "x.txt", "--seed", "1"], "--seed has no meaning with --data"),
     ],
 )
 def test_errors_are_one_paragraph(capsys, command, words):

@@ -264,13 +264,13 @@ def test_a_small_vocabulary_pads_the_rivals():
     assert (np.asarray(out.top_logprobs[:, 5:]) == -np.inf).all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_there_is_no_token_where_logits_are_not_finite(value):
+@pytest.mark.parametrize(("value", "where"), [(np.nan, 7), (np.inf, 7), (-np.inf, slice(None))])
+def test_there_is_no_token_where_logits_are_not_finite(value, where):
     logits = random_logits(3, seed=3)
     params = [SamplingParams(temperature=0), SamplingParams(temperature=0), SamplingParams(seed=1)]
     logits[0, 1] = -np.inf  # only never drawn
     expected = draw(logits, params).token
-    logits[1:, 7] = value
+    logits[1:, where] = value
     assert draw(logits, params).token.tolist() == [expected[0], NOT_FINITE, NOT_FINITE]
     assert np.asarray(greedy(jnp.asarray(logits)).token).tolist() == [expected[0], NOT_FINITE, NOT_FINITE]
 

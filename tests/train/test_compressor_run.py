@@ -202,6 +202,7 @@ def test_the_command_trains_and_measures(folders, capsys):
         (["--batch-size", "0"], "batch_size must be a whole number"),
         (["--benchmark", "0"], "--benchmark must be at least 1"),
         (["--benchmark", "1", "--data", "x"], "--data has no meaning with --benchmark"),
+        (["--benchmark", "1", "--max-steps", "9"], "--max-steps has no meaning with --benchmark"),
         (["--chunk-size", "4"], "--chunk-size has no meaning with cluster_e2e_big"),
         (["--model-type", "e2e", "--neighbors", "2"], "--neighbors has no meaning with e2e"),
         (["--cluster-temp", "2"], "--cluster-temp has no meaning with hard assignment"),
