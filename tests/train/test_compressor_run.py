@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
-from compressor_cases import COMPRESSOR, write_model, write_packed
+from compressor_cases import COMPRESSOR, LENGTH, write_model, write_packed
 
 from sparsejax.checkpoint import load_compressor
 from sparsejax.cli import main
@@ -134,6 +135,18 @@ def test_a_resumed_run_says_what_of_the_compressor_differs(folders, whole):
     run = make_run(folders, "whole", resume=True)
     with pytest.raises(InvalidArgumentError, match=r"it had compressor\.neighbors 2, now 3\.$"):
         train(dataclasses.replace(run, compressor={**COMPRESSOR, "neighbors": 3}))
+
+
+def test_a_run_is_not_resumed_on_other_rows(folders, tmp_path):
+    data = tmp_path / "rows"
+    shutil.copytree(folders[2], data)
+    run = dataclasses.replace(make_run(folders, "other_rows", stop_after=1), data=data)
+    train(run)
+    tokens = np.fromfile(data / "tokens.bin", "<u2")
+    tokens[-LENGTH:] = tokens[-LENGTH:][::-1]
+    tokens.tofile(data / "tokens.bin")
+    with pytest.raises(InvalidArgumentError, match="has other rows than when the run began"):
+        train(dataclasses.replace(run, stop_after=2, resume=True))
 
 
 def test_a_start_that_cannot_be_had_leaves_nothing(folders, tmp_path):

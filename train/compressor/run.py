@@ -126,7 +126,7 @@ def train(run: Run) -> Path:
     # Only now is there a run: what was refused leaves no folder behind.
     checkpoints = _open(run)
     try:
-        _record(run, config, steps, rows_per_step)
+        _record(run, config, steps, rows_per_step, rows.digest())
 
         def whole(tree: Any) -> Any:
             return jax.tree.map(lambda leaf: placement.put(leaf, placement.whole), tree)
@@ -269,11 +269,12 @@ def _open(run: Run) -> Checkpoints:
     return checkpoints
 
 
-def _record(run: Run, config: CompressorConfig, steps: int, rows_per_step: int) -> None:
-    """Writes options.json, or checks that a resumed run is the one that was started."""
+def _record(run: Run, config: CompressorConfig, steps: int, rows_per_step: int, digest: str) -> None:
+    """Writes options.json, or checks that a resumed run is the one that was started. digest: of the data."""
     now = {
         "model": run.model,
         "data": str(run.data),
+        "data_digest": digest,
         "steps": steps,
         "rows_per_step": rows_per_step,
         "init": run.init,
@@ -288,6 +289,10 @@ def _record(run: Run, config: CompressorConfig, steps: int, rows_per_step: int) 
         differing = [name for name in names if before.get(name) != asked.get(name)]
         if differing:
             was = ", ".join(f"{name} {before.get(name)!r}, now {asked.get(name)!r}" for name in differing)
+            if differing == ["data_digest"]:
+                raise InvalidArgumentError(
+                    f"{run.data} has other rows than when the run began. Resume it on those, or begin another run."
+                )
             raise InvalidArgumentError(f"A resumed run must have the options it was started with; it had {was}.")
     elif jax.process_index() == 0:
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
