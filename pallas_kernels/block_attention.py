@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.checks import FLOAT_DTYPES, check_integer, check_shape, query_group
+from pallas_kernels.checks import FLOAT_DTYPES, check_integer, check_query, check_scale, check_shape, query_group
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.query_tiles import query_tiles
@@ -66,7 +66,7 @@ def block_attention_mass(
     Args:
       q: [T, Hq, D]; query heads h*G .. h*G+G-1 use KV head h. Used at the precision of `k`.
       k: [T, H, D].
-      starts: i32[S + 1], not decreasing: segment s is the packed tokens starts[s] .. starts[s+1]-1.
+      starts: i32[S + 1], from 0 on, not decreasing: segment s is the packed tokens starts[s] .. starts[s+1]-1.
       block: tokens of a block, a power of two from 16 to 256.
       scale: factor of the scores.
       tile: sizes of the kernel, for tuning.
@@ -81,7 +81,8 @@ def block_attention_mass(
     """
     check_shape("k", k, (None, None, None))
     tokens, heads, dim = k.shape
-    check_shape("q", q, (tokens, None, dim))
+    check_query(q, tokens, dim)
+    check_scale(scale)
     query_group(q.shape[1], heads)
     if k.dtype not in FLOAT_DTYPES:
         raise TypeError(f"k must be bfloat16, float16 or float32, got {k.dtype}")

@@ -1,5 +1,7 @@
 """Validation of the arguments that the operations share. Shapes and dtypes are static: this costs no run time."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -38,6 +40,19 @@ def check_pool(k_pages: jax.Array, v_pages: jax.Array) -> None:
         raise ValueError(f"the page size (axis 1 of k_pages) must be a power of two, got {page_size}")
 
 
+def check_query(q: jax.Array, tokens: int | None, dim: int) -> None:
+    """Raises unless q is [T, Hq, D] with so many tokens (None: any) of `dim`, in a float dtype."""
+    check_shape("q", q, (tokens, None, dim))
+    if q.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
+
+
+def check_scale(scale: float) -> None:
+    """Raises unless `scale` is positive: dead slots are told by scores that stay the smallest when scaled."""
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+
+
 def check_score(score: jax.Array, k_pages: jax.Array) -> None:
     """Raises unless `score` is f32[pages, page_size], a number for every slot of the pool."""
     check_shape("score", score, tuple(k_pages.shape[:2]))
@@ -50,7 +65,9 @@ def check_table(
 ) -> None:
     """Raises unless `page_table` [Lt, R, Ht, M] and `lengths` [Lt, R, Ht] agree with each other and with `address`."""
     check_shape("page_table", page_table, (None, None, None, None))
-    layers, rows, heads, _ = page_table.shape
+    layers, rows, heads, columns = page_table.shape
+    if columns < 1:
+        raise ValueError("page_table has no columns (axis 3), so no row could hold a page")
     check_shape(lengths_name, lengths, (layers, rows, heads))
     check_integer(page_table=page_table, **{lengths_name: lengths})
     if not 0 <= address.table_layer < layers:

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import online_softmax
-from pallas_kernels.checks import check_integer, check_pool, check_score, check_shape, check_table, query_group
+from pallas_kernels.checks import (
+    check_integer,
+    check_pool,
+    check_query,
+    check_scale,
+    check_score,
+    check_shape,
+    check_table,
+    query_group,
+)
 from pallas_kernels.decode_attention_triton import decode_attention_triton, default_tile
 from pallas_kernels.decode_attention_xla import decode_attention_xla
 from pallas_kernels.decode_work import DecodeTile, WorkList, decode_work_list
@@ -150,7 +159,8 @@ def decode_attention(
       ValueError, TypeError: shapes or dtypes that do not fit.
     """
     check_pool(k_pages, v_pages)
-    check_shape("q", q, (None, None, k_pages.shape[2]))
+    check_query(q, None, k_pages.shape[2])
+    check_scale(scale)
     check_table(page_table, lengths, "lengths", address, num_kv_heads)
     query_group(q.shape[1], num_kv_heads)
     check_shape("rows", rows, (q.shape[0],))
@@ -160,6 +170,8 @@ def decode_attention(
         check_integer(indices=indices)
         if indices.shape[1] not in (1, num_kv_heads):
             raise ValueError(f"axis 1 of indices must be 1 or {num_kv_heads} (the KV heads), got {indices.shape[1]}")
+        if indices.shape[2] < 1:
+            raise ValueError("axis 2 of indices must be at least 1; -1 is a slot that is skipped")
     _check_slot_state(k_pages, q.shape[0], position, score, power, indices)
     implementation, interpret = resolve(implementation, interpret)
     dtype = q.dtype

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import online_softmax
-from pallas_kernels.checks import check_integer, check_shape, query_group
+from pallas_kernels.checks import check_integer, check_query, check_scale, check_shape, query_group
 from pallas_kernels.delta_attention_triton import DeltaTile, default_tile, delta_attention_triton
 from pallas_kernels.delta_places import delta_places
 from pallas_kernels.delta_reference import read_back_reference
@@ -130,7 +130,8 @@ def delta_attention(
     """
     check_store(store, layout, num_kv_heads)
     batch, dim = q.shape[0], store.k_pages.shape[2]
-    check_shape("q", q, (None, None, dim))
+    check_query(q, None, dim)
+    check_scale(scale)
     query_group(q.shape[1], num_kv_heads)
     check_rows(batch, rows=rows, recent_rows=recent_rows, history=history)
     check_shape("positions", positions, (batch, None))

@@ -161,3 +161,5 @@ def _check(k_pages, v_pages, page_table, rows, starts, ids, address, num_kv_head
     check_segments(rows, starts)
     check_shape("ids", ids, (None, None))
     check_integer(ids=ids)
+    if ids.shape[1] < 1:
+        raise ValueError("axis 1 of ids must be at least 1: a token is the mean of its references and what is left")

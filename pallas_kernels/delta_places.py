@@ -45,6 +45,8 @@ def delta_places(
     Raises:
       ValueError, TypeError: arguments that do not fit.
     """
+    if not layouts:
+        raise ValueError("layouts must have one layer at least")
     for layout in layouts:
         check_store(store, layout, None)
     check_rows(rows.shape[0], rows=rows, recent_rows=recent_rows, history=history)

@@ -25,11 +25,16 @@ def in_order(arrays: _Tree, *, implementation: Implementation | None = None, int
       arrays: the pools to be written next, and what was read from them. What was read must be taken from the result:
         XLA may compute its own copy of it again.
       implementation, interpret: see `dispatch.resolve`.
+
+    Raises:
+      ValueError: an empty array.
     """
+    leaves, tree = jax.tree.flatten(arrays)
+    if not all(leaf.size for leaf in leaves):
+        raise ValueError("arrays must have an element each: there is nothing to wait for in an empty one")
     implementation, interpret = resolve(implementation, interpret)
     if implementation == "xla":
         return jax.lax.optimization_barrier(arrays)
-    leaves, tree = jax.tree.flatten(arrays)
     passed = pl.pallas_call(
         lambda *refs: None,
         grid=(1,),

@@ -2,7 +2,8 @@
 
 A logit is kept as its distance from the largest one that its query head has seen by then in the span, which is kept
 for every block. So half precision does for 16-bit pools whatever the size of the logits is: the error of a probability
-grows with that distance, to 0.3 % for one of e**-11 of the largest. That is G numbers a slot beside 2 * D of K and V.
+grows with that distance, to 0.3 % for one of e**-11 of the largest of all slots. That is G numbers a slot beside 2 * D
+of K and V.
 
 They are written once and read once soon after, so they are to stay in the L2 cache: to write them to memory between
 reads of keys and values takes five times as long as their bytes alone would.

@@ -13,7 +13,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import online_softmax
-from pallas_kernels.checks import check_integer, check_pool, check_shape, check_table, query_group
+from pallas_kernels.checks import (
+    check_integer,
+    check_pool,
+    check_query,
+    check_scale,
+    check_shape,
+    check_table,
+    query_group,
+)
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.paging import PageAddress
@@ -126,7 +134,8 @@ def prefill_attention(
       page_table: i32[Lt, R, Ht, M].
       history: i32[Lt, R, Ht] slots held before this chunk, at most M * page. Row 0, the null row, must hold none.
       rows: i32[S] table row of each segment.
-      starts: i32[S + 1], not decreasing. Equal neighbours are an empty segment; tokens from starts[S] on are padding.
+      starts: i32[S + 1], from 0 on, not decreasing. Equal neighbours are an empty segment; tokens from starts[S] on are
+        padding.
       address: the layer's page arithmetic.
       scale: factor of the scores, usually D**-0.5.
       return_lse: also return the log-sum-exp of the scaled scores.
@@ -143,7 +152,8 @@ def prefill_attention(
     """
     check_pool(k_pages, v_pages)
     dim = k_pages.shape[2]
-    check_shape("q", q, (None, None, dim))
+    check_query(q, None, dim)
+    check_scale(scale)
     check_shape("k", k, (q.shape[0], None, dim))
     check_shape("v", v, tuple(k.shape))
     heads = k.shape[1]

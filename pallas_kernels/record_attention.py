@@ -9,7 +9,16 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_integer, check_pool, check_score, check_shape, check_table, query_group
+from pallas_kernels.checks import (
+    check_integer,
+    check_pool,
+    check_query,
+    check_scale,
+    check_score,
+    check_shape,
+    check_table,
+    query_group,
+)
 from pallas_kernels.decode_work import SpanLimits
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.paging import PageAddress
@@ -61,7 +70,7 @@ def record_attention(
       page_table: i32[Lt, R, Ht, M].
       history: i32[Lt, R, Ht] slots held before the chunk. With the chunk at most M * page.
       rows: i32[S] table row of each segment.
-      starts: i32[S + 1], not decreasing. Equal neighbours are an empty segment.
+      starts: i32[S + 1], from 0 on, not decreasing. Equal neighbours are an empty segment.
       first: i32[S] first packed token whose query is recorded; anything from starts[s+1] on records nothing.
       power: i32[S]; 0 records nothing (also with reduce = "max", which otherwise ignores it).
       address: the layer's page arithmetic.
@@ -80,7 +89,8 @@ def record_attention(
     """
     check_pool(k_pages, k_pages)
     check_score(score, k_pages)
-    check_shape("q", q, (None, None, k_pages.shape[2]))
+    check_query(q, None, k_pages.shape[2])
+    check_scale(scale)
     check_shape("lse", lse, tuple(q.shape[:2]))
     query_group(q.shape[1], num_kv_heads)
     check_table(page_table, history, "history", address, num_kv_heads)

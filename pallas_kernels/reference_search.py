@@ -56,7 +56,7 @@ def reference_search(
       k_pages, v_pages: [P, page, D], keys before RoPE.
       page_table: i32[1, R, 1, M], one entry for all layers and heads.
       rows: i32[S].
-      starts: i32[S + 1], not decreasing. Tokens from starts[S] on are padding.
+      starts: i32[S + 1], from 0 on, not decreasing. Tokens from starts[S] on are padding.
       positions: i32[N] place of each token in its text, ascending inside a segment.
       address: the layer's page arithmetic.
       num_kv_heads: H.
@@ -85,6 +85,8 @@ def reference_search(
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
     if neighbors < 1:
         raise ValueError(f"neighbors must be at least 1, got {neighbors}")
+    if step < 1 or sinks < 0:
+        raise ValueError(f"step must be at least 1 and sinks at least 0, got {step} and {sinks}")
     implementation, interpret = resolve(implementation, interpret)
     if 0 in (x.shape[0], rows.shape[0]):
         return jnp.zeros((x.shape[0], neighbors), jnp.int32)

@@ -11,7 +11,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_integer, check_pool, check_shape, check_table, query_group
+from pallas_kernels.checks import (
+    check_integer,
+    check_pool,
+    check_query,
+    check_scale,
+    check_shape,
+    check_table,
+    query_group,
+)
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention_triton import default_tile
 from pallas_kernels.decode_work import DecodeTile, WorkList, decode_work_list
@@ -86,7 +94,8 @@ def attend_then_rank(
     So they can be left for later, or for `beside`, by who needs the attention first.
     """
     check_pool(k_pages, v_pages)
-    check_shape("q", q, (None, None, k_pages.shape[2]))
+    check_query(q, None, k_pages.shape[2])
+    check_scale(scale)
     check_table(page_table, lengths, "lengths", address, num_kv_heads)
     query_group(q.shape[1], num_kv_heads)
     for name, array in (("rows", rows), ("first", first), ("last", last)):

@@ -22,18 +22,22 @@ from sparsejax.engine import inputs
 from sparsejax.engine.build import positions_reach
 from sparsejax.engine.packing import pack
 from sparsejax.engine.request import Request, derive_seed
+from sparsejax.engine.sampling import NOT_FINITE
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.scheduler import Chunk
 from sparsejax.engine.state import DecodeState, PrefillBatch, init_state
 from sparsejax.engine.steps import StepOptions, decode_step, options_for, prefill_step
-from sparsejax.errors import InvalidArgumentError, PromptTooLongError
+from sparsejax.errors import InvalidArgumentError, NotFiniteError, PromptTooLongError
 from sparsejax.models import Decoder, ModelConfig
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Generated:
-    """tokens: i32[B, max_tokens], each row's answer, zeros behind it. count: i32[B], its length, end token included."""
+    """tokens: i32[B, max_tokens], each row's answer, zeros behind it. count: i32[B], its length, end token included.
+
+    NOT_FINITE ends an answer, too.
+    """
 
     tokens: jax.Array
     count: jax.Array
@@ -66,7 +70,7 @@ def generate_loop(
         at = jnp.where(running, answer.count, max_tokens)
         tokens = answer.tokens.at[lane, at].set(sampled, mode="drop")
         count = answer.count + running
-        ended = (sampled[:, None] == end_tokens).any(axis=1) | (count >= limit)
+        ended = (sampled[:, None] == end_tokens).any(axis=1) | (sampled == NOT_FINITE) | (count >= limit)
         return Generated(tokens=tokens, count=count), running & ~ended
 
     empty = Generated(tokens=jnp.zeros((rows.shape[0], max_tokens), jnp.int32), count=jnp.zeros_like(rows))
@@ -113,6 +117,7 @@ def generate(
 
     Raises:
       InvalidArgumentError: an empty prompt, ids outside the vocabulary, or parameters that need the engine.
+      NotFiniteError: a prompt has no next token.
     """
     prompts = [
         inputs.tokenize(prompt, None, config.vocab_size, index=i).token_ids
@@ -159,7 +164,11 @@ def generate(
         options=options_for(each, implementation=implementation),
     )
     tokens, count = np.asarray(answer.tokens), np.asarray(answer.count)
-    return [tokens[i, : count[i]].tolist() for i in range(len(prompts))]
+    answers = [tokens[i, : count[i]].tolist() for i in range(len(prompts))]
+    for i, each_answer in enumerate(answers):
+        if NOT_FINITE in each_answer:
+            raise NotFiniteError.after(f"prompt {i}", len(each_answer) - 1)
+    return answers
 
 
 def layout_for(

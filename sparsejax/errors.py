@@ -47,6 +47,14 @@ class OutOfMemoryError(SparsejaxError, MemoryError):
 class NotFiniteError(SparsejaxError, ArithmeticError):
     """The model's logits are NaN or infinite, so there is no next token."""
 
+    @classmethod
+    def after(cls, whose: str, generated: int) -> NotFiniteError:
+        """The error of `whose` logits, behind so many generated tokens."""
+        return cls(
+            f"the logits of {whose} are NaN or infinite after {generated} generated tokens: the weights hold such "
+            "numbers, or float16 overflows (bfloat16 and float32 do not)."
+        )
+
 
 class SchedulingError(SparsejaxError, RuntimeError):
     """The scheduler's protocol was broken by its caller; the request states would no longer be exact."""

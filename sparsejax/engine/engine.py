@@ -341,10 +341,7 @@ class Engine:
 
     def _refuse(self, request: Request) -> None:
         """Says that a request has no next token."""
-        error = NotFiniteError(
-            f"the logits of request {request.request_id!r} are NaN or infinite after {len(request.output_token_ids)} "
-            "generated tokens: the weights hold such numbers, or float16 overflows (bfloat16 and float32 do not)."
-        )
+        error = NotFiniteError.after(f"request {request.request_id!r}", len(request.output_token_ids))
         blame(error, [request])
         raise error
 

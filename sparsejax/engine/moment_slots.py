@@ -31,9 +31,9 @@ class MomentSlots(Mapping[str, int]):
         ]
         if not beginning:
             return
-        # Requests that were preempted or cancelled in between never come to be compressed.
-        alive = {chunk.request.request_id for chunk in chunks}
-        self._slots = {name: slot for name, slot in self._slots.items() if name in alive}
+        # What was preempted, cancelled or not over its budget has not come to be compressed, and kept its slot.
+        going_on = {chunk.request.request_id for chunk in chunks} - {request.request_id for request in beginning}
+        self._slots = {name: slot for name, slot in self._slots.items() if name in going_on}
         free = set(range(1, self._number + 1)) - set(self._slots.values())
         for request in beginning:
             self._slots[request.request_id] = free.pop()

@@ -241,13 +241,16 @@ def test_lowers_for_cuda_at_production_shapes(granularity, batch, q_heads, heads
         ({"indices": jnp.zeros((2, 3, 4), jnp.int32)}, "indices"),
         ({"lengths": jnp.zeros((2, 3, 1), jnp.int32)}, "lengths has shape"),
         ({"address": make_address("per_head", 2)}, "address"),
+        ({"indices": jnp.zeros((2, 2, 0), jnp.int32)}, "indices"),
+        ({"page_table": jnp.zeros((1, 3, 1, 0), jnp.int32)}, "page_table has no columns"),
+        ({"scale": 0.0}, "scale must be positive"),
     ],
 )
 def test_errors_name_the_argument(change, message):
     case = make_paged(lengths=(3, 5), granularity="shared", heads=2, dim=64, page=4, columns=2, dtype=jnp.float32)
     arguments = {**case._asdict(), "q": jnp.zeros((2, 8, 64)), "rows": jnp.array([1, 2], jnp.int32), "num_kv_heads": 2}
     with pytest.raises(ValueError, match=message):
-        decode_attention(**{**arguments, **change}, scale=1.0)
+        decode_attention(**{**arguments, "scale": 1.0, **change})
 
 
 @pytest.mark.parametrize("mode", [{"implementation": "xla"}, {"implementation": "triton", "interpret": True}])

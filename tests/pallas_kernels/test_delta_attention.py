@@ -129,6 +129,8 @@ def test_layers_looked_up_together_differ_in_the_layer_only():
     rows = (case.rows, case.recent_rows, case.history, listed(case))
     with pytest.raises(ValueError, match="layouts must differ in the layer only"):
         delta_places(case.store, *rows, layouts=[case.layout, dataclasses.replace(case.layout, ring=5)])
+    with pytest.raises(ValueError, match="layouts must have one layer"):
+        delta_places(case.store, *rows, layouts=[])
 
 
 def test_the_view_of_a_row_is_its_sinks_what_is_recent_and_what_was_selected():

@@ -18,6 +18,11 @@ def test_arrays_come_out_as_they_went_in(choice):
     jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda tree: in_order(tree, **choice))(tree), tree)
 
 
+def test_an_empty_array_is_refused():
+    with pytest.raises(ValueError, match="arrays must have an element each"):
+        in_order((jnp.zeros((0, 3)), jnp.ones(2)), implementation="xla")
+
+
 def test_it_lowers_in_place():
     pool = jax.ShapeDtypeStruct((1 << 16, 32, 128), jnp.bfloat16)
     read = jax.ShapeDtypeStruct((8, 128), jnp.bfloat16)

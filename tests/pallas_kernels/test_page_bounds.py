@@ -94,6 +94,7 @@ def test_lowers_for_cuda(granularity, batch, dtype):
         ({"bounds": jnp.zeros((17, 2, 64), jnp.bfloat16)}, TypeError, "bounds must be float32"),
         ({"count": jnp.zeros((2, 1), jnp.int32)}, ValueError, "count has shape"),
         ({"entry": jnp.zeros((3, 1))}, TypeError, "entry must be int32"),
+        ({"k_pages": jnp.zeros((17, 3, 64))}, ValueError, "page size .* must be a power of two, got 3"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

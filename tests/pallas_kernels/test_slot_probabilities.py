@@ -160,6 +160,7 @@ def test_lowers_for_cuda(granularity, batch, q_heads, heads, dim, dtype):
         ({"first": jnp.zeros(3, jnp.int32)}, ValueError, "first has shape"),
         ({"last": jnp.zeros(2)}, TypeError, "last must be int32"),
         ({"q": jnp.zeros((2, 8, 32))}, ValueError, "q has shape"),
+        ({"q": jnp.zeros((2, 8, 64), jnp.int32)}, TypeError, "q must be bfloat16, float16 or float32"),
     ],
 )
 def test_errors_name_the_argument(change, error, message):

@@ -10,7 +10,7 @@ from engine.tiny_engine import CONFIG, ENGINE, VOCAB
 
 from serve.generate import generate, layout_for
 from sparsejax import LLM, SamplingParams
-from sparsejax.errors import EmptyPromptError, InvalidArgumentError, PromptTooLongError
+from sparsejax.errors import EmptyPromptError, InvalidArgumentError, NotFiniteError, PromptTooLongError
 from sparsejax.models import init_params
 
 RNG = np.random.default_rng(3)
@@ -55,6 +55,12 @@ def test_every_way_to_end_an_answer(params, llm):
     assert answers[2][:end] == by_seed[seed][:end]
     assert eos not in answers[2][: end + 2]
     assert len(answers[3]) == 1
+
+
+def test_logits_that_are_not_finite_are_named_with_their_prompt(params):
+    damaged = {**params, "embed": params["embed"].at[5].set(jnp.nan)}
+    with pytest.raises(NotFiniteError, match="the logits of prompt 1 are NaN or infinite after 0 generated tokens"):
+        generate(CONFIG, damaged, [[7, 8], [5, 6]], SamplingParams(temperature=0.0, max_tokens=3), page_size=4)
 
 
 def test_greedy_and_tables_of_another_shape(params, llm):
