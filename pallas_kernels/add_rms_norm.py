@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.checks import FLOAT_DTYPES, check_shape
+from pallas_kernels.checks import check_float, check_shape
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.tiles import WHOLE, next_power_of_two
 
@@ -53,8 +53,7 @@ def add_rms_norm(
       ValueError, TypeError: shapes or dtypes that do not fit.
     """
     check_shape("x", x, (None, None))
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"x must be bfloat16, float16 or float32, got {x.dtype}")
+    check_float(x=x)
     check_shape("weight", weight, (x.shape[1],))
     if delta is not None:
         check_shape("delta", delta, tuple(x.shape))

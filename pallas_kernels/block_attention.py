@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.checks import FLOAT_DTYPES, check_integer, check_query, check_scale, check_shape, query_group
+from pallas_kernels.checks import check_float, check_integer, check_query, check_scale, check_shape, query_group
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.query_tiles import query_tiles
@@ -84,8 +84,7 @@ def block_attention_mass(
     check_query(q, tokens, dim)
     check_scale(scale)
     query_group(q.shape[1], heads)
-    if k.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"k must be bfloat16, float16 or float32, got {k.dtype}")
+    check_float(k=k)
     check_shape("starts", starts, (None,))
     check_integer(starts=starts)
     if starts.shape[0] < 1:

@@ -27,6 +27,19 @@ def check_integer(**arrays: jax.Array) -> None:
             raise TypeError(f"{name} must be int32, got {array.dtype}")
 
 
+def check_float(**arrays: jax.Array) -> None:
+    """Raises TypeError unless every array is of a float dtype that the kernels take."""
+    for name, array in arrays.items():
+        if array.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must be bfloat16, float16 or float32, got {array.dtype}")
+
+
+def check_page_size(name: str, size: int) -> None:
+    """Raises ValueError unless `size` is a power of two."""
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"{name} must be a power of two, got {size}")
+
+
 def check_pool(k_pages: jax.Array, v_pages: jax.Array) -> None:
     """Raises unless the two pools are [pages, page_size, D] of one float dtype with a power-of-two page size."""
     check_shape("k_pages", k_pages, (None, None, None))
@@ -35,16 +48,13 @@ def check_pool(k_pages: jax.Array, v_pages: jax.Array) -> None:
         raise TypeError(
             f"k_pages and v_pages must share one of bfloat16, float16, float32, got {k_pages.dtype} and {v_pages.dtype}"
         )
-    page_size = k_pages.shape[1]
-    if page_size < 1 or page_size & (page_size - 1):
-        raise ValueError(f"the page size (axis 1 of k_pages) must be a power of two, got {page_size}")
+    check_page_size("the page size (axis 1 of k_pages)", k_pages.shape[1])
 
 
 def check_query(q: jax.Array, tokens: int | None, dim: int) -> None:
     """Raises unless q is [T, Hq, D] with so many tokens (None: any) of `dim`, in a float dtype."""
     check_shape("q", q, (tokens, None, dim))
-    if q.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"q must be bfloat16, float16 or float32, got {q.dtype}")
+    check_float(q=q)
 
 
 def check_scale(scale: float) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import FLOAT_DTYPES, check_integer, check_shape
+from pallas_kernels.checks import check_float, check_integer, check_shape
 from pallas_kernels.paging import PageAddress
 
 GROUP = 32
@@ -78,8 +78,7 @@ def check_latents(latents: LatentPages) -> None:
     if reference.dtype not in (jnp.uint16, jnp.int32):
         raise TypeError(f"latents.reference must be uint16 or int32, got {reference.dtype}")
     if scale is None:
-        if values.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"latents.values without a scale must be bfloat16, float16 or float32, got {values.dtype}")
+        check_float(**{"latents.values without a scale": values})
         return
     if values.dtype != jnp.uint16:
         raise TypeError(f"latents.values with a scale are 4-bit codes in uint16, got {values.dtype}")

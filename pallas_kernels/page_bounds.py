@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.checks import (
-    FLOAT_DTYPES,
+    check_float,
     check_integer,
+    check_page_size,
     check_query,
     check_shape,
     check_table,
@@ -107,10 +108,9 @@ def page_upper_bounds(
       ValueError, TypeError: shapes or dtypes that do not fit.
     """
     check_shape("bounds", bounds, (None, 2, None))
-    if bounds.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"bounds must be bfloat16, float16 or float32, got {bounds.dtype}")
+    check_float(bounds=bounds)
     check_query(q, None, bounds.shape[2])
-    _check_page_size("page_size", page_size)
+    check_page_size("page_size", page_size)
     check_table(page_table, lengths, "lengths", address, num_kv_heads)
     query_group(q.shape[1], num_kv_heads)
     check_shape("rows", rows, (q.shape[0],))
@@ -131,16 +131,10 @@ def page_upper_bounds(
 def _check_bounds(bounds, k_pages) -> None:
     check_shape("k_pages", k_pages, (None, None, None))
     check_shape("bounds", bounds, (k_pages.shape[0], 2, k_pages.shape[2]))
-    _check_page_size("the page size (axis 1 of k_pages)", k_pages.shape[1])
-    if k_pages.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"k_pages must be bfloat16, float16 or float32, got {k_pages.dtype}")
+    check_page_size("the page size (axis 1 of k_pages)", k_pages.shape[1])
+    check_float(k_pages=k_pages)
     if bounds.dtype != k_pages.dtype:
         raise TypeError(f"bounds must be {k_pages.dtype} like k_pages, got {bounds.dtype}")
-
-
-def _check_page_size(name: str, size: int) -> None:
-    if size < 1 or size & (size - 1):
-        raise ValueError(f"{name} must be a power of two, got {size}")
 
 
 def _update_kernel(_, k_ref, entry_ref, count_ref, layer_ref, bounds_ref, *, address, page_size):
