@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.kept_logits import KeptLogits, block_grid, has_place, read_kept
+from pallas_kernels.kept_logits import KeptLogits, block_grid, has_place, load_kept
 from pallas_kernels.online_softmax import EMPTY_LSE, LOG2_E
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.tiles import (
@@ -46,10 +46,14 @@ class ScoreRefs(NamedTuple):
     head: jax.Array
     address: PageAddress
 
-    def add(self, steps, last, slots_of, mass_of) -> None:
-        """Adds to slots before `last`: `slots_of(step)` gives some, `mass_of(step, live, page, place)` each one's.
+    def add(self, steps, last, slots_of, fetch, mass_of) -> None:
+        """Adds to slots before `last` what `mass_of` gives for them, which is to be 0 for dead slots.
 
-        Dead slots are to be given 0.
+        Args:
+          steps: how often.
+          slots_of: step -> i32[...] the slots of a step.
+          fetch: (step, live) -> what can be loaded before it is known where the slots are.
+          mass_of: (fetched, live, page, place) -> f32[...].
         """
         page_size = self.score.shape[1]
 
@@ -59,9 +63,9 @@ class ScoreRefs(NamedTuple):
             page, place = locate_slots(
                 self.table, self.row, self.head, slot, live, address=self.address, page_size=page_size
             )
-            mass = mass_of(step, live, page, place)
+            fetched = fetch(step, live)
             held = plgpu.load(self.score.at[page, place], mask=live, other=0.0)
-            plgpu.store(self.score.at[page, place], held + mass, mask=live)
+            plgpu.store(self.score.at[page, place], held + mass_of(fetched, live, page, place), mask=live)
             return carry
 
         jax.lax.fori_loop(0, steps, visit, 0)
@@ -83,16 +87,16 @@ def add_kept_scores(
     def begin(step):
         return first + step * (blocks * block)
 
-    def mass_of(step, live, page, at):
-        del page, at
-        mass = jnp.zeros(live.shape, jnp.float32)
-        for member in range(group):
-            logits = read_kept(kept, member, place, begin(step), live)
-            mass += exp2((logits - lse[member]) * factor)
-        return mass
+    def fetch(step, live):
+        return [load_kept(kept, member, place, begin(step), live) for member in range(group)]
+
+    def mass_of(fetched, live, page, at):
+        del live, page, at
+        masses = [exp2((each.logits - own_lse) * factor) for each, own_lse in zip(fetched, lse, strict=True)]
+        return functools.reduce(jnp.add, masses)
 
     steps = pl.cdiv(last - first, blocks * block)
-    refs.add(steps, last, lambda step: block_grid(begin(step), blocks, block), mass_of)
+    refs.add(steps, last, lambda step: block_grid(begin(step), blocks, block), fetch, mass_of)
 
 
 def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
@@ -127,15 +131,20 @@ def _score_kernel(*refs, address, heads, group, scale, tile, positioned, exp2):
         q = load_queries(q_ref, b, h, group=group)
         in_block = jnp.arange(tile.block, dtype=jnp.int32)
 
-        def mass_of(step, live, page, place):
-            del step
+        def mass_of(_, live, page, place):
             logits = exact_dot(q, load_vectors(k_ref, page, place, live, dim=dim).T)
             mass = exp2(logits * (scale * factor) - (lse * factor)[:, None]).sum(axis=0)
             if position_ref is None:
                 return mass
             return jnp.where(plgpu.load(position_ref.at[page, place], mask=live, other=-1) >= 0, mass, 0.0)
 
-        own.add(pl.cdiv(last - first, tile.block), last, lambda step: first + step * tile.block + in_block, mass_of)
+        own.add(
+            pl.cdiv(last - first, tile.block),
+            last,
+            lambda step: first + step * tile.block + in_block,
+            lambda step, live: None,
+            mass_of,
+        )
 
     records, stays = (first < last) & (power > 0), has_place(logits_place, last, kept)
     pl.when(records & stays & (parts > 1))(read)  # else the span has done it

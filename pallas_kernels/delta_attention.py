@@ -47,6 +47,7 @@ def delta_attention(
     layout: DeltaLayout,
     num_kv_heads: int,
     scale: float,
+    plain: int = ...,
     return_lse: Literal[False] = ...,
     tile: DeltaTile | None = ...,
     implementation: Implementation | None = ...,
@@ -71,6 +72,7 @@ def delta_attention(
     layout: DeltaLayout,
     num_kv_heads: int,
     scale: float,
+    plain: int = ...,
     return_lse: Literal[True],
     tile: DeltaTile | None = ...,
     implementation: Implementation | None = ...,
@@ -94,6 +96,7 @@ def delta_attention(
     layout: DeltaLayout,
     num_kv_heads: int,
     scale: float,
+    plain: int = 0,
     return_lse: bool = False,
     tile: DeltaTile | None = None,
     implementation: Implementation | None = None,
@@ -117,6 +120,8 @@ def delta_attention(
       places: what `delta_places` found for this layer; None: it is looked up.
       num_kv_heads: H.
       scale: factor of the scores, usually D**-0.5.
+      plain: so many of the last listed tokens have no latent, wherever they are (sinks, centers, recent tokens; the end
+        of `view_positions`), and so nothing to project.
       return_lse: also return the log-sum-exp of the scaled scores.
       tile: tile sizes of the kernel, for tuning.
       implementation, interpret: see `dispatch.resolve`.
@@ -142,6 +147,8 @@ def delta_attention(
         check_shape("places.near", places.near, (batch, store.latents.reference.shape[2], positions.shape[1]))
         check_shape("places.latent", places.latent, tuple(positions.shape))
         check_integer(**{f"places.{name}": array for name, array in places._asdict().items()})
+    if not 0 <= plain <= positions.shape[1]:
+        raise ValueError(f"plain must be between 0 and the {positions.shape[1]} listed tokens, got {plain}")
     implementation, interpret = resolve(implementation, interpret)
     dtype = q.dtype
     up = up.astype(store.k_pages.dtype)
@@ -162,7 +169,7 @@ def delta_attention(
         unpacked = None if store.latents.scale is None else latents_at(store, places.latent)
         out, lse = delta_attention_triton(
             q.astype(store.k_pages.dtype), store, unpacked, places, cos, sin, up, up_bias, layout=common,
-            heads=num_kv_heads, scale=scale, tile=tile or default_tile(store.k_pages), interpret=interpret,
+            heads=num_kv_heads, scale=scale, plain=plain, tile=tile or default_tile(store.k_pages), interpret=interpret,
         )  # fmt: skip
     out = out.astype(dtype)
     return (out, lse) if return_lse else out

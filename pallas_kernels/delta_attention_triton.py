@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import online_softmax
 from pallas_kernels.delta_tiles import (
     Columns,
+    TokenTile,
     add_bias,
     chunk_count,
     chunk_width,
@@ -92,42 +93,70 @@ def _value_piece(head, heads: int, dim: int, piece, width: int) -> tuple[Columns
     return own, own._replace(number=(heads + head) * dim + number)
 
 
-def _logits_kernel(*refs, head_rows, heads, group, block, biased):
-    """Unscaled logits of the queries of one KV head and `block` tokens; dead blocks are not written."""
+def _logits_kernel(*refs, head_rows, heads, group, block, plain, biased):
+    """Unscaled logits of the queries of one KV head and `block` tokens; dead blocks are not written.
+
+    The last `plain` tokens, which have no latent, begin a block of their own.
+    """
     store, refs = store_refs(refs, quantised=False)
     q_ref, cos_ref, sin_ref, up_ref, *refs = refs
     bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
     (logit_ref,) = refs
     head, index, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     dtype, dim = store.k.dtype, q_ref.shape[2]
-    half = dim // 2
-    place = index * block + jnp.arange(block, dtype=jnp.int32)
-    tokens = load_tile(store, b, place, place < logit_ref.shape[2], head * head_rows)
+    half, width = dim // 2, logit_ref.shape[2]
+    columns, halves = head_columns(head, heads, dim), padded_columns(half)
 
-    @pl.when(tokens.live.astype(jnp.int32).max() > 0)
-    def _():
-        columns, halves = head_columns(head, heads, dim), padded_columns(half)
-        # Fetched while the products run; the rotation would take too many registers for that.
-        keys = [
-            load_references(store.k, tokens.near, tokens.live, halves.number + start, halves.exists)
-            for start in (0, half)
+    def visit(place, inside, keys_of):
+        tokens = load_tile(store, b, place, inside, head * head_rows)
+
+        @pl.when(tokens.live.astype(jnp.int32).max() > 0)
+        def _():
+            first, second = keys_of(tokens)
+            cos, sin = (
+                load_grid(ref, place, halves.number, tokens.live, halves.exists, at=(b,)) for ref in (cos_ref, sin_ref)
+            )
+            k_halves = [k.astype(dtype).T for k in rotate_halves(first, second, cos, sin)]
+            member = jnp.arange(_padded(group), dtype=jnp.int32)
+            row, real = head * group + member, member < group
+            q_halves = [
+                load_grid(q_ref, row, halves.number + start, real, halves.exists, at=(b,)) for start in (0, half)
+            ]
+            logits = exact_dot(q_halves[0], k_halves[0]) + exact_dot(q_halves[1], k_halves[1])
+            rows, places = index_grid(row, place)
+            plgpu.store(logit_ref.at[b, rows, places], logits, mask=real[:, None] & inside[None, :])
+
+    def references(tokens: TokenTile, near):
+        """Those of both halves of the keys."""
+        return [
+            load_references(store.k, near, tokens.live, halves.number + start, halves.exists) for start in (0, half)
         ]
+
+    def plain_keys(tokens: TokenTile):
+        # The mean of references that all are the token itself.
+        return [mean(vectors) for vectors in references(tokens, tokens.near[:1])]
+
+    def keys(tokens: TokenTile):
+        # Fetched while the products run; the rotation would take too many registers for that.
+        fetched = references(tokens, tokens.near)
         deltas = up_products(store, up_ref, tokens, (columns.first, columns.second), dtype)
-        cos, sin = (
-            load_grid(ref, place, halves.number, tokens.live, halves.exists, at=(b,)) for ref in (cos_ref, sin_ref)
-        )
-        first, second = (
-            add_bias(bias_ref, delta, tokens.compressed, at) + mean(references)
-            for delta, at, references in zip(deltas, (columns.first, columns.second), keys, strict=True)
-        )
-        k_halves = [k.astype(dtype).T for k in rotate_halves(first, second, cos, sin)]
-        member = jnp.arange(_padded(group), dtype=jnp.int32)
-        row, real = head * group + member, member < group
-        q_halves = [load_grid(q_ref, row, halves.number + start, real, halves.exists, at=(b,)) for start in (0, half)]
-        logits = exact_dot(q_halves[0], k_halves[0]) + exact_dot(q_halves[1], k_halves[1])
-        rows, places = index_grid(row, place)
-        mask = real[:, None] & (places < logit_ref.shape[2])
-        plgpu.store(logit_ref.at[b, rows, places], logits, mask=mask)
+        return [
+            add_bias(bias_ref, delta, tokens.compressed, at) + mean(vectors)
+            for delta, at, vectors in zip(deltas, (columns.first, columns.second), fetched, strict=True)
+        ]
+
+    number = jnp.arange(block, dtype=jnp.int32)
+    blocks = pl.cdiv(width - plain, block)
+
+    @pl.when(index < blocks)
+    def _():
+        place = index * block + number
+        visit(place, place < width - plain, keys)
+
+    @pl.when(index >= blocks)
+    def _():
+        place = width - plain + (index - blocks) * block + number
+        visit(place, place < width, plain_keys)
 
 
 def _sums_kernel(*refs, head_rows, heads, group, scale, block, steps, latent_steps, biased, exp2):
@@ -255,8 +284,10 @@ def _project_kernel(base_ref, latent_ref, up_ref, out_ref, *, heads, group):
     plgpu.store(out_ref.at[b, rows, columns_at], out.astype(out_ref.dtype), mask=real[:, None] & (columns_at < dim))
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "heads", "scale", "tile", "interpret"))
-def delta_attention_triton(q, store, unpacked, places, cos, sin, up, up_bias, *, layout, heads, scale, tile, interpret):
+@functools.partial(jax.jit, static_argnames=("layout", "heads", "scale", "plain", "tile", "interpret"))
+def delta_attention_triton(
+    q, store, unpacked, places, cos, sin, up, up_bias, *, layout, heads, scale, plain, tile, interpret
+):
     """(out [B, Hq, D], lse f32[B, Hq]). `unpacked` [B, V, d] are the latents of the tokens, if the pool holds codes."""
     if store.k_pages.dtype == jnp.bfloat16:
         # Every KV head reads them anew. Their error is at most an eighth of what rounds a rotated key.
@@ -304,18 +335,19 @@ def delta_attention_triton(q, store, unpacked, places, cos, sin, up, up_bias, *,
         )(*inputs)
 
     logits = call(
-        # All heads of a block one after the other, so that blocks without a latent, which are last, fill the gaps.
-        functools.partial(_logits_kernel, block=block, **common),
-        (heads, pl.cdiv(width, block), batch),
+        # All heads of a block one after the other, so that tokens without a latent, which are last, fill the gaps.
+        functools.partial(_logits_kernel, block=block, plain=plain, **common),
+        (heads, pl.cdiv(width - plain, block) + pl.cdiv(plain, block), batch),
         real((batch, q_heads, width), jnp.float32),
         "delta_attention_logits",
         tile.num_warps,
         tile.num_stages,
         *(*inputs, q, cos, sin, up, *bias),
     )
-    # Sums of latents are long: longer parts of them where there are programs enough.
+    # Sums of latents are long: longer parts of them where there are programs enough, and where the others do so little
+    # that all programs are to run at once.
     chunks = chunk_count(size, _CHUNK)
-    more = _fold(parts * chunks * batch, _FEW_PROGRAMS, 8)
+    more = max(_fold(parts * chunks * batch, _FEW_PROGRAMS, 8), min(parts, 2) if steps == 1 else 1)
     latent_parts = pl.cdiv(parts, more)
     *sums, lse, latent_lse = call(
         functools.partial(

@@ -114,13 +114,27 @@ def keep(
 
 
 def block_grid(begin, blocks: int, block: int) -> jax.Array:
-    """i32[blocks, block] the slots from `begin` on, as `read_kept` wants them."""
+    """i32[blocks, block] the slots from `begin` on, as `load_kept` wants them."""
     shape = (blocks, block)
     return begin + jax.lax.broadcasted_iota(jnp.int32, shape, 0) * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-def read_kept(kept: KeptLogits, member, place, begin, live: jax.Array) -> jax.Array:
-    """f32[blocks, block] logits, base 2, of one member of the group, inside a kernel; -inf of dead slots.
+class Loaded(NamedTuple):
+    """What `load_kept` fetched: distance [blocks, block] from the top f32[blocks] of its block."""
+
+    distance: jax.Array
+    top: jax.Array
+
+    @property
+    def logits(self) -> jax.Array:
+        """f32[blocks, block], base 2; -inf of dead slots."""
+        return self.distance.astype(jnp.float32) + self.top[:, None]
+
+
+def load_kept(kept: KeptLogits, member, place, begin, live: jax.Array) -> Loaded:
+    """Logits of one member of the group, inside a kernel.
+
+    Nothing waits for them before they are used: load many, then use them.
 
     Args:
       member: its number in the group.
@@ -135,4 +149,4 @@ def read_kept(kept: KeptLogits, member, place, begin, live: jax.Array) -> jax.Ar
     at = start // block + jnp.arange(blocks, dtype=jnp.int32)
     exists = at < kept.tops.shape[1]
     top = plgpu.load(kept.tops.at[jnp.broadcast_to(member, at.shape), at], mask=exists, other=0.0)
-    return distance.astype(jnp.float32) + top[:, None]
+    return Loaded(distance, top)

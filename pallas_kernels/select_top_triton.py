@@ -25,7 +25,7 @@ _BLOCK = 1024  # slots of a chunk that are compared with the pivots at once
 _PIVOTS = 32
 # What a pass settles: five bits from here on; the last one, of two bits, has pivots at every number and beyond.
 _SHIFTS = (27, 22, 17, 12, 7, 2, 0)
-_CHUNKS_PER_STEP = 32  # whose counts are summed at once
+_CHUNKS_PER_STEP = 128  # whose counts are summed at once
 
 
 def ordered_keys(scores: jax.Array) -> jax.Array:
@@ -86,20 +86,23 @@ def _row_kernel(scores_ref, first_ref, last_ref, wanted_ref, out_ref, *, block):
     )  # fmt: skip
 
 
-def _count(counts_ref, row, start, stop):
-    """i32[32]: the sum of the counts of the chunks start .. stop-1."""
+def _count(counts_ref, row, start, stop, until=None):
+    """i32[32]: the sum of the counts of the chunks start .. stop-1; and of those before `until`, if that is given."""
     pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
 
-    def add(step, total):
+    def add(step, sums):
         chunk = start + step * _CHUNKS_PER_STEP + jnp.arange(_CHUNKS_PER_STEP, dtype=jnp.int32)
         chunks, pivots = index_grid(chunk, pivot)
         counts = plgpu.load(
             counts_ref.at[jnp.broadcast_to(row, chunks.shape), chunks, pivots], mask=chunks < stop, other=0
         )
-        return total + counts.sum(axis=0)
+        shares = (counts,) if until is None else (counts, jnp.where(chunks < until, counts, 0))
+        return tuple(total + share.sum(axis=0) for total, share in zip(sums, shares, strict=True))
 
     steps = pl.cdiv(jnp.maximum(stop - start, 0), _CHUNKS_PER_STEP)
-    return jax.lax.fori_loop(0, steps, add, jnp.zeros(_PIVOTS, jnp.int32))
+    zeros = jnp.zeros(_PIVOTS, jnp.int32)
+    sums = jax.lax.fori_loop(0, steps, add, (zeros,) if until is None else (zeros, zeros))
+    return sums[0] if until is None else sums
 
 
 def _reached(totals, wanted):
@@ -125,24 +128,38 @@ def _search_kernel(
     """
     row, chunk = pl.program_id(0), pl.program_id(1)
     first, last, wanted = first_ref[row], last_ref[row], wanted_ref[row]
+    floor_before, was_settled = state_ref[row, 0], state_ref[row, 1] > 0
     start, stop = first // size, pl.cdiv(last, size)
     searched = ((chunk >= start) & (chunk < stop)) | (chunk == 0)
+    pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
+    at = jnp.broadcast_to(row, pivot.shape), jnp.broadcast_to(chunk, pivot.shape), pivot
 
-    @pl.when(searched)
-    def _():
-        pivot = jnp.arange(_PIVOTS, dtype=jnp.int32)
-        at = jnp.broadcast_to(row, pivot.shape), jnp.broadcast_to(chunk, pivot.shape), pivot
-        counts_before = plgpu.load(counts_ref.at[at])
-        totals = _count(counts_ref, row, start, stop)
-        reached = _reached(totals, wanted)
-        floor = state_ref[row, 0] + jnp.left_shift(reached, shift_ref[0])
-        # Not at the lowest number, below which there is none.
-        is_settled = (floor > _LOWEST) & ((state_ref[row, 1] > 0) | (_at(totals, reached) == wanted))
-
+    def hand_on(floor, is_settled):
         @pl.when(chunk == 0)
         def _():
             next_state_ref[row, 0] = floor
             next_state_ref[row, 1] = is_settled.astype(jnp.int32)
+
+    @pl.when(searched & was_settled)
+    def _():
+        hand_on(floor_before, was_settled)
+        plgpu.store(next_counts_ref.at[at], plgpu.load(counts_ref.at[at]))
+
+    @pl.when(searched & ~was_settled)
+    def _():
+        # All is fetched before anything is waited for: beside products, a fetch takes microseconds. Keys that are not
+        # live are below every number's, so none of them reaches a pivot that matters.
+        blocks = [
+            _load_keys(scores_ref, row, chunk * size + block + jnp.arange(_BLOCK, dtype=jnp.int32), first, last)[0]
+            for block in range(0, size, _BLOCK)
+        ]
+        counts_before = plgpu.load(counts_ref.at[at])
+        totals = _count(counts_ref, row, start, stop)
+        reached = _reached(totals, wanted)
+        floor = floor_before + jnp.left_shift(reached, shift_ref[0])
+        # Not at the lowest number, below which there is none.
+        is_settled = (floor > _LOWEST) & (_at(totals, reached) == wanted)
+        hand_on(floor, is_settled)
 
         @pl.when(is_settled)
         def _():
@@ -153,10 +170,7 @@ def _search_kernel(
             bound = floor + jnp.left_shift(pivot, shift_ref[1])
             # Summed over the threads once, behind all blocks.
             counts = jnp.zeros((_PIVOTS, _BLOCK), jnp.int32)
-            for block in range(0, size, _BLOCK):
-                slot = chunk * size + block + jnp.arange(_BLOCK, dtype=jnp.int32)
-                # Keys that are not live are below every number's, so none of them reaches a pivot that matters.
-                keys, _ = _load_keys(scores_ref, row, slot, first, last)
+            for keys in blocks:
                 counts += (keys[None, :] >= bound[:, None]).astype(jnp.int32)
             plgpu.store(next_counts_ref.at[at], counts.sum(axis=1))
 
@@ -171,14 +185,14 @@ def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, state_ref, counts_
 
     @pl.when(has_chosen)
     def _():
-        totals, before = _count(counts_ref, row, start, stop), _count(counts_ref, row, start, chunk)
+        keys, live = _load_keys(scores_ref, row, slot, first, last)  # before the counts are waited for
+        totals, before = _count(counts_ref, row, start, stop, chunk)
         # Where just the wanted keys reach the floor, they are those above the number below it, and none equals that.
         below = (state_ref[row, 1] > 0).astype(jnp.int32)
         reached = _reached(totals, wanted)
         above, above_before = _at(totals, reached + 1 - below), _at(before, reached + 1 - below)
         equal_before = jnp.where(below > 0, 0, _at(before, reached) - above_before)
         equal_wanted = wanted - above
-        keys, live = _load_keys(scores_ref, row, slot, first, last)
         _emit(
             out_ref, row, slot, keys, live, state_ref[row, 0] + reached - below, wanted=wanted,
             equal_wanted=equal_wanted, equal_before=equal_before,

@@ -4,6 +4,7 @@ Logits that have no place (`kept_logits`) are computed a second time.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +12,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode_attention_triton import attend_spans
-from pallas_kernels.kept_logits import KeptLogits, block_grid, has_place, logit_places, read_kept
+from pallas_kernels.kept_logits import KeptLogits, block_grid, has_place, load_kept, logit_places
 from pallas_kernels.online_softmax import DEAD_SCORE, EMPTY_LSE, LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
     exact_dot,
     group_members,
+    index_grid,
     kernel_exp2,
     load_queries,
     load_vectors,
     locate_slots,
+    next_power_of_two,
 )
 
 _LSE_BLOCK, _LSE_WARPS = 4096, 4  # logits of one query head that are read at once
 _LSE_PROGRAMS, _LSE_MOST_PARTS = 1056, 8  # programs to start: eight on each of an H200's 132 multiprocessors
 _MAX_BLOCK, _MAX_WARPS = 1024, 8  # slots of a program that takes the largest
+_MAX_HEADS = 4  # KV heads whose logits it fetches at once
 
 
 def _head_length(length_ref, address, row, head):
@@ -83,7 +87,7 @@ def _lse_kernel(
             begin = aligned + step * (blocks * block)
             slot = block_grid(begin, blocks, block)
             live = (slot >= first) & (slot < last)
-            return read_kept(kept, own, place, begin, live), live
+            return load_kept(kept, own, place, begin, live).logits, live
 
         top, total = accumulate(aligned, blocks, blocks * block, logits_of)
         most = top.max()
@@ -109,6 +113,20 @@ def _lse_kernel(
     pl.when(~stays & (first < last) & (own == 0))(compute)
 
 
+def _merge_lse_kernel(part_ref, lse_ref, *, exp2):
+    """All heads of one request: log-sum-exps over parts of the slots become one over all, base 2."""
+    b, (q_heads, parts) = pl.program_id(0), part_ref.shape[1:]
+    head = jnp.arange(next_power_of_two(q_heads), dtype=jnp.int32)
+    heads_at, parts_at = index_grid(head, jnp.arange(next_power_of_two(parts), dtype=jnp.int32))
+    mask = (heads_at < q_heads) & (parts_at < parts)
+    lse = plgpu.load(part_ref.at[jnp.broadcast_to(b, mask.shape), heads_at, parts_at], mask=mask, other=EMPTY_LSE)
+    top = lse.max(axis=1)
+    # What fills up the tile counts nothing, even where all parts are empty.
+    total = jnp.where(mask, exp2(lse - top[:, None]), 0.0).sum(axis=1)
+    at = jnp.broadcast_to(b, head.shape), jnp.where(head < q_heads, head, lse_ref.shape[1] + head)
+    plgpu.store(lse_ref.at[at], top + jnp.log2(jnp.maximum(total, 1e-30)), mask=head < q_heads)
+
+
 def _max_kernel(
     distances_ref, tops_ref, place_ref, length_ref, first_ref, last_ref, q_ref, k_ref, table_ref, rows_ref, layer_ref,
     lse_ref, out_ref, *, address, heads, group, scale, tile, exp2,
@@ -124,25 +142,32 @@ def _max_kernel(
     last_place = place_ref[address.table_layer, b * heads + heads - 1]
     stays = has_place(last_place, _head_length(length_ref, address, row, heads - 1), kept)
 
-    def write(slot, most_of):
-        """Writes some slots; `most_of(head, live)` gives the largest probability in the group of a KV head."""
+    def write(slot, most_of, at_once=1):
+        """Writes some slots; `most_of(head, live)` gives the largest probability in the groups of `at_once` KV heads
+        from `head` on."""
         live = (slot >= first) & (slot < last)
         most = jax.lax.fori_loop(
-            0, heads, lambda head, most: jnp.maximum(most, most_of(head, live)), jnp.zeros(slot.shape, jnp.float32)
+            0,
+            heads // at_once,
+            lambda step, most: jnp.maximum(most, most_of(step * at_once, live)),
+            jnp.zeros(slot.shape, jnp.float32),
         )
         at = jnp.where(live, slot, out_ref.shape[1] + slot)
         plgpu.store(out_ref.at[jnp.broadcast_to(b, slot.shape), at], most, mask=live)
 
     def read():
-        def most_of(head, live):
-            place = place_ref[address.table_layer, b * heads + head]
-            most = jnp.zeros(live.shape, jnp.float32)
-            for member in range(group):
-                logits = read_kept(kept, member, place, begin, live)
-                most = jnp.maximum(most, exp2(logits - lse_ref[b, head * group + member]))
-            return most
+        at_once = math.gcd(heads, _MAX_HEADS)
 
-        write(block_grid(begin, blocks, block), most_of)
+        def most_of(head, live):
+            loaded = []
+            for own in range(at_once):
+                place = place_ref[address.table_layer, b * heads + head + own]
+                for member in range(group):
+                    lse = lse_ref[b, (head + own) * group + member]
+                    loaded.append((lse, load_kept(kept, member, place, begin, live)))
+            return functools.reduce(jnp.maximum, [exp2(each.logits - lse) for lse, each in loaded])
+
+        write(block_grid(begin, blocks, block), most_of, at_once)
 
     def compute():
         member = group_members(group)
@@ -212,8 +237,20 @@ def kept_probabilities(
         interpret=interpret,
         name="slot_probabilities_lse",
     )(*inputs)
-    top = lse.max(axis=2)
-    lse = top + jnp.log2(jnp.exp2(lse - top[..., None]).sum(axis=2))
+    if parts > 1:
+        # One kernel where XLA makes three.
+        lse = pl.pallas_call(
+            functools.partial(_merge_lse_kernel, exp2=options["exp2"]),
+            grid=(batch,),
+            in_specs=[WHOLE],
+            out_specs=WHOLE,
+            out_shape=jax.ShapeDtypeStruct((batch, q_heads), jnp.float32),
+            compiler_params=plgpu.CompilerParams(num_warps=_LSE_WARPS, num_stages=1),
+            interpret=interpret,
+            name="slot_probabilities_merge_lse",
+        )(lse)
+    else:
+        lse = lse[..., 0]
     return pl.pallas_call(
         functools.partial(_max_kernel, **options),
         grid=(batch, -(-max_slots // max(_MAX_BLOCK, tile.block))),

@@ -143,7 +143,7 @@ def _attention(
             layer = operation % layers
             q = delta_attention(
                 q, store, rows, rows + batch, history, positions, cos, sin, ups[layer], layout=layouts[layer],
-                num_kv_heads=heads.kv, scale=1.0, tile=tile,
+                num_kv_heads=heads.kv, scale=1.0, plain=positions.shape[1] - top, tile=tile,
             )  # fmt: skip
         return q
 

@@ -163,6 +163,7 @@ class SparseLayer:
                 up.get("bias"),
                 view.places.get(self.layer),
                 layout=self.layout,
+                plain=self.spec.geometry.sinks + self.spec.geometry.ring,
                 **common,
             )
         batch, places = view.positions.shape

@@ -57,8 +57,11 @@ def test_attends_to_what_reading_back_gives(mode, heads, group, dim, size, page,
     q = normal(4, len(HISTORIES), heads * group, dim, dtype=dtype)
     arguments = (q, case.store, case.rows, case.recent_rows, case.history, positions, cos, sin, up, up_bias)
     options = {"layout": case.layout, "num_kv_heads": heads, "scale": dim**-0.5}
-    got = delta_attention(*arguments, **options, return_lse=True, tile=DeltaTile(32, 2, 1, block, 2), **mode)
-    assert_same_attention(got, delta_attention_reference(*arguments, **options), dtype)
+    want = delta_attention_reference(*arguments, **options)
+    tile = DeltaTile(32, 2, 1, block, 2)
+    for plain in (0, positions.shape[1] - TOP):
+        got = delta_attention(*arguments, **options, plain=plain, return_lse=True, tile=tile, **mode)
+        assert_same_attention(got, want, dtype)
 
 
 @pytest.mark.parametrize(("most_parts", "few_programs"), [(2, 264), (64, 1), (64, 3)])
@@ -74,7 +77,8 @@ def test_a_part_of_a_long_list_is_many_blocks(monkeypatch, most_parts, few_progr
     arguments = (q, case.store, case.rows, case.recent_rows, case.history, positions, cos, sin, up, None)
     options = {"layout": case.layout, "num_kv_heads": 2, "scale": 0.25}
     mode = {"implementation": "triton", "interpret": True}
-    got = delta_attention(*arguments, **options, return_lse=True, tile=DeltaTile(16, 2, 1, 16, 1), **mode)
+    plain = positions.shape[1] - TOP
+    got = delta_attention(*arguments, **options, plain=plain, return_lse=True, tile=DeltaTile(16, 2, 1, 16, 1), **mode)
     assert_same_attention(got, delta_attention_reference(*arguments, **options), jnp.float32)
     jax.clear_caches()
 
@@ -162,7 +166,9 @@ def test_lowers_for_cuda_at_production_shapes(batch, q_heads, heads, dim, size, 
     rotation = shape((batch, width, dim // 2), jnp.float32)
     features = 2 * heads * dim
     text = lower_for_h200(
-        functools.partial(delta_attention, layout=layout, num_kv_heads=heads, scale=1.0, return_lse=True),
+        functools.partial(
+            delta_attention, layout=layout, num_kv_heads=heads, scale=1.0, return_lse=True, plain=16 + 256
+        ),
         shape((batch, q_heads, dim), dtype),
         store,
         row,
@@ -175,6 +181,19 @@ def test_lowers_for_cuda_at_production_shapes(batch, q_heads, heads, dim, size, 
         shape((features,), dtype) if bias else None,
     )
     assert triton_calls(text) == 5
+
+
+@pytest.mark.parametrize("plain", [-1, 73])
+def test_no_more_tokens_are_without_a_latent_than_are_listed(plain):
+    case, up, _ = make(1, 16, 32, 8, jnp.float32)
+    positions = jnp.zeros((len(HISTORIES), 72), jnp.int32)
+    cos, sin = rotations(np.maximum(positions, 0), 16)
+    q = jnp.zeros((len(HISTORIES), 2, 16))
+    with pytest.raises(ValueError, match="plain must be between 0 and the 72 listed tokens"):
+        delta_attention(
+            q, case.store, case.rows, case.recent_rows, case.history, positions, cos, sin, up, layout=case.layout,
+            num_kv_heads=1, scale=1.0, plain=plain,
+        )  # fmt: skip
 
 
 def test_a_nonlinear_up_is_refused():
