@@ -68,13 +68,13 @@ def _span_kernel(
     item = pl.program_id(0)
     address = address.join_layer(layer_ref, table_ref.shape[0])
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
-    first, last = first_ref[address.table_layer, item], last_ref[address.table_layer, item]
+    first, last, head_row, row = (
+        ref[address.table_layer, item] for ref in (first_ref, last_ref, head_row_ref, row_ref)
+    )
 
     @pl.when(first < last)
     def _():
-        head_row = head_row_ref[address.table_layer, item]
         b, h = head_row // heads, head_row % heads
-        row = row_ref[address.table_layer, item]
         parts = parts_ref[address.table_layer, head_row]
         length = length_ref[address.table_layer, row, h if length_ref.shape[2] > 1 else 0]
         member = group_members(group)

@@ -128,21 +128,23 @@ def _kernel(
             for half in (0, dim // 2)
         ]
 
-    cos, sin = (
-        plgpu.load(ref.at[jnp.broadcast_to(token, column.shape), column], mask=column < dim // 2, other=0.0)[None]
-        for ref in (cos_ref, sin_ref)
-    )
-    # Key heads follow the query heads, so `part` numbers both.
-    first, second = (x.astype(jnp.float32) for x in halves(part * heads))
-    turned = [x.astype(qkv_ref.dtype) for x in (first * cos - second * sin, second * cos + first * sin)]
+    def rotation():
+        at = jnp.broadcast_to(token, column.shape), column
+        return [plgpu.load(ref.at[at], mask=column < dim // 2, other=0.0) for ref in (cos_ref, sin_ref)]
+
+    def turned(vectors, rotation):
+        (first, second), (cos, sin) = (x.astype(jnp.float32) for x in vectors), (x[None] for x in rotation)
+        return [x.astype(qkv_ref.dtype) for x in (first * cos - second * sin, second * cos + first * sin)]
 
     @pl.when(part * heads < query_heads)
     def _():
-        for half, values in zip((0, dim // 2), turned, strict=True):
+        for half, values in zip((0, dim // 2), turned(halves(part * heads), rotation()), strict=True):
             plgpu.store(q_out.at[token, part * heads + rows, half + columns], values, mask=mask)
 
     @pl.when(part * heads == query_heads)
     def _():
+        # All is fetched before anything is waited for, or stored: a load does not pass a store.
+        k, v, angles = halves(query_heads), halves(query_heads + heads), rotation()
         at = (address.table_layer, jnp.broadcast_to(token, head.shape), head if entry_ref.shape[2] > 1 else head * 0)
         entry = plgpu.load(entry_ref.at[at], mask=head < heads, other=0)
         slot = plgpu.load(slot_ref.at[at], mask=head < heads, other=0)
@@ -152,9 +154,9 @@ def _kernel(
         pages, _ = index_grid(jnp.where(live, address.page(entry, head), k_out.shape[0]), column)
         slots, _ = index_grid(slot, column)
         stored = vector_mask(live, columns, dim // 2)
-        for pool, values in ((k_out, turned), (v_out, halves(query_heads + heads))):
-            for half, each in zip((0, dim // 2), values, strict=True):
-                plgpu.store(pool.at[pages, slots, half + columns], each.astype(pool.dtype), mask=stored)
+        for pool, vectors in ((k_out, turned(k, angles)), (v_out, v)):
+            for half, values in zip((0, dim // 2), vectors, strict=True):
+                plgpu.store(pool.at[pages, slots, half + columns], values.astype(pool.dtype), mask=stored)
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "address", "interpret"))

@@ -106,10 +106,13 @@ def _store_kernel(k_ref, v_ref, entry_ref, slot_ref, layer_ref, _k_in, _v_in, k_
     pages, columns = index_grid(page, column)
     slots, _ = index_grid(slot, column)
     rows, _ = index_grid(head, column)
-    mask = vector_mask(live, columns, dim)
-    for new_ref, pool in ((k_ref, k_out), (v_ref, v_out)):
-        new = plgpu.load(new_ref.at[token, rows, columns], mask=mask, other=0.0)
-        plgpu.store(pool.at[pages, slots, columns], new, mask=mask)
+    # Fetched while the places are, and both before either is stored: a load does not pass a store.
+    new = [
+        plgpu.load(ref.at[token, rows, columns], mask=vector_mask(real, columns, dim), other=0.0)
+        for ref in (k_ref, v_ref)
+    ]
+    for values, pool in zip(new, (k_out, v_out), strict=True):
+        plgpu.store(pool.at[pages, slots, columns], values, mask=vector_mask(live, columns, dim))
 
 
 @functools.partial(jax.jit, static_argnames=("address", "interpret"))
