@@ -19,6 +19,7 @@ def select_top(
     count: jax.Array,
     *,
     k: int,
+    probabilities: bool = False,
     implementation: Implementation | None = None,
     interpret: bool | None = None,
 ) -> jax.Array:
@@ -29,6 +30,7 @@ def select_top(
       first, last: i32[N], the candidates of row n are the slots first[n] .. last[n]-1, with 0 <= first and last <= S.
       count: i32[N], how many to take: as many as there are candidates if there are fewer, and never more than k.
       k: static bound on them, at most S.
+      probabilities: the scores of all candidates are from 0 to 1, which takes the kernel less work to tell apart.
       implementation, interpret: see `dispatch.resolve`.
 
     Returns:
@@ -52,7 +54,7 @@ def select_top(
     wanted = jnp.clip(jnp.minimum(count, last - first), 0, k)
     if implementation == "xla":
         return _select_top_xla(scores, first, last, wanted, k=k)
-    return select_top_triton(scores, first, last, wanted, k=k, interpret=interpret)
+    return select_top_triton(scores, first, last, wanted, k=k, probabilities=probabilities, interpret=interpret)
 
 
 def _select_top_xla(scores, first, last, wanted, *, k):

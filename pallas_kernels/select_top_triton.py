@@ -23,8 +23,9 @@ _CHUNKS = (4096, 2048)  # slots of one: where there are many, or few
 _FEW_CHUNKS = 66  # half of an H200's multiprocessors
 _BLOCK = 1024  # slots of a chunk that are compared with the pivots at once
 _PIVOTS = 32
-# What a pass settles: five bits from here on; the last one, of two bits, has pivots at every number and beyond.
+# What a pass settles: five bits from here on; the last one, of less, has pivots at every number and beyond.
 _SHIFTS = (27, 22, 17, 12, 7, 2, 0)
+_PROBABILITY_SHIFTS = (25, 20, 15, 10, 5, 1, 0)  # of keys from 0 to that of 1.0, below 2**30
 _CHUNKS_PER_STEP = 128  # whose counts are summed at once
 
 
@@ -204,8 +205,8 @@ def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, state_ref, counts_
         _fill(out_ref, row, slot, wanted)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "interpret"))
-def select_top_triton(scores, first, last, wanted, *, k, interpret):
+@functools.partial(jax.jit, static_argnames=("k", "probabilities", "interpret"))
+def select_top_triton(scores, first, last, wanted, *, k, probabilities, interpret):
     """i32[N, k]; wanted: i32[N] slots to take, at most k and what there is."""
     rows, size = scores.shape
     params = functools.partial(plgpu.CompilerParams, num_stages=1)
@@ -225,10 +226,11 @@ def select_top_triton(scores, first, last, wanted, *, k, interpret):
     many, few = _CHUNKS
     chunk = few if rows * pl.cdiv(size, many) <= _FEW_CHUNKS else many
     chunks = pl.cdiv(size, chunk)
-    state = jnp.stack([jnp.full(rows, _LOWEST, jnp.int32), jnp.zeros(rows, jnp.int32)], axis=1)
+    lowest, shifts = (0, _PROBABILITY_SHIFTS) if probabilities else (_LOWEST, _SHIFTS)
+    state = jnp.stack([jnp.full(rows, lowest, jnp.int32), jnp.zeros(rows, jnp.int32)], axis=1)
     counts = jnp.zeros((rows, chunks, _PIVOTS), jnp.int32)
     # The shifts are data, so that one compiled kernel serves all passes.
-    for before, shift in zip((0, *_SHIFTS), _SHIFTS, strict=False):
+    for before, shift in zip((0, *shifts), shifts, strict=False):
         state, counts = pl.pallas_call(
             functools.partial(_search_kernel, size=chunk),
             grid=(rows, chunks),

@@ -59,10 +59,12 @@ def _select_top(rows: int, size: int, k: int) -> Program:
     def step(scores, last):
         first = jnp.zeros_like(last)
         for _ in range(operations):
-            first = jnp.maximum(select_top(scores, first, last, jnp.full_like(last, k), k=k)[:, 0], 0) % 2
+            chosen = select_top(scores, first, last, jnp.full_like(last, k), k=k, probabilities=True)
+            first = jnp.maximum(chosen[:, 0], 0) % 2
         return first
 
-    scores = jax.jit(lambda key: jnp.exp(4 * jax.random.normal(key, (rows, size)) - 12))(jax.random.key(0))
+    normal = jax.random.normal(jax.random.key(0), (rows, size))
+    scores = jnp.exp(4 * jnp.minimum(normal, 3) - 12)
     last = jnp.full(rows, size, jnp.int32)
     return Program(lambda i: step(scores, last), operations, rows * size * 4)
 

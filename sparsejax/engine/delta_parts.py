@@ -177,13 +177,14 @@ def delta_decode_part(
         followers = [sparse_layer(carry.cache, each) for each in layout.followers(layer)]
 
         def choose() -> DeltaView:
-            probabilities = rank()
+            ranked = rank()
             selected = select_top(
-                probabilities,
+                ranked,
                 first,
                 history,
                 store.wanted(history - first),
-                k=min(options.top, probabilities.shape[1]),
+                k=min(options.top, ranked.shape[1]),
+                probabilities=True,
                 implementation=implementation,
             )
             return make_view(selected, owners, history, length, layers=followers, head_dim=q.shape[-1])

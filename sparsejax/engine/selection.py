@@ -183,6 +183,7 @@ class LaneSelection:
             last,
             count,
             k=min(width, probabilities.shape[1]),
+            probabilities=True,
             implementation=self.implementation,
         )
         new = view_of(chosen, first, last, count, self.length, width=width)

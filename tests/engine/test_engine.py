@@ -311,6 +311,10 @@ def test_bad_parameters_are_named(llm, make_llm):
         llm.generate(PROMPTS[0], {"temperature": 0})
     with pytest.raises(InvalidArgumentError, match="stop strings"):
         llm.generate(PROMPTS[0], SamplingParams(stop="x"))
+    with pytest.raises(
+        InvalidArgumentError, match=f"stop_token_ids with id {VOCAB}; this model's ids are 0 to {VOCAB - 1}"
+    ):
+        llm.generate([[1]], SamplingParams(stop_token_ids=[1, VOCAB]))
     with pytest.raises(UnknownArgumentError, match="max_num_seqs"):
         make_llm(max_num_seq=3)
     with pytest.raises(InvalidArgumentError, match="at most 128"):

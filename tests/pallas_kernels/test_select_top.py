@@ -108,6 +108,17 @@ def test_the_reference_agrees():
         np.testing.assert_array_equal(got, expected(scores, *ranges, K))
 
 
+def test_probabilities_are_told_apart_like_all_scores(split_rows):
+    rng = np.random.default_rng(3)
+    spread = np.exp(-60 * rng.random((ROWS, SIZE))).astype(np.float32)
+    close = (1 - 2.0**-24 * rng.integers(0, 90, (ROWS, SIZE))).astype(np.float32)
+    extreme = rng.choice(np.float32([0.0, -0.0, 1.0, 1e-45, np.nextafter(np.float32(1), 0)]), (ROWS, SIZE))
+    for scores in (spread, close, extreme):
+        for _, ranges in list(cases())[:3]:
+            got = select_top(scores, *ranges, k=K, probabilities=True, **LONG)
+            np.testing.assert_array_equal(got, expected(scores, *ranges, K))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_random_rows(data):
