@@ -23,7 +23,7 @@ from pallas_kernels.checks import (
 )
 from pallas_kernels.decode_attention_triton import decode_attention_triton, default_tile
 from pallas_kernels.decode_attention_xla import decode_attention_xla
-from pallas_kernels.decode_work import DecodeTile, WorkList, decode_work_list
+from pallas_kernels.decode_work import DecodeTile, WorkList, decode_work_list, limits_for
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.paging import PageAddress
 
@@ -184,6 +184,7 @@ def decode_attention(
             address=common, heads=num_kv_heads, scale=scale,
         )  # fmt: skip
     else:
+        tile = tile or default_tile(k_pages)
         if work is None:
             work = decode_work_list(
                 lengths,
@@ -191,11 +192,11 @@ def decode_attention(
                 num_kv_heads=num_kv_heads,
                 max_slots=page_table.shape[3] * k_pages.shape[1],
                 num_indices=None if indices is None else indices.shape[2],
+                limits=limits_for(tile.block),
             )
         out, lse, score = decode_attention_triton(
             q.astype(k_pages.dtype), k_pages, v_pages, page_table, lengths, rows, indices, position, score, power, work,
-            layer, address=common, heads=num_kv_heads, scale=scale, tile=tile or default_tile(k_pages),
-            interpret=interpret,
+            layer, address=common, heads=num_kv_heads, scale=scale, tile=tile, interpret=interpret,
         )  # fmt: skip
     out = out.astype(dtype)
     results = (out, *((lse,) if return_lse else ()), *(() if score is None else (score,)))

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import check_integer, check_shape
 
+_FINEST = 64  # slots: an item of fewer is not done sooner
+
 
 class DecodeTile(NamedTuple):
     """Slots read per step of a program's loop, and how Triton compiles the program."""
@@ -47,6 +49,13 @@ class SpanLimits(NamedTuple):
 
 
 DEFAULT_LIMITS = SpanLimits()
+"""For blocks of any tile."""
+
+
+def limits_for(block: int) -> SpanLimits:
+    """Limits for programs that read `block` slots a step: the finer the cuts, the more even the items of a wave."""
+    finest = max(block, _FINEST)
+    return DEFAULT_LIMITS._replace(min_span=finest, multiple=finest)
 
 
 class WorkList(NamedTuple):

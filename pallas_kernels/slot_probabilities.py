@@ -22,7 +22,7 @@ from pallas_kernels.checks import (
 )
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention_triton import default_tile
-from pallas_kernels.decode_work import DecodeTile, WorkList, decode_work_list
+from pallas_kernels.decode_work import DecodeTile, WorkList, decode_work_list, limits_for
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.online_softmax import LOG2_E, absorb, finish, start
 from pallas_kernels.paging import PageAddress
@@ -113,14 +113,17 @@ def attend_then_rank(
         return out, lambda: _probabilities_xla(
             q, k_pages, page_table, rows, first, last, layer, address=common, heads=num_kv_heads, scale=scale
         )
+    tile = tile or default_tile(k_pages)
     if work is None:
         max_slots = page_table.shape[3] * k_pages.shape[1]
-        work = decode_work_list(lengths, rows, num_kv_heads=num_kv_heads, max_slots=max_slots)
+        work = decode_work_list(
+            lengths, rows, num_kv_heads=num_kv_heads, max_slots=max_slots, limits=limits_for(tile.block)
+        )
     options = {
         "address": common,
         "heads": num_kv_heads,
         "scale": scale,
-        "tile": tile or default_tile(k_pages),
+        "tile": tile,
         "interpret": interpret,
     }
     query = q.astype(k_pages.dtype)

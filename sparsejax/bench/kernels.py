@@ -177,8 +177,9 @@ _CANDIDATES: dict[str, list[dict[str, Any]]] = {
         )
     ],
     "decode_work": [
-        {"limits": SpanLimits(wave=wave, wave_span=wave_span, max_span=max_span)}
+        {"limits": SpanLimits(wave, finest, wave_span, max_span, multiple=finest)}
         for wave in (264, 396, 528)
+        for finest in (64, 128)
         for wave_span, max_span in ((3072, 2048), (3072, 1024), (4096, 3072), (1 << 20, 2048))
     ],
     "prefill_attention": [

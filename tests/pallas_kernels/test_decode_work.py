@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import SpanLimits, decode_work_list
-from pallas_kernels.decode_work import max_items
+from pallas_kernels.decode_work import limits_for, max_items
 
 SMALL = SpanLimits(wave=8, min_span=4, wave_span=16, max_span=16, most_spans=24, multiple=4)
 
@@ -105,6 +105,17 @@ def test_heads_about_as_long_as_each_other_need_no_second_wave(batch, context, i
     """A little more than whole spans a head is no reason for another item of each."""
     lengths = context - np.random.default_rng(0).integers(0, 20, (batch, 8))
     assert len(items_of(lengths, SpanLimits(), max_slots=131_072)[1]) == items
+
+
+def test_items_begin_where_blocks_do_and_small_blocks_make_them_more_equal():
+    def sizes(block):
+        _, items = items_of(np.full((16, 8), 2111), limits_for(block), max_slots=131_072)
+        assert all(first % block == 0 for _, first, _ in items)
+        return [last - first for _, first, last in items]
+
+    assert (max(sizes(16)), max(sizes(64)), max(sizes(128))) == (704, 704, 768)
+    _, items = items_of([[1000]], limits_for(64), max_slots=1024)
+    assert len(items) == 16
 
 
 def test_a_batch_with_a_few_long_heads_cuts_those():
