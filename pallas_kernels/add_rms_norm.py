@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.checks import check_float, check_shape
 from pallas_kernels.dispatch import Implementation, resolve
-from pallas_kernels.tiles import WHOLE, next_power_of_two
+from pallas_kernels.tiles import WHOLE, load_lasting, next_power_of_two
 
 FEW_TOKENS = 8
 """Up to so many tokens the kernel is used on a GPU. XLA norms more of them in one kernel, too, and its add then also
@@ -99,7 +99,7 @@ def _kernel(*refs, eps):
     real = column < dim
     at = (jnp.broadcast_to(token, column.shape), column)
     x, *delta = (plgpu.load(ref.at[at], mask=real, other=0.0) for ref in inputs)
-    weight = plgpu.load(weight_ref.at[column], mask=real, other=0.0)
+    weight = load_lasting(weight_ref.at[column], mask=real, other=0.0)
     y = x
     if delta:
         y = (x.astype(jnp.float32) + delta[0].astype(jnp.float32)).astype(x.dtype)

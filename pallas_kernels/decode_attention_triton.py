@@ -24,6 +24,7 @@ from pallas_kernels.tiles import (
     group_members,
     index_grid,
     kernel_exp2,
+    load_of_layer,
     load_queries,
     load_vectors,
     locate_slots,
@@ -69,13 +70,13 @@ def _span_kernel(
     address = address.join_layer(layer_ref, table_ref.shape[0])
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
     first, last, head_row, row = (
-        ref[address.table_layer, item] for ref in (first_ref, last_ref, head_row_ref, row_ref)
+        load_of_layer(ref, address.table_layer, item) for ref in (first_ref, last_ref, head_row_ref, row_ref)
     )
 
     @pl.when(first < last)
     def _():
         b, h = head_row // heads, head_row % heads
-        parts = parts_ref[address.table_layer, head_row]
+        parts = load_of_layer(parts_ref, address.table_layer, head_row)
         length = length_ref[address.table_layer, row, h if length_ref.shape[2] > 1 else 0]
         member = group_members(group)
         column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
@@ -139,7 +140,7 @@ def _span_kernel(
 
         pl.when(parts == 1)(lambda: write(merged_ref, merged_lse_ref, b, h * group + member, h * group + members))
         pl.when(parts > 1)(lambda: write(out_ref, lse_ref, item, member, members))
-        if kept is None or power_ref is None:
+        if kept is None or stays is None or power_ref is None:
             return
         power, own_logits = power_ref[b], kept
 

@@ -114,12 +114,14 @@ def _kernel(*refs, layers, layout, near_page, block, listed):
             found = layouts[number // neighbors].near.page(entry, 0) * near_page + center % near_page
             nears.append(jnp.where(live, found, -1))
         at = jnp.broadcast_to(s, place.shape)
+        # The cache is asked to keep them until their layers come.
+        store = functools.partial(plgpu.store, mask=inside, eviction_policy="evict_last")
         for layer in range(layers):
-            plgpu.store(latent_refs[layer].at[at, place], latents[layer], mask=inside)
+            store(latent_refs[layer].at[at, place], latents[layer])
             for neighbor in range(neighbors):
                 of = jnp.full(slot.shape, neighbor, jnp.int32)
                 found = nears[layer * neighbors + neighbor]
-                plgpu.store(near_refs[layer].at[at, of, place], found, mask=inside)
+                store(near_refs[layer].at[at, of, place], found)
 
     if position_ref is None:
         pl.when(index * block < length)(lambda: find(place))

@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import online_softmax
 from pallas_kernels.decode_work import WorkList
 from pallas_kernels.online_softmax import LOG2_E
-from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two, vector_mask
+from pallas_kernels.tiles import WHOLE, index_grid, load_of_layer, next_power_of_two, vector_mask
 
 _BLOCKS = (4, 64)  # items per step: as many as a head has at most, within these bounds
 _TILE = 2048  # most elements of a step: more do not fit the registers
@@ -27,7 +27,7 @@ def _merge_kernel(
     """
     head_row, first_member, chunk = pl.program_id(0), pl.program_id(1) * members, pl.program_id(2)
     layer = 0 if first_item_ref.shape[0] == 1 else layer_ref[0]
-    first_item, parts = first_item_ref[layer, head_row], parts_ref[layer, head_row]
+    first_item, parts = (load_of_layer(ref, layer, head_row) for ref in (first_item_ref, parts_ref))
     group, dim = out_ref.shape[1:]
     column = chunk * width + jnp.arange(width, dtype=jnp.int32)
 

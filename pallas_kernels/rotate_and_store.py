@@ -15,7 +15,7 @@ from pallas_kernels.checks import check_places, check_pool, check_shape, query_g
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.store_kv import store_kv, store_kv_reference
-from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two, vector_mask
+from pallas_kernels.tiles import WHOLE, index_grid, load_lasting, next_power_of_two, vector_mask
 
 _NUM_WARPS = 2
 
@@ -130,7 +130,7 @@ def _kernel(
 
     def rotation():
         at = jnp.broadcast_to(token, column.shape), column
-        return [plgpu.load(ref.at[at], mask=column < dim // 2, other=0.0) for ref in (cos_ref, sin_ref)]
+        return [load_lasting(ref.at[at], mask=column < dim // 2, other=0.0) for ref in (cos_ref, sin_ref)]
 
     def turned(vectors, rotation):
         (first, second), (cos, sin) = (x.astype(jnp.float32) for x in vectors), (x[None] for x in rotation)
@@ -146,8 +146,9 @@ def _kernel(
         # All is fetched before anything is waited for, or stored: a load does not pass a store.
         k, v, angles = halves(query_heads), halves(query_heads + heads), rotation()
         at = (address.table_layer, jnp.broadcast_to(token, head.shape), head if entry_ref.shape[2] > 1 else head * 0)
-        entry = plgpu.load(entry_ref.at[at], mask=head < heads, other=0)
-        slot = plgpu.load(slot_ref.at[at], mask=head < heads, other=0)
+        entry, slot = (
+            load_lasting(ref.at[at], mask=head < heads, other=0, layers=ref.shape[0]) for ref in (entry_ref, slot_ref)
+        )
         live = (head < heads) & (entry != 0)
         # Dead lanes point past the pool: the interpreter writes old values back at masked lanes, and they must hit
         # nothing live.

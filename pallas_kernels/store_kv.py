@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.checks import check_places, check_pool, check_shape
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.paging import PageAddress
-from pallas_kernels.tiles import WHOLE, index_grid, next_power_of_two, vector_mask
+from pallas_kernels.tiles import WHOLE, index_grid, load_lasting, next_power_of_two, vector_mask
 
 _NUM_WARPS = 4
 
@@ -96,8 +96,7 @@ def _store_kernel(k_ref, v_ref, entry_ref, slot_ref, layer_ref, _k_in, _v_in, k_
     column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
     real = head < heads
     at = (address.table_layer, jnp.broadcast_to(token, head.shape), head if entry_ref.shape[2] > 1 else head * 0)
-    entry = plgpu.load(entry_ref.at[at], mask=real, other=0)
-    slot = plgpu.load(slot_ref.at[at], mask=real, other=0)
+    entry, slot = (load_lasting(ref.at[at], mask=real, other=0, layers=ref.shape[0]) for ref in (entry_ref, slot_ref))
     live = real & (entry != 0)
     # Dead lanes point past the pool: the interpreter writes old values back at masked lanes, and they must hit
     # nothing live.

@@ -13,6 +13,25 @@ WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 """Hands a kernel the whole array as a pointer, without a copy."""
 
 
+def load_lasting(
+    ref, *, mask: jax.Array | None = None, other: jax.typing.ArrayLike | None = None, layers: int = 1
+) -> jax.Array:
+    """Loads what every layer, or every step, reads anew: the L2 cache is asked to keep it, inside a kernel.
+
+    The weights of a layer are several times what the cache holds. They would push out the few kilobytes that small
+    kernels wait for, and a wait for memory is a large part of the time that such a kernel takes.
+
+    Args:
+      layers: of so many layers each has its own; asks for nothing if these are several.
+    """
+    return plgpu.load(ref, mask=mask, other=other, eviction_policy="evict_last" if layers == 1 else None)
+
+
+def load_of_layer(ref, layer, index) -> jax.Array:
+    """Element [layer, index] of an array [Lt, n], inside a kernel."""
+    return load_lasting(ref.at[index * 0 + layer, index], layers=ref.shape[0])
+
+
 def next_power_of_two(size: int) -> int:
     """Smallest power of two that is at least `size` (Triton tiles have no other sizes)."""
     return 1 << max(size - 1, 0).bit_length()
