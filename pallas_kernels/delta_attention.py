@@ -120,8 +120,9 @@ def delta_attention(
       places: what `delta_places` found for this layer; None: it is looked up.
       num_kv_heads: H.
       scale: factor of the scores, usually D**-0.5.
-      plain: so many of the last listed tokens have no latent, wherever they are (sinks, centers, recent tokens; the end
-        of `view_positions`), and so nothing to project.
+      plain: so many of the last listed tokens have no latent (sinks, centers, recent tokens; the end of what
+        `view_positions` gives). The kernel then neither projects anything for their keys nor fetches these once a
+        reference. Not checked: a token of these that has a latent is read as its first reference, by the kernel alone.
       return_lse: also return the log-sum-exp of the scaled scores.
       tile: tile sizes of the kernel, for tuning.
       implementation, interpret: see `dispatch.resolve`.

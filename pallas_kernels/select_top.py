@@ -30,7 +30,8 @@ def select_top(
       first, last: i32[N], the candidates of row n are the slots first[n] .. last[n]-1, with 0 <= first and last <= S.
       count: i32[N], how many to take: as many as there are candidates if there are fewer, and never more than k.
       k: static bound on them, at most S.
-      probabilities: the scores of all candidates are from 0 to 1, which takes the kernel less work to tell apart.
+      probabilities: the scores of all candidates are from 0 to 1, which the kernel's passes tell apart sooner. Others
+        may be told apart wrongly, but as many slots are chosen, all of them candidates.
       implementation, interpret: see `dispatch.resolve`.
 
     Returns:

@@ -23,9 +23,13 @@ _CHUNKS = (4096, 2048)  # slots of one: where there are many, or few
 _FEW_CHUNKS = 66  # half of an H200's multiprocessors
 _BLOCK = 1024  # slots of a chunk that are compared with the pivots at once
 _PIVOTS = 32
-# What a pass settles: five bits from here on; the last one, of less, has pivots at every number and beyond.
+# What a pass settles: the bits from here to the pass before, five at most; the last one has pivots at every number that
+# is left, and beyond.
 _SHIFTS = (27, 22, 17, 12, 7, 2, 0)
-_PROBABILITY_SHIFTS = (25, 20, 15, 10, 5, 1, 0)  # of keys from 0 to that of 1.0, below 2**30
+_PROBABILITY_SHIFTS = (25, 20, 15, 10, 5, 1, 0)  # of keys from 0 on and below 2**30, that of 2.0
+# The keys of all numbers, NaN as one above infinity, and of probabilities. What lies outside is moved in: were it not,
+# a search could end with more keys above its floor than are wanted, and these be written past the row.
+_KEYS, _PROBABILITY_KEYS = (_LOWEST, np.int32(0x7F800001)), (np.int32(0), np.int32((1 << 30) - 1))
 _CHUNKS_PER_STEP = 128  # whose counts are summed at once
 
 
@@ -36,11 +40,11 @@ def ordered_keys(scores: jax.Array) -> jax.Array:
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 
-def _load_keys(scores_ref, row, slot, first, last):
-    """(keys, live) of the slots i32[n]; keys that are not live are the lowest."""
+def _load_keys(scores_ref, row, slot, first, last, bounds):
+    """(keys within bounds, live) of the slots i32[n]; keys that are not live are the lowest."""
     live = (slot >= first) & (slot < last)
     scores = plgpu.load(scores_ref.at[jnp.broadcast_to(row, slot.shape), slot], mask=live, other=0.0)
-    return jnp.where(live, ordered_keys(scores), _LOWEST), live
+    return jnp.where(live, jnp.clip(ordered_keys(scores), *bounds), _LOWEST), live
 
 
 def _emit(out_ref, row, slot, keys, live, floor, *, wanted, equal_wanted, equal_before, place_before):
@@ -73,7 +77,7 @@ def _row_kernel(scores_ref, first_ref, last_ref, wanted_ref, out_ref, *, block):
     row = pl.program_id(0)
     wanted = wanted_ref[row]
     slot = jnp.arange(block, dtype=jnp.int32)
-    keys, live = _load_keys(scores_ref, row, slot, first_ref[row], last_ref[row])
+    keys, live = _load_keys(scores_ref, row, slot, first_ref[row], last_ref[row], _KEYS)
 
     def settle(step, floor):
         trial = floor + jnp.left_shift(jnp.int32(1), 31 - step)  # from the lowest number on, wrapping at the first bit
@@ -119,7 +123,7 @@ def _at(counts, index):
 
 def _search_kernel(
     scores_ref, first_ref, last_ref, wanted_ref, shift_ref, state_ref, counts_ref, next_state_ref, next_counts_ref, *,
-    size,
+    size, bounds,
 ):  # fmt: skip
     """One chunk of `size` slots: how many of its keys reach each pivot floor + (j << shift), j = 0 .. 31.
 
@@ -150,10 +154,8 @@ def _search_kernel(
     def _():
         # All is fetched before anything is waited for: beside products, a fetch takes microseconds. Keys that are not
         # live are below every number's, so none of them reaches a pivot that matters.
-        blocks = [
-            _load_keys(scores_ref, row, chunk * size + block + jnp.arange(_BLOCK, dtype=jnp.int32), first, last)[0]
-            for block in range(0, size, _BLOCK)
-        ]
+        slot = chunk * size + jnp.arange(_BLOCK, dtype=jnp.int32)
+        blocks = [_load_keys(scores_ref, row, slot + block, first, last, bounds)[0] for block in range(0, size, _BLOCK)]
         counts_before = plgpu.load(counts_ref.at[at])
         totals = _count(counts_ref, row, start, stop)
         reached = _reached(totals, wanted)
@@ -176,7 +178,7 @@ def _search_kernel(
             plgpu.store(next_counts_ref.at[at], counts.sum(axis=1))
 
 
-def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, state_ref, counts_ref, out_ref, *, size):
+def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, state_ref, counts_ref, out_ref, *, size, bounds):
     """One chunk of `size` slots: writes its chosen slots, and its share of what stays empty."""
     row, chunk = pl.program_id(0), pl.program_id(1)
     first, last, wanted = first_ref[row], last_ref[row], wanted_ref[row]
@@ -186,7 +188,7 @@ def _emit_kernel(scores_ref, first_ref, last_ref, wanted_ref, state_ref, counts_
 
     @pl.when(has_chosen)
     def _():
-        keys, live = _load_keys(scores_ref, row, slot, first, last)  # before the counts are waited for
+        keys, live = _load_keys(scores_ref, row, slot, first, last, bounds)  # before the counts are waited for
         totals, before = _count(counts_ref, row, start, stop, chunk)
         # Where just the wanted keys reach the floor, they are those above the number below it, and none equals that.
         below = (state_ref[row, 1] > 0).astype(jnp.int32)
@@ -226,13 +228,13 @@ def select_top_triton(scores, first, last, wanted, *, k, probabilities, interpre
     many, few = _CHUNKS
     chunk = few if rows * pl.cdiv(size, many) <= _FEW_CHUNKS else many
     chunks = pl.cdiv(size, chunk)
-    lowest, shifts = (0, _PROBABILITY_SHIFTS) if probabilities else (_LOWEST, _SHIFTS)
-    state = jnp.stack([jnp.full(rows, lowest, jnp.int32), jnp.zeros(rows, jnp.int32)], axis=1)
+    bounds, shifts = (_PROBABILITY_KEYS, _PROBABILITY_SHIFTS) if probabilities else (_KEYS, _SHIFTS)
+    state = jnp.stack([jnp.full(rows, bounds[0], jnp.int32), jnp.zeros(rows, jnp.int32)], axis=1)
     counts = jnp.zeros((rows, chunks, _PIVOTS), jnp.int32)
     # The shifts are data, so that one compiled kernel serves all passes.
     for before, shift in zip((0, *shifts), shifts, strict=False):
         state, counts = pl.pallas_call(
-            functools.partial(_search_kernel, size=chunk),
+            functools.partial(_search_kernel, size=chunk, bounds=bounds),
             grid=(rows, chunks),
             in_specs=[WHOLE] * 7,
             out_specs=[WHOLE] * 2,
@@ -245,7 +247,7 @@ def select_top_triton(scores, first, last, wanted, *, k, probabilities, interpre
             name="select_top_search",
         )(scores, first, last, wanted, jnp.array([before, shift, 0], jnp.int32), state, counts)
     return pl.pallas_call(
-        functools.partial(_emit_kernel, size=chunk),
+        functools.partial(_emit_kernel, size=chunk, bounds=bounds),
         grid=(rows, chunks),
         in_specs=[WHOLE] * 6,
         out_specs=WHOLE,

@@ -29,7 +29,7 @@ from pallas_kernels.tiles import (
 _LSE_BLOCK, _LSE_WARPS = 4096, 4  # logits of one query head that are read at once
 _LSE_PROGRAMS, _LSE_MOST_PARTS = 1056, 8  # programs to start: eight on each of an H200's 132 multiprocessors
 _MAX_BLOCK, _MAX_WARPS = 1024, 8  # slots of a program that takes the largest
-_MAX_HEADS = 4  # KV heads whose logits it fetches at once
+_MAX_LOADS = 16  # query heads whose logits it fetches at once
 
 
 def _head_length(length_ref, address, row, head):
@@ -156,7 +156,7 @@ def _max_kernel(
         plgpu.store(out_ref.at[jnp.broadcast_to(b, slot.shape), at], most, mask=live)
 
     def read():
-        at_once = math.gcd(heads, _MAX_HEADS)
+        at_once = math.gcd(heads, max(1, _MAX_LOADS // group))
 
         def most_of(head, live):
             loaded = []

@@ -126,6 +126,8 @@ def generate(
     each = inputs.one_each("sampling", sampling, SamplingParams, SamplingParams(), len(prompts))
     if any(p.stop_strings or p.n != 1 or p.logprobs is not None or p.prompt_logprobs is not None for p in each):
         raise InvalidArgumentError("stop strings, n > 1 and log-probabilities need the engine: use LLM.generate.")
+    for i, params_ in enumerate(each):
+        inputs.check_stop_ids(params_, config.vocab_size, name=f"sampling {i}")
     reach = positions_reach(config)
     for i, prompt in enumerate(prompts):
         if len(prompt) + 1 > reach:

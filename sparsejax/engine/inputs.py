@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.errors import EmptyPromptError, InvalidArgumentError
 
 Prompt = str | Sequence[int]
@@ -75,6 +76,15 @@ def tokenize(
             f"prompt {index} has token id {outside[0]}; this model's ids are 0 to {vocab_size - 1}."
         )
     return TokenizedPrompt(text=prompt if isinstance(prompt, str) else None, token_ids=token_ids)
+
+
+def check_stop_ids(params: SamplingParams, vocab_size: int, *, name: str) -> None:
+    """Refuses stop tokens that would never stop anything. `name` is of the parameters, for the message."""
+    outside = [token for token in params.stop_ids if token >= vocab_size]
+    if outside:
+        raise InvalidArgumentError(
+            f"{name} has stop_token_ids with id {outside[0]}; this model's ids are 0 to {vocab_size - 1}."
+        )
 
 
 def one_each(

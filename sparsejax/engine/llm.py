@@ -284,12 +284,7 @@ class LLM:
                 raise InvalidArgumentError(
                     f"sampling_params {i} has stop strings, but there is no tokenizer to see them."
                 )
-            outside = [token for token in each.stop_ids if token >= self.model_config.vocab_size]
-            if outside:  # which would never stop anything
-                raise InvalidArgumentError(
-                    f"sampling_params {i} has stop_token_ids with id {outside[0]}; this model's ids are 0 to "
-                    f"{self.model_config.vocab_size - 1}."
-                )
+            inputs.check_stop_ids(each, self.model_config.vocab_size, name=f"sampling_params {i}")
         allowed = self.config.methods
         for i, each in enumerate(compression):
             if allowed is not None and each.method not in self._methods:

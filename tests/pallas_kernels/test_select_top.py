@@ -119,6 +119,28 @@ def test_probabilities_are_told_apart_like_all_scores(split_rows):
             np.testing.assert_array_equal(got, expected(scores, *ranges, K))
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_scores_that_are_none_choose_no_more_and_no_less(split_rows, monkeypatch, probabilities):
+    """The row of a request whose logits are not finite may not write into those of others."""
+    bits = [0x7F800000, 0x7FC00000, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF, 0xFF800000, 0x40000001]
+    scores = np.repeat(np.array(bits, np.uint32).view(np.float32)[:, None], SIZE, axis=1)
+    scores[::2, ::5] = 0.25
+    written, store = [], select_top_triton.plgpu.store
+
+    def watched(ref, value, *, mask=None):
+        if mask is not None:  # slots that are chosen, or -1
+            jax.debug.callback(lambda value, mask: written.append((mask & (value >= 0)).sum()), value, mask)
+        store(ref, value, mask=mask)
+
+    monkeypatch.setattr(select_top_triton.plgpu, "store", watched)
+    ranges = [np.full(len(bits), n, np.int32) for n in (3, 290, K)]
+    got = np.asarray(select_top(scores, *ranges, k=K, probabilities=probabilities, **LONG))
+    jax.effects_barrier()
+    assert sum(written) == len(bits) * K
+    assert ((got >= 3) & (got < 290)).all()
+    assert (np.diff(got) > 0).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_random_rows(data):

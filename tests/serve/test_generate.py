@@ -90,6 +90,7 @@ def test_an_answer_ends_where_the_positions_end(params):
         (["text"], GREEDY, InvalidArgumentError, "pass token ids"),
         ([[1], [2]], [GREEDY], InvalidArgumentError, "sampling has 1 items for 2 prompts"),
         ([[1]], SamplingParams(stop="x"), InvalidArgumentError, "stop strings"),
+        ([[1]], SamplingParams(stop_token_ids=[VOCAB]), InvalidArgumentError, f"stop_token_ids with id {VOCAB}"),
         ([[1]], SamplingParams(n=2), InvalidArgumentError, "n > 1"),
         ([[1]], SamplingParams(logprobs=2), InvalidArgumentError, "log-probabilities"),
         ([[1] * 128], GREEDY, PromptTooLongError, "positions reach 128"),
