@@ -69,9 +69,9 @@ def test_decode_step_lowers_with_one_kernel_between_projection_and_attention():
 @pytest.mark.parametrize(
     ("roles", "everyone", "kernels"),
     [
-        # Spans and merge of both layers; two more make probabilities, eight choose of a long row.
-        (("observe", "follow"), True, 2 * 2 + 2 + 8),
-        (("observe", "follow"), False, 2 * 2 + 2 + 8 + 2),
+        # Spans and merge of both layers; three more make probabilities, eight choose of a long row.
+        (("observe", "follow"), True, 2 * 2 + 3 + 8),
+        (("observe", "follow"), False, 2 * 2 + 3 + 8 + 2),
         # Bounds are updated and read; a row of 4,096 pages is one program.
         (("all", "pages"), True, 2 * 2 + 2 + 1),
     ],
