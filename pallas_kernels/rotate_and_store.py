@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.checks import check_places, check_pool, check_shape, query_group
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.paging import PageAddress
-from pallas_kernels.store_kv import store_kv, store_kv_reference
+from pallas_kernels.store_kv import load_places, store_kv, store_kv_reference
 from pallas_kernels.tiles import WHOLE, index_grid, load_lasting, next_power_of_two, vector_mask
 
 _NUM_WARPS = 2
@@ -145,14 +145,10 @@ def _kernel(
     def _():
         # All is fetched before anything is waited for, or stored: a load does not pass a store.
         k, v, angles = halves(query_heads), halves(query_heads + heads), rotation()
-        at = (address.table_layer, jnp.broadcast_to(token, head.shape), head if entry_ref.shape[2] > 1 else head * 0)
-        entry, slot = (
-            load_lasting(ref.at[at], mask=head < heads, other=0, layers=ref.shape[0]) for ref in (entry_ref, slot_ref)
+        page, slot, live = load_places(
+            entry_ref, slot_ref, token, head, heads=heads, pages=k_out.shape[0], address=address
         )
-        live = (head < heads) & (entry != 0)
-        # Dead lanes point past the pool: the interpreter writes old values back at masked lanes, and they must hit
-        # nothing live.
-        pages, _ = index_grid(jnp.where(live, address.page(entry, head), k_out.shape[0]), column)
+        pages, _ = index_grid(page, column)
         slots, _ = index_grid(slot, column)
         stored = vector_mask(live, columns, dim // 2)
         for pool, vectors in ((k_out, turned(k, angles)), (v_out, v)):

@@ -1,4 +1,4 @@
-"""`slot_probabilities` as Pallas-Triton kernels: decode attention that keeps its logits, and two that read them.
+"""`slot_probabilities` as Pallas-Triton kernels: decode attention that keeps its logits, and those that read them.
 
 Logits that have no place (`kept_logits`) are computed a second time.
 """
@@ -124,7 +124,7 @@ def _merge_lse_kernel(part_ref, lse_ref, *, exp2):
     # What fills up the tile counts nothing, even where all parts are empty.
     total = jnp.where(mask, exp2(lse - top[:, None]), 0.0).sum(axis=1)
     at = jnp.broadcast_to(b, head.shape), jnp.where(head < q_heads, head, lse_ref.shape[1] + head)
-    plgpu.store(lse_ref.at[at], top + jnp.log2(jnp.maximum(total, 1e-30)), mask=head < q_heads)
+    plgpu.store(lse_ref.at[at], top + jnp.log2(total), mask=head < q_heads)
 
 
 def _max_kernel(

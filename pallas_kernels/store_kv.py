@@ -87,6 +87,21 @@ def _store_xla(k_pages, v_pages, k, v, entry, slot, layer, *, address):
     )
 
 
+def load_places(
+    entry_ref, slot_ref, token, head: jax.Array, *, heads: int, pages: int, address: PageAddress
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(page, slot, live), each like `head` i32[n]: where a token's heads are stored, inside a kernel.
+
+    Lanes behind the `heads` and of dropped tokens are dead. They point past the pool of `pages`: the interpreter writes
+    old values back at masked lanes, and they must hit nothing live.
+    """
+    real = head < heads
+    at = (address.table_layer, jnp.broadcast_to(token, head.shape), head if entry_ref.shape[2] > 1 else head * 0)
+    entry, slot = (load_lasting(ref.at[at], mask=real, other=0, layers=ref.shape[0]) for ref in (entry_ref, slot_ref))
+    live = real & (entry != 0)
+    return jnp.where(live, address.page(entry, head), pages), slot, live
+
+
 def _store_kernel(k_ref, v_ref, entry_ref, slot_ref, layer_ref, _k_in, _v_in, k_out, v_out, *, address, heads):
     """One token: all its heads. The pools are only written, through the outputs, which are the donated inputs."""
     token = pl.program_id(0)
@@ -94,20 +109,13 @@ def _store_kernel(k_ref, v_ref, entry_ref, slot_ref, layer_ref, _k_in, _v_in, k_
     dim = k_out.shape[2]
     head = jnp.arange(next_power_of_two(heads), dtype=jnp.int32)
     column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
-    real = head < heads
-    at = (address.table_layer, jnp.broadcast_to(token, head.shape), head if entry_ref.shape[2] > 1 else head * 0)
-    entry, slot = (load_lasting(ref.at[at], mask=real, other=0, layers=ref.shape[0]) for ref in (entry_ref, slot_ref))
-    live = real & (entry != 0)
-    # Dead lanes point past the pool: the interpreter writes old values back at masked lanes, and they must hit
-    # nothing live.
-    page = jnp.where(live, address.page(entry, head), k_out.shape[0])
-
+    page, slot, live = load_places(entry_ref, slot_ref, token, head, heads=heads, pages=k_out.shape[0], address=address)
     pages, columns = index_grid(page, column)
     slots, _ = index_grid(slot, column)
     rows, _ = index_grid(head, column)
     # Fetched while the places are, and both before either is stored: a load does not pass a store.
     new = [
-        plgpu.load(ref.at[token, rows, columns], mask=vector_mask(real, columns, dim), other=0.0)
+        plgpu.load(ref.at[token, rows, columns], mask=vector_mask(head < heads, columns, dim), other=0.0)
         for ref in (k_ref, v_ref)
     ]
     for values, pool in zip(new, (k_out, v_out), strict=True):

@@ -29,6 +29,7 @@ def load_lasting(
 
 def load_of_layer(ref, layer, index) -> jax.Array:
     """Element [layer, index] of an array [Lt, n], inside a kernel."""
+    # The interpreter takes a layer that is a Python int for no index of a load.
     return load_lasting(ref.at[index * 0 + layer, index], layers=ref.shape[0])
 
 

@@ -70,21 +70,20 @@ def tokenize(
         token_ids = [int(token) for token in prompt]
     if not token_ids:
         raise EmptyPromptError(f"prompt {index} is empty: give it at least one token.")
-    outside = [token for token in token_ids if not 0 <= token < vocab_size]
-    if outside:
-        raise InvalidArgumentError(
-            f"prompt {index} has token id {outside[0]}; this model's ids are 0 to {vocab_size - 1}."
-        )
+    check_ids(token_ids, vocab_size, what=f"prompt {index} has token id")
     return TokenizedPrompt(text=prompt if isinstance(prompt, str) else None, token_ids=token_ids)
 
 
 def check_stop_ids(params: SamplingParams, vocab_size: int, *, name: str) -> None:
     """Refuses stop tokens that would never stop anything. `name` is of the parameters, for the message."""
-    outside = [token for token in params.stop_ids if token >= vocab_size]
-    if outside:
-        raise InvalidArgumentError(
-            f"{name} has stop_token_ids with id {outside[0]}; this model's ids are 0 to {vocab_size - 1}."
-        )
+    check_ids(params.stop_ids, vocab_size, what=f"{name} has stop_token_ids with id")
+
+
+def check_ids(token_ids: Sequence[int], vocab_size: int, *, what: str) -> None:
+    """Raises InvalidArgumentError for an id that is none of the vocabulary's; its message begins with `what`."""
+    outside = next((token for token in token_ids if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise InvalidArgumentError(f"{what} {outside}; this model's ids are 0 to {vocab_size - 1}.")
 
 
 def one_each(
