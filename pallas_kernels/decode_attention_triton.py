@@ -1,8 +1,7 @@
 """Decode attention as a Pallas-Triton kernel over the items of the work list.
 
-The kernel writes the results of heads that are one item itself; those of longer heads are merged (`merge_items`). At
-small batches a call is latency, a chain of loads that wait for each other, so it finds what it needs in as few hops as
-possible.
+Heads of one item are done with it; the items of longer heads are merged (`merge_items`). At small batches a call is
+latency, a chain of loads that wait for each other, so the kernel finds what it needs in as few hops as possible.
 """
 
 import functools
@@ -16,12 +15,11 @@ from pallas_kernels import online_softmax
 from pallas_kernels.decode_scores import ScoreRefs, add_decode_scores, add_kept_scores
 from pallas_kernels.decode_work import DecodeTile
 from pallas_kernels.kept_logits import ALIGNMENT, KeptLogits, has_place, keep, kept_shapes, logit_places
-from pallas_kernels.merge_items import merge_items
+from pallas_kernels.merge_items import ends_merge, is_last_end, merge_at_the_end, merge_items
 from pallas_kernels.online_softmax import LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
     exact_dot,
-    group_members,
     index_grid,
     kernel_exp2,
     load_of_layer,
@@ -50,13 +48,13 @@ def default_tile(k_pages: jax.Array) -> DecodeTile:
 
 
 def _span_kernel(
-    *refs, address, heads, group, scale, tile, indexed, positioned, recorded, scored, interpreted, exp2
+    *refs, address, heads, group, scale, tile, indexed, positioned, recorded, scored, ending, interpreted, exp2
 ):  # fmt: skip
     """One item of the work list: its output and log-sum-exp.
 
     They go to merged [B, Hq, D] and merged_lse [B, Hq] if the item is its whole head, else to out [items, G, D] and
-    lse [items, G]. When `recorded`, the logits are kept too, of the items that have a place; when `scored`, they are
-    turned into scores at once if the item is its whole head.
+    lse [items, G]; when `ending`, the last program of a head merges them from there. When `recorded`, the logits are
+    kept too, of the items that have a place; when `scored`, whoever writes the result of a head turns them into scores.
     """
     q_ref, k_ref, v_ref, table_ref, length_ref, row_ref, layer_ref, *refs = refs
     index_ref, refs = (refs[0], refs[1:]) if indexed else (None, refs)
@@ -64,24 +62,31 @@ def _span_kernel(
     place_ref, refs = (refs[0], refs[1:]) if recorded else (None, refs)
     power_ref, refs = (refs[0], refs[2:]) if scored else (None, refs)  # behind it the scores, which are an output
     score_ref, refs = (refs[-1], refs[:-1]) if scored else (None, refs)
-    head_row_ref, first_ref, last_ref, parts_ref, merged_ref, merged_lse_ref, out_ref, lse_ref, *kept = refs
+    ends_ref, refs = (refs[-1], refs[1:-1]) if ending else (None, refs)  # an output, too
+    head_row_ref, first_ref, last_ref, first_item_ref, parts_ref, *refs = refs
+    merged_ref, merged_lse_ref, out_ref, lse_ref, *kept = refs
     kept = KeptLogits(*kept) if recorded else None
     item = pl.program_id(0)
     address = address.join_layer(layer_ref, table_ref.shape[0])
     dim, page_size = q_ref.shape[2], k_ref.shape[1]
+    column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
     first, last, head_row, row = (
         load_of_layer(ref, address.table_layer, item) for ref in (first_ref, last_ref, head_row_ref, row_ref)
     )
+
+    def write(out_ref, lse_ref, lead, first_head, out, lse):
+        """The members of a group, from tiles that may have more."""
+        member = jnp.arange(lse.shape[0], dtype=jnp.int32)
+        members, columns = index_grid(member, column)
+        mask = vector_mask(member < group, columns, dim)
+        plgpu.store(out_ref.at[lead, first_head + members, columns], out.astype(out_ref.dtype), mask=mask)
+        plgpu.store(lse_ref.at[lead, first_head + member], lse, mask=member < group)
 
     @pl.when(first < last)
     def _():
         b, h = head_row // heads, head_row % heads
         parts = load_of_layer(parts_ref, address.table_layer, head_row)
         length = length_ref[address.table_layer, row, h if length_ref.shape[2] > 1 else 0]
-        member = group_members(group)
-        column = jnp.arange(next_power_of_two(dim), dtype=jnp.int32)
-        members, columns = index_grid(member, column)
-        real = vector_mask(member < group, columns, dim)
         q = load_queries(q_ref, b, h, group=group)
         in_block = jnp.arange(tile.block, dtype=jnp.int32)
         logits_place, stays = None, None
@@ -129,22 +134,33 @@ def _span_kernel(
 
         # Only the end of a head is not a whole block.
         full, steps = (last - first) // tile.block, pl.cdiv(last - first, tile.block)
-        state = online_softmax.start(member.shape, column.shape[0])
+        state = online_softmax.start((q.shape[0],), column.shape[0])
         state = attend(state, (0, full), masked=False)
         state = attend(state, (full, steps), masked=True)
         out, lse = online_softmax.finish(state)
 
-        def write(out_ref, lse_ref, lead, at_member, at_members):
-            plgpu.store(out_ref.at[lead, at_members, columns], out.astype(out_ref.dtype), mask=real)
-            plgpu.store(lse_ref.at[lead, at_member], lse, mask=member < group)
+        pl.when(parts == 1)(lambda: write(merged_ref, merged_lse_ref, b, h * group, out, lse))
+        pl.when(parts > 1)(lambda: write(out_ref, lse_ref, item, 0, out, lse))
+        ends_head = parts == 1
+        if ends_ref is not None:
+            several = parts > 1
+            ends_head |= jax.lax.cond(
+                several,
+                lambda: is_last_end(ends_ref, head_row, parts, interpreted=interpreted),
+                lambda: several,  # False: Triton takes no constant here
+            )
 
-        pl.when(parts == 1)(lambda: write(merged_ref, merged_lse_ref, b, h * group + member, h * group + members))
-        pl.when(parts > 1)(lambda: write(out_ref, lse_ref, item, member, members))
-        if kept is None or stays is None or power_ref is None:
+            @pl.when(ends_head & several)
+            def _():
+                first_item = load_of_layer(first_item_ref, address.table_layer, head_row)
+                merged = merge_at_the_end(out_ref, lse_ref, first_item, parts, num_heads=parts_ref.shape[1])
+                write(merged_ref, merged_lse_ref, b, h * group, *merged)
+
+        if kept is None or power_ref is None:
             return
         power, own_logits = power_ref[b], kept
 
-        @pl.when((parts == 1) & stays & (power > 0))
+        @pl.when(ends_head & has_place(logits_place, length, own_logits) & (power > 0))
         def _():
             if not interpreted:
                 plgpu.debug_barrier()  # other threads of this program wrote what this one reads
@@ -153,13 +169,23 @@ def _span_kernel(
                 own_logits,
                 logits_place,
                 lambda member: merged_lse_ref[b, h * group + member],
-                first,
-                last,
+                0,
+                length,
                 power,
                 group=group,
                 block=tile.block,
                 exp2=exp2,
             )
+
+    if ends_ref is None:
+        return
+    # No item ends a head that reads nothing. There are more programs than heads, so each can look after one.
+    some_head = jnp.minimum(item, parts_ref.shape[1] - 1)
+
+    @pl.when((some_head == item) & (load_of_layer(parts_ref, address.table_layer, some_head) == 0))
+    def _():
+        nothing = online_softmax.start((next_power_of_two(group),), column.shape[0])
+        write(merged_ref, merged_lse_ref, item // heads, item % heads * group, *online_softmax.finish(nothing))
 
 
 @functools.partial(jax.jit, static_argnames=("address", "heads", "scale", "tile", "interpret"))
@@ -175,7 +201,7 @@ def decode_attention_triton(
     )
     if score is not None:
         score = add_decode_scores(
-            score, kept, places, lse, q, k_pages, page_table, rows, position, power, work, layer, **options
+            score, kept, places, lse, q, k_pages, page_table, lengths, rows, position, power, work, layer, **options
         )
     return out, lse, score
 
@@ -188,7 +214,8 @@ def attend_spans(
 
     Args:
       places: where the logits of each head go, as `logit_places` says; None: nowhere.
-      score: written in place; has what this step adds for heads that are one item. For the others see `decode_scores`.
+      score: written in place; has what this step adds for heads that a program ends. For the others see
+        `decode_scores`.
       power: i32[B]; not used without `score`.
     """
     batch, q_heads, dim = q.shape
@@ -200,21 +227,25 @@ def attend_spans(
     optional = [*(x for x in (indices, position, places) if x is not None), *scored]
     item_row = rows[work.head_row // heads]
     inputs = [q, k_pages, v_pages, page_table, lengths, item_row, layer, *optional]
-    inputs += [work.head_row, work.first, work.last, work.parts]
-    merged_shape = [
+    out_shape = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((batch, q_heads), jnp.float32),
-    ]
-    out_shape = [
-        *merged_shape,
         jax.ShapeDtypeStruct((items, group, dim), jnp.float32),
         jax.ShapeDtypeStruct((items, group), jnp.float32),
     ]
     if places is not None:
         max_slots = page_table.shape[3] * k_pages.shape[1]
         out_shape += kept_shapes(batch * heads, group, max_slots, pool_dtype=k_pages.dtype, block=tile.block)
-    out_shape += scored[1:]
-    merged, merged_lse, out, lse, *kept = pl.pallas_call(
+    aliases = {}
+    if ending := ends_merge(batch * heads):
+        ends = jnp.zeros(batch * heads, jnp.int32)
+        aliases[len(inputs)] = len(out_shape)
+        inputs, out_shape = [*inputs, ends], [*out_shape, ends]
+    if score is not None:
+        aliases[6 + len(optional)] = len(out_shape)
+        out_shape = [*out_shape, score]
+    inputs += [work.head_row, work.first, work.last, work.first_item, work.parts]
+    merged, merged_lse, out, lse, *others = pl.pallas_call(
         functools.partial(
             _span_kernel,
             address=address,
@@ -226,21 +257,24 @@ def attend_spans(
             positioned=position is not None,
             recorded=places is not None,
             scored=score is not None,
+            ending=ending,
             interpreted=interpret,
             exp2=kernel_exp2(interpret),
         ),
         grid=(items,),
         in_specs=[WHOLE] * len(inputs),
         out_specs=[WHOLE] * len(out_shape),
-        out_shape=out_shape,
-        input_output_aliases={6 + len(optional): len(out_shape) - 1} if scored else {},
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out_shape],
+        input_output_aliases=aliases,
         compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=interpret,
         name="decode_attention_spans",
     )(*inputs)
-    if scored:
-        score = kept.pop()
-    merged, merged_lse = merge_items(
-        out, lse, layer, work, heads=heads, whole=(merged, merged_lse), interpret=interpret
-    )
-    return merged, merged_lse, KeptLogits(*kept) if kept else None, score
+    if score is not None:
+        score = others.pop()
+    kept = None if places is None else KeptLogits(*others[:2])
+    if not ending:
+        merged, merged_lse = merge_items(
+            out, lse, layer, work, heads=heads, whole=(merged, merged_lse), interpret=interpret
+        )
+    return merged, merged_lse, kept, score

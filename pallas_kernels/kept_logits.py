@@ -66,6 +66,11 @@ def kept_shapes(heads: int, group: int, max_slots: int, *, pool_dtype, block: in
     )
 
 
+def keeps_all(kept: KeptLogits, heads: int, max_slots: int) -> bool:
+    """Whether there are places for the logits of `heads` (request, KV head) pairs, however long they are."""
+    return kept.distances.shape[1] >= heads * -(-max_slots // ALIGNMENT) * ALIGNMENT
+
+
 @functools.partial(jax.jit, static_argnames=("heads",))
 def logit_places(lengths: jax.Array, rows: jax.Array, power: jax.Array, *, heads: int) -> jax.Array:
     """i32[Lt, B*H] where the logits of each (request, KV head) start, in units of ALIGNMENT.
@@ -113,40 +118,42 @@ def keep(
     plgpu.store(kept.tops.at[member, at_block], top, mask=mask, eviction_policy="evict_last")
 
 
-def block_grid(begin, blocks: int, block: int) -> jax.Array:
-    """i32[blocks, block] the slots from `begin` on, as `load_kept` wants them."""
-    shape = (blocks, block)
-    return begin + jax.lax.broadcasted_iota(jnp.int32, shape, 0) * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+def run_grid(begin, runs: int, run: int) -> jax.Array:
+    """i32[runs, run] the slots from `begin` on, as `load_kept` gives them."""
+    shape = (runs, run)
+    return begin + jax.lax.broadcasted_iota(jnp.int32, shape, 0) * run + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
 class Loaded(NamedTuple):
-    """What `load_kept` fetched: distance [blocks, block] from the top f32[blocks] of its block."""
+    """What `load_kept` fetched: distance [runs, run] from the top f32[runs] of its block."""
 
     distance: jax.Array
     top: jax.Array
 
     @property
     def logits(self) -> jax.Array:
-        """f32[blocks, block], base 2; -inf of dead slots."""
+        """f32[runs, run], base 2; -inf of dead slots, and of those behind the item in its last block."""
         return self.distance.astype(jnp.float32) + self.top[:, None]
 
 
-def load_kept(kept: KeptLogits, member, place, begin, live: jax.Array) -> Loaded:
+def load_kept(kept: KeptLogits, member, place, begin, live: jax.Array, *, run: int, block: int) -> Loaded:
     """Logits of one member of the group, inside a kernel.
 
-    Nothing waits for them before they are used: load many, then use them.
+    Nothing waits for them before they are used: load many, then use them. Runs are read whole, as blocks are kept
+    whole: with a mask of slots, Triton would load them one by one.
 
     Args:
       member: its number in the group.
       place: of the head, in units of ALIGNMENT.
       begin: the first slot, a multiple of the block.
-      live: bool[blocks, block], which to read; the others may be anything.
+      live: bool[runs], which runs of slots to read; the others may be anything.
+      run: slots of a run; divides `block`.
+      block: slots of a block of the spans.
     """
-    blocks, block = live.shape
     start = place * ALIGNMENT + begin // block * block
-    slot = block_grid(start, blocks, block)
-    distance = plgpu.load(kept.distances.at[jnp.broadcast_to(member, slot.shape), slot], mask=live, other=0.0)
-    at = start // block + jnp.arange(blocks, dtype=jnp.int32)
-    exists = at < kept.tops.shape[1]
-    top = plgpu.load(kept.tops.at[jnp.broadcast_to(member, at.shape), at], mask=exists, other=0.0)
+    slot = run_grid(start, live.shape[0], run)
+    mask = jnp.broadcast_to(live[:, None], slot.shape)
+    distance = plgpu.load(kept.distances.at[jnp.broadcast_to(member, slot.shape), slot], mask=mask, other=0.0)
+    at = start // block + jnp.arange(live.shape[0], dtype=jnp.int32) * run // block
+    top = plgpu.load(kept.tops.at[jnp.broadcast_to(member, at.shape), at], mask=live, other=0.0)
     return Loaded(distance, top)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode_attention_triton import attend_spans
-from pallas_kernels.kept_logits import KeptLogits, block_grid, has_place, load_kept, logit_places
+from pallas_kernels.kept_logits import KeptLogits, has_place, load_kept, logit_places, run_grid
 from pallas_kernels.online_softmax import DEAD_SCORE, EMPTY_LSE, LOG2_E
 from pallas_kernels.tiles import (
     WHOLE,
@@ -85,9 +85,10 @@ def _lse_kernel(
 
         def logits_of(step):
             begin = aligned + step * (blocks * block)
-            slot = block_grid(begin, blocks, block)
-            live = (slot >= first) & (slot < last)
-            return load_kept(kept, own, place, begin, live).logits, live
+            slot = run_grid(begin, blocks, block)
+            exists = begin + jnp.arange(blocks, dtype=jnp.int32) * block < last
+            loaded = load_kept(kept, own, place, begin, exists, run=block, block=block)
+            return loaded.logits, (slot >= first) & (slot < last)
 
         top, total = accumulate(aligned, blocks, blocks * block, logits_of)
         most = top.max()
@@ -157,17 +158,19 @@ def _max_kernel(
 
     def read():
         at_once = math.gcd(heads, max(1, _MAX_LOADS // group))
+        exists = begin + jnp.arange(blocks, dtype=jnp.int32) * block < last
 
         def most_of(head, live):
+            del live  # what is read of other slots is not written
             loaded = []
             for own in range(at_once):
                 place = place_ref[address.table_layer, b * heads + head + own]
                 for member in range(group):
                     lse = lse_ref[b, (head + own) * group + member]
-                    loaded.append((lse, load_kept(kept, member, place, begin, live)))
+                    loaded.append((lse, load_kept(kept, member, place, begin, exists, run=block, block=block)))
             return functools.reduce(jnp.maximum, [exp2(each.logits - lse) for lse, each in loaded])
 
-        write(block_grid(begin, blocks, block), most_of, at_once)
+        write(run_grid(begin, blocks, block), most_of, at_once)
 
     def compute():
         member = group_members(group)

@@ -364,10 +364,10 @@ def cases() -> list[Case]:
         *(_decode_case(*shape, 32, QWEN_7B) for shape in uniform),
         *(_decode_case(*shape, 32, lengths="ragged") for shape in ragged),
         *(_decode_case(batch, 8192, 32, lengths="served") for batch in (96, 256)),
-        _decode_case(64, 4096, 32),
+        *(_decode_case(batch, 4096, 32) for batch in (32, 64)),
         # As a serving batch has them: short contexts, some tokens past a round number.
         *(_decode_case(batch, 2111, 32) for batch in (1, 16, 32, 64, 128, 256)),
-        *(_decode_case(*shape, 32, scored=True) for shape in ((64, 2111), (64, 4096), (8, 32768))),
+        *(_decode_case(*shape, 32, scored=True) for shape in ((64, 2111), (32, 4096), (64, 4096), (8, 32768))),
         Case(
             "record 32 queries at 32k",
             "record_attention",

@@ -180,5 +180,5 @@ def test_production_shapes_lower_for_cuda_in_place(granularity):
     params, rows = abstract_params(config, jnp.bfloat16), np.zeros(256, np.int32)
     text = lower_for_h200(step, params, cache, state, batch, rows, donate_argnums=(1, 2))
     assert donated_arguments(text) == len(jax.tree.leaves((cache, state)))
-    # Store, prefill, and of decode the spans and their merge.
-    assert triton_calls(text) == 4
+    # Store, prefill and decode, whose 2,056 heads need no kernel to merge them.
+    assert triton_calls(text) == 3

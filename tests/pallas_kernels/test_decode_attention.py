@@ -123,24 +123,26 @@ def test_listing_every_slot_equals_reading_all(mode):
 
 
 @pytest.mark.parametrize(
-    ("limit", "value", "granularity", "group", "dim"),
+    ("limits", "granularity", "group", "dim"),
     [
-        ("_MANY_HEADS", 1, "per_head", 7, 64),  # all members by one program
-        ("_TILE", 128, "shared", 3, 80),  # some elements by each
+        ({"_MANY_HEADS": 1}, "per_head", 7, 64),  # by the last program of a head
+        ({"_MANY_HEADS": 1, "_TILE_AT_THE_END": 512}, "shared", 3, 80),  # which reads them one by one
+        ({"_TILE": 128}, "shared", 3, 80),  # by a kernel, some elements by each program
     ],
 )
-def test_items_are_merged_alike_by_fewer_and_by_more_programs(monkeypatch, limit, value, granularity, group, dim):
+def test_items_are_merged_alike_in_any_way(monkeypatch, limits, granularity, group, dim):
     case = make_paged(
         lengths=LENGTHS, granularity=granularity, heads=2, dim=dim, page=8, columns=MAX_SLOTS // 8, dtype=jnp.float32
     )
     q = normal(1, len(ROWS), 2 * group, dim, dtype=jnp.float32)
     mode = {"implementation": "triton", "interpret": True}
     usual = attend(case, q, 2, mode)
-    monkeypatch.setattr(merge_items, limit, value)
+    for limit, value in limits.items():
+        monkeypatch.setattr(merge_items, limit, value)
     jax.clear_caches()
     other = attend(case, q, 2, mode)
     jax.clear_caches()
-    jax.tree.map(np.testing.assert_array_equal, other, usual)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), other, usual)
     assert_same_attention(other, reference(case, q, 2), jnp.float32)
 
 
@@ -229,7 +231,7 @@ def test_lowers_for_cuda_at_production_shapes(granularity, batch, q_heads, heads
         shape((batch,), jnp.int32),
         indices,
     )
-    assert triton_calls(text) == 2
+    assert triton_calls(text) == (1 if batch * heads >= 256 else 2)  # few heads are merged by a second kernel
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pallas_kernels import (
     decode_attention_reference,
     decode_work_list,
     kept_logits,
+    merge_items,
 )
 
 BLOCK = 16
@@ -99,6 +100,35 @@ def test_a_probability_mass_of_one_a_query_head(mode):
     np.testing.assert_allclose(np.asarray(got).sum(), attending.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize(
+    ("granularity", "group", "dim", "page", "dtype", "kept"),
+    [
+        ("per_head", 4, 64, 8, jnp.float32, None),
+        ("per_head", 7, 80, 4, jnp.bfloat16, 6),  # heads of which all logits are kept, some, and none
+        ("shared", 4, 128, 16, jnp.float16, 1),
+    ],
+)
+def test_a_program_that_ends_a_head_scores_it(monkeypatch, mode, granularity, group, dim, page, dtype, kept):
+    case = paged(granularity, 2, dim, page, dtype)
+    position, score = slot_state(case)
+    q = normal(1, len(ROWS), 2 * group, dim, dtype=dtype)
+    monkeypatch.setattr(merge_items, "_MANY_HEADS", 1)
+    if kept is not None:
+        size = kept_logits.kept_dtype(dtype).itemsize
+        monkeypatch.setattr(kept_logits, "_MOST_BYTES", kept * kept_logits.ALIGNMENT * group * size)
+    jax.clear_caches()
+    *attention, got = run(case, q, 2, mode, position=position, score=score, power=POWER)
+    jax.clear_caches()
+    *expected_attention, expected = reference(
+        q, *case[:4], ROWS, address=case.address, num_kv_heads=2, scale=dim**-0.5, position=position, score=score,
+        power=POWER,
+    )  # fmt: skip
+    assert_same_attention(attention, expected_attention, dtype)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("power", [1, 2])
 def test_whole_heads_score_many_slots_step_by_step(power):
     case = make_paged(
@@ -118,11 +148,11 @@ def test_whole_heads_score_many_slots_step_by_step(power):
 
 
 @pytest.mark.gpu
-def test_many_whole_heads_on_the_gpu():
-    heads, batch = 8, 64
+@pytest.mark.parametrize(("heads", "batch", "longest"), [(8, 64, 2111), (4, 80, 4200)])
+def test_many_heads_on_the_gpu(heads, batch, longest):
     case = make_paged(
-        lengths=(0, *range(2111 - batch, 2111)), granularity="per_head", heads=heads, dim=128, page=32, columns=66,
-        dtype=jnp.bfloat16,
+        lengths=(0, *range(longest - batch, longest)), granularity="per_head", heads=heads, dim=128, page=32,
+        columns=-(-longest // 32), dtype=jnp.bfloat16,
     )  # fmt: skip
     position, score = slot_state(case)
     rows = jnp.arange(1, batch + 1, dtype=jnp.int32)
@@ -219,8 +249,10 @@ def test_lowers_for_cuda_in_place(granularity, batch, q_heads, heads, dim, dtype
         shape((batch,), jnp.int32),
         donate_argnums=7,
     )
-    # The first kernel and the last write into the score, the merge kernel into the outputs of the first.
-    assert (triton_calls(text), kernel_aliases(text), donated_arguments(text)) == (3, 4, 1)
+    # All that there are write into the score. Many heads are merged by the programs that end them, which count the ends
+    # in place; few by a second kernel, in place of the outputs of the first.
+    kernels, aliases = (2, 3) if batch * heads >= 256 else (3, 4)
+    assert (triton_calls(text), kernel_aliases(text), donated_arguments(text)) == (kernels, aliases, 1)
 
 
 @pytest.mark.parametrize(

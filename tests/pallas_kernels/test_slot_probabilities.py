@@ -151,7 +151,7 @@ def test_lowers_for_cuda(granularity, batch, q_heads, heads, dim, dtype):
         shape((batch, q_heads, dim), dtype), pool, pool, shape((layers, rows, table_heads, 4096), jnp.int32),
         shape((layers, rows, table_heads), jnp.int32), lanes, lanes, lanes,
     )  # fmt: skip
-    assert triton_calls(text) == (5 if batch == 8 else 4)  # few heads are summed in parts, which are merged
+    assert triton_calls(text) == (5 if batch == 8 else 3)  # few heads are merged, and summed in parts, by more kernels
 
 
 @pytest.mark.parametrize(
