@@ -58,10 +58,11 @@ def write_model(folder):
     return folder
 
 
-def write_packed(folder, rows: int = 40, length: int = LENGTH):
-    """Packed rows of random tokens, three documents in every two rows."""
+def write_packed(folder, rows: int = 40, length: int = LENGTH, *, alike: bool = False):
+    """Packed rows of random tokens, or the same row again and again; three documents in every two rows."""
     folder.mkdir(parents=True)
-    tokens(rows, length, seed=1).astype("<u2").tofile(folder / "tokens.bin")
+    content = np.repeat(tokens(1, length, seed=1), rows, axis=0) if alike else tokens(rows, length, seed=1)
+    content.astype("<u2").tofile(folder / "tokens.bin")
     np.arange(0, rows * length, 2 * length // 3).astype("<i8").tofile(folder / "starts.bin")
     manifest = {"version": 1, "rows": rows, "length": length, "dtype": "<u2", "vocab_size": MODEL.vocab_size}
     (folder / "packed.json").write_text(json.dumps(manifest))

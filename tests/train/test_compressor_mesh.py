@@ -1,9 +1,10 @@
-"""Training over a mesh gives what one device gives; in a process of its own, with eight CPU devices."""
+"""Training over a mesh gives what one device gives; in a process of its own, with eight CPU devices or two GPUs."""
 
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from sparsejax.errors import InvalidArgumentError
@@ -19,17 +20,18 @@ from train.compressor.options import TrainOptions
 from train.compressor.placement import Placement
 from train.compressor.step import init_state, make_train_step
 
-assert jax.device_count() == 8
+devices = jax.device_count()
+meshes = (f"data={devices}", f"data={devices // 2},model=2")
 config = CompressorConfig(num_layers=2, kv_dim=32, **COMPRESSOR)
 options = TrainOptions(max_steps=4, dtype="float32", learning_rate=1e-2, document_masks=True)
-rows = tokens(16).reshape(2, 8, -1)
+rows = tokens(2 * devices).reshape(2, devices, -1)
 documents = np.broadcast_to(np.arange(rows.shape[-1]) // 10, rows.shape).astype(np.int32)
 found = {}
-for name in ("one", "data=8", "data=4,model=2"):
+for name in ("one", *meshes):
     placement = Placement(jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1],
         axis_types=(jax.sharding.AxisType.Auto,) * 2)) if name == "one" else Placement.make(name)
     frozen = stack_layers(MODEL, model_params(), placement)
-    if name == "data=4,model=2":
+    if "model" in name:
         cut = [leaf for leaf in jax.tree.leaves(frozen) if not leaf.sharding.is_fully_replicated]
         assert sum(leaf.size for leaf in cut) > 0.9 * sum(leaf.size for leaf in jax.tree.leaves(frozen))
     params = stack_compressor(init_params(config, jax.random.key(0)))
@@ -42,19 +44,36 @@ for name in ("one", "data=8", "data=4,model=2"):
         state, metrics = step(state, frozen, *batch)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
     found[name] = jax.device_get((state.params, metrics))
-for name in ("data=8", "data=4,model=2"):
+for name in meshes:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), found[name], found["one"])
-print("equal")
+print(devices, "equal")
 """
+
+
+def run_script(devices: int, **environment: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.stdout.strip() == f"{devices} equal", result.stderr[-3000:]
 
 
 def test_eight_devices_train_as_one_does():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300, check=False
+    run_script(8, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+
+
+@pytest.mark.gpu
+def test_two_gpus_train_as_one_does():
+    if jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"
+    run_script(
+        2,
+        CUDA_VISIBLE_DEVICES=",".join(visible.split(",")[:2]),
+        JAX_DEFAULT_MATMUL_PRECISION="highest",
+        XLA_PYTHON_CLIENT_PREALLOCATE="false",
     )
-    assert result.stdout.strip() == "equal", result.stderr[-3000:]
 
 
 @pytest.mark.parametrize("text", ["data", "rows=2", "data=0", "data=2,", "data=x"])
