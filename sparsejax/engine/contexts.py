@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Hashable
 
 from sparsejax.engine.blocks import Row
-from sparsejax.engine.request import Request
+from sparsejax.engine.request import CompressionRecord, Request
 
 
 def context_key(request: Request) -> Hashable | None:
@@ -36,6 +36,7 @@ class Contexts:
         self._rows: dict[Hashable, Row] = {}
         self._keys: dict[Row, Hashable] = {}
         self._ready: set[Row] = set()
+        self._records: dict[Row, CompressionRecord] = {}
         self._pending: dict[Hashable, Request] = {}  # whose row will be copied
 
     def __contains__(self, row: Row) -> bool:
@@ -73,7 +74,18 @@ class Contexts:
         """Tells that a copy has been measured."""
         self._ready.add(row)
 
+    def describe(self, request: Request, record: CompressionRecord) -> None:
+        """Tells what compression did to a request's row, of which there may be a copy."""
+        row = self._rows.get(request.context_key)
+        if row is not None:
+            self._records.setdefault(row, record)
+
+    def record_of(self, row: Row) -> CompressionRecord | None:
+        """What compression did to the row that is copied here."""
+        return self._records.get(row)
+
     def forget(self, row: Row) -> None:
         """Takes a copy out: it is about to be released."""
         del self._rows[self._keys.pop(row)]
         self._ready.discard(row)
+        self._records.pop(row, None)

@@ -27,7 +27,7 @@ from sparsejax.engine.memory import explain_out_of_memory
 from sparsejax.engine.outputs import Logprob, logprobs_of_token
 from sparsejax.engine.plan import Chunk, Evict, FullRing
 from sparsejax.engine.prefix_cache import PrefixCacheStats
-from sparsejax.engine.request import Request, derive_seed, expand
+from sparsejax.engine.request import CompressionRecord, Request, derive_seed, expand
 from sparsejax.engine.runner import Runner
 from sparsejax.engine.sampling import NOT_FINITE, SampleOutput
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
@@ -265,16 +265,17 @@ class Engine:
                 self._take_token(request, lane, step.output.sample)
 
     def _take_compression(self, compressed: Compressed) -> None:
-        found = self._answers.get(compressed.entry.request.request_id)
-        if found is None:  # it has ended
-            return
-        record = found[1].compression
+        request = compressed.entry.request
+        found = self._answers.get(request.request_id)
+        record = CompressionRecord() if found is None else found[1].compression
         record.count += 1
         record.seconds += compressed.seconds
         record.bytes_before = self._bytes_of(compressed.entries_before)
         record.bytes_after = self._bytes_of(compressed.entries_after)
         record.kept_tokens = None if compressed.kept is None else compressed.kept.tolist()
-        found[1].kv_bytes = max(found[1].kv_bytes, record.bytes_before)
+        self.scheduler.describe(request, record)  # also if it has ended: others take over its context
+        if found is not None:
+            found[1].kv_bytes = max(found[1].kv_bytes, record.bytes_before)
 
     def _take_stored(self, results: Results) -> None:
         """Counts what chunks and full rings have compressed, of requests that are stored compressed."""

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from sparsejax.engine.blocks import Row
 from sparsejax.engine.contexts import Contexts
 from sparsejax.engine.prefix_tree import PrefixTree
-from sparsejax.engine.request import Request
+from sparsejax.engine.request import CompressionRecord, Request
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ class Hit:
       count: tokens to take over from `source`.
       pending: tokens that a row will hold once its prefill has gone on, if more than `count`; else 0.
       compressed: all that `source` holds is taken over; it is what is left of the first `count` tokens.
+      record: what compression did to it then.
     """
 
     source: Row | None = None
     count: int = 0
     pending: int = 0
     compressed: bool = False
+    record: CompressionRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class PrefixCache:
         row, pending = self._contexts.find(request)
         if row is None:
             return Hit(pending=length if pending else 0)
-        return Hit(row, length, compressed=True)
+        return Hit(row, length, compressed=True, record=self._contexts.record_of(row))
 
     def _find(self, request: Request) -> Hit:
         if request.context_key is not None:
@@ -210,6 +212,11 @@ class PrefixCache:
     def settle(self, row: Row) -> None:
         """Tells that a resident copy has been measured: it can be forked."""
         self._contexts.settle(row)
+        self._found = None
+
+    def describe(self, request: Request, record: CompressionRecord) -> None:
+        """Tells what compression did to a request's row, for those that take over its context."""
+        self._contexts.describe(request, record)
         self._found = None
 
     def forget(self, row: Row) -> None:

@@ -20,6 +20,17 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
+@dataclass
+class CompressionRecord:
+    """What compression did to a row; sizes are those of the last time."""
+
+    count: int = 0
+    seconds: float = 0.0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    kept_tokens: list[list[int]] | None = None
+
+
 @dataclass(eq=False)
 class Request:
     """One answer to one prompt (`n` answers are n requests, see `expand`). Only scheduler and engine change it.
@@ -55,6 +66,7 @@ class Request:
       is_evicting: its row has been evicted from by a method that evicts per step.
       context_key: names what its row holds once its context is compressed, set by `Scheduler.add`; None if others
         cannot take that over.
+      context_record: what compression did to the context that it took over; None if it computed its own.
       finish_reason: "stop", "length" or "abort" once FINISHED.
       stop_reason: the stop string or stop token id that ended it; None for the model's end token.
     """
@@ -82,6 +94,7 @@ class Request:
     num_held: int = 0
     is_evicting: bool = False
     context_key: Hashable | None = None
+    context_record: CompressionRecord | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 

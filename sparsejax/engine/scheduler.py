@@ -61,7 +61,7 @@ from sparsejax.engine.footprint import Footprint
 from sparsejax.engine.limits import check_limits, most_tokens
 from sparsejax.engine.plan import Chunk, Evict, Plan
 from sparsejax.engine.prefix_cache import Hit, PrefixCacheStats
-from sparsejax.engine.request import Request, Status
+from sparsejax.engine.request import CompressionRecord, Request, Status
 from sparsejax.engine.rows import Rows
 from sparsejax.engine.scheduler_config import SchedulerConfig
 from sparsejax.engine.store_rows import StoreRows
@@ -290,6 +290,11 @@ class Scheduler:
         """
         return self._rows.settle(balance, counts)
 
+    def describe(self, request: Request, record: CompressionRecord) -> None:
+        """Tells what compression did to a request's row, for those that take over its context."""
+        if self._rows.cache is not None and request.context_key is not None:
+            self._rows.cache.describe(request, record)
+
     def held_entries(self, request: Request) -> EntryCount:
         """Table entries that the request's row is counted to hold, shared ones included; 0 if it has no row."""
         return 0 if request.row is None else self._rows.of(request).weight
@@ -422,6 +427,7 @@ class Scheduler:
     def _admit(self, request: Request, hit: Hit) -> None:
         self._rows.give(request, hit)
         request.status = Status.PREFILLING
+        request.context_record = hit.record
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self.clock()
             request.num_cached_tokens = request.num_reused

@@ -7,18 +7,7 @@ from dataclasses import dataclass, field
 from sparsejax.engine.detokenizer import Detokenizer
 from sparsejax.engine.inputs import TokenizedPrompt
 from sparsejax.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from sparsejax.engine.request import Request
-
-
-@dataclass
-class CompressionRecord:
-    """What compression did to an answer's row; sizes are those of the last time."""
-
-    count: int = 0
-    seconds: float = 0.0
-    bytes_before: int = 0
-    bytes_after: int = 0
-    kept_tokens: list[list[int]] | None = None
+from sparsejax.engine.request import CompressionRecord, Request
 
 
 @dataclass(eq=False)
@@ -46,6 +35,11 @@ class Answer:
     taken: int = 0
     compression: CompressionRecord = field(default_factory=CompressionRecord)
     read_tokens: float | None = None
+
+    @property
+    def last_compression(self) -> CompressionRecord:
+        """The sizes around the last compression of what its row holds, be it that of a context that it took over."""
+        return self.compression if self.compression.count else self.request.context_record or self.compression
 
     def output(self, *, increment: bool) -> CompletionOutput:
         """The answer so far, or what is new of it since the last increment."""
@@ -119,9 +113,9 @@ class Submission:
                 kv_bytes=sum(answer.kv_bytes for answer in self.answers),
                 num_compressions=sum(answer.compression.count for answer in self.answers),
                 compression_seconds=sum(answer.compression.seconds for answer in self.answers),
-                kv_bytes_before_compression=sum(answer.compression.bytes_before for answer in self.answers),
-                kv_bytes_after_compression=sum(answer.compression.bytes_after for answer in self.answers),
-                kept_tokens=self.answers[0].compression.kept_tokens,
+                kv_bytes_before_compression=sum(answer.last_compression.bytes_before for answer in self.answers),
+                kv_bytes_after_compression=sum(answer.last_compression.bytes_after for answer in self.answers),
+                kept_tokens=self.answers[0].last_compression.kept_tokens,
                 read_tokens=self.answers[0].read_tokens,
                 first_scheduled_time=min(scheduled, default=None),
                 first_token_time=self.first_token_time,

@@ -48,6 +48,12 @@ def test_later_questions_fork_the_compressed_context(llm, computed, asked):
     outputs = [llm.generate(prompt, GREEDY, asked, use_tqdm=False)[0] for prompt in PROMPTS_OVER_IT]
     assert cached(outputs) == [0, len(CONTEXT), len(CONTEXT)]
     assert [output.metrics.num_compressions for output in outputs] == [1, 0, 0]
+    first, *others = (output.metrics for output in outputs)
+    assert 0 < first.kv_bytes_after_compression < first.kv_bytes_before_compression
+    for metrics in others:
+        assert metrics.kept_tokens == first.kept_tokens
+        assert metrics.kv_bytes_before_compression == first.kv_bytes_before_compression
+        assert metrics.kv_bytes_after_compression == first.kv_bytes_after_compression
     assert tokens(outputs) == expected
     llm.reset_prefix_cache()
     together = llm.generate(PROMPTS_OVER_IT, GREEDY, asked, use_tqdm=False)
