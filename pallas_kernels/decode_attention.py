@@ -1,8 +1,8 @@
 """Attention of one new token per request over slots that a table scatters through the page pool (decode).
 
 Split-K flash decoding (Dao et al. 2023, "Flash-Decoding") over a flat work list: every program reads one span of one
-(request, KV head), all spans being about equally long whatever the heads' lengths are, and a second kernel merges the
-spans of a head by log-sum-exp. So heads that keep 10 % and heads that keep 90 % of their tokens load the GPU evenly.
+(request, KV head), all spans being about equally long whatever the heads' lengths are, and those of a head are merged
+by log-sum-exp. So heads that keep 10 % and heads that keep 90 % of their tokens load the GPU evenly.
 """
 
 from typing import Literal, overload
@@ -147,7 +147,8 @@ def decode_attention(
         `indices`.
       score: f32[P, page] of the slots, updated in place when it is donated. Not with `indices`.
       power: i32[B], with `score`; a request of power 0 records nothing.
-      work: result of `decode_work_list` for the same lengths and rows, if already made. Only the kernel uses it.
+      work: result of `decode_work_list` for the same lengths and rows, if already made, with limits whose `multiple` is
+        one of the tile's block. Only the kernel uses it.
       tile: tile sizes of the kernel, for tuning; None: `default_tile`'s.
       implementation, interpret: see `dispatch.resolve`.
 

@@ -54,15 +54,20 @@ def _span_kernel(
 
     They go to merged [B, Hq, D] and merged_lse [B, Hq] if the item is its whole head, else to out [items, G, D] and
     lse [items, G]; when `ending`, the last program of a head merges them from there. When `recorded`, the logits are
-    kept too, of the items that have a place; when `scored`, whoever writes the result of a head turns them into scores.
+    kept too, of the items that have a place; when `scored`, whoever writes the result of a head turns them into scores
+    if all of them are kept.
+
+    refs: q, K, V, table, lengths, rows of the items, layer; each of indices, positions, places of logits, powers and
+    scores that there is; ends of items; the work list; then the outputs: merged, merged_lse, out, lse, kept logits,
+    ends, scores.
     """
     q_ref, k_ref, v_ref, table_ref, length_ref, row_ref, layer_ref, *refs = refs
     index_ref, refs = (refs[0], refs[1:]) if indexed else (None, refs)
     position_ref, refs = (refs[0], refs[1:]) if positioned else (None, refs)
     place_ref, refs = (refs[0], refs[1:]) if recorded else (None, refs)
-    power_ref, refs = (refs[0], refs[2:]) if scored else (None, refs)  # behind it the scores, which are an output
+    power_ref, refs = (refs[0], refs[2:]) if scored else (None, refs)  # the scores are read where they are written
     score_ref, refs = (refs[-1], refs[:-1]) if scored else (None, refs)
-    ends_ref, refs = (refs[-1], refs[1:-1]) if ending else (None, refs)  # an output, too
+    ends_ref, refs = (refs[-1], refs[1:-1]) if ending else (None, refs)  # and so are the ends
     head_row_ref, first_ref, last_ref, first_item_ref, parts_ref, *refs = refs
     merged_ref, merged_lse_ref, out_ref, lse_ref, *kept = refs
     kept = KeptLogits(*kept) if recorded else None
@@ -179,7 +184,7 @@ def _span_kernel(
 
     if ends_ref is None:
         return
-    # No item ends a head that reads nothing. There are more programs than heads, so each can look after one.
+    # No item ends a head that reads nothing. There are no fewer programs than heads, so each can look after one.
     some_head = jnp.minimum(item, parts_ref.shape[1] - 1)
 
     @pl.when((some_head == item) & (load_of_layer(parts_ref, address.table_layer, some_head) == 0))
@@ -214,8 +219,8 @@ def attend_spans(
 
     Args:
       places: where the logits of each head go, as `logit_places` says; None: nowhere.
-      score: written in place; has what this step adds for heads that a program ends. For the others see
-        `decode_scores`.
+      score: written in place; has what this step adds for heads that a program ends and whose logits all have places.
+        For the others see `decode_scores`.
       power: i32[B]; not used without `score`.
     """
     batch, q_heads, dim = q.shape

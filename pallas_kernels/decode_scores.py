@@ -55,7 +55,7 @@ class ScoreRefs(NamedTuple):
         )
 
     def add(self, page: jax.Array, place: jax.Array, live: jax.Array, mass_of: Callable[[], jax.Array]) -> None:
-        """Adds to live slots what `mass_of` makes of what is loaded by then."""
+        """Adds `mass_of()` to live slots. It is called once they are being fetched, and need not wait for them."""
         held = plgpu.load(self.score.at[page, place], mask=live, other=0.0)
         plgpu.store(self.score.at[page, place], held + mass_of(), mask=live)
 
@@ -65,8 +65,8 @@ def add_kept_scores(
 ) -> None:
     """Adds the sum over the group of p**power to the scores of slots first .. last-1, from logits that were kept.
 
-    Slots that are next to each other in a page are read and written together, those behind `last` with them: their
-    logits are -inf, so that they keep what they have.
+    Slots that are next to each other in a page are read and written together, as runs, those behind `last` with them:
+    their logits are -inf, so that they keep what they have. (The page is this request's alone.)
 
     Args:
       place: of the head, in units of `kept_logits.ALIGNMENT`.

@@ -85,7 +85,7 @@ def logit_places(lengths: jax.Array, rows: jax.Array, power: jax.Array, *, heads
 
 
 def has_place(place, last, kept: KeptLogits):
-    """Whether an item that ends before slot `last` of a head with `place` keeps its logits, inside a kernel."""
+    """Whether logits of a head with `place` are kept up to slot `last`, its length or an item's, inside a kernel."""
     return place + pl.cdiv(last, ALIGNMENT) <= kept.distances.shape[1] // ALIGNMENT
 
 
@@ -132,7 +132,7 @@ class Loaded(NamedTuple):
 
     @property
     def logits(self) -> jax.Array:
-        """f32[runs, run], base 2; -inf of dead slots, and of those behind the item in its last block."""
+        """f32[runs, run], base 2; -inf of dead slots, and of those behind the head in its last block."""
         return self.distance.astype(jnp.float32) + self.top[:, None]
 
 

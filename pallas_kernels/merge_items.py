@@ -30,7 +30,9 @@ def ends_merge(num_heads: int) -> bool:
 
 
 def is_last_end(ends_ref, head_row: jax.Array, parts: jax.Array, *, interpreted: bool) -> jax.Array:
-    """Counts the end of an item, for its program: whether it is the last of its head, and sees what all have written.
+    """Counts the end of an item: whether it is the last of its head.
+
+    The count releases what this program has written, and acquires what the other items' programs have.
 
     Args:
       ends_ref: i32[B*H], how many items of each head have ended; 0 at first.
@@ -80,7 +82,7 @@ def merge_parts(
 
 
 def merge_at_the_end(out_ref, lse_ref, first_item: jax.Array, parts: jax.Array, *, num_heads: int):
-    """(out f32[members, padded D], lse f32[members]) of a KV head of `num_heads`, as `merge_parts` takes its items."""
+    """(out f32[members, padded D], lse f32[members]) of one of `num_heads` KV heads; arguments as `merge_parts`."""
     items, group, dim = out_ref.shape
     member, column = (jnp.arange(next_power_of_two(size), dtype=jnp.int32) for size in (group, dim))
     block = min(_usual_parts(items, num_heads), max(_TILE_AT_THE_END // (member.shape[0] * column.shape[0]), 1))
@@ -88,7 +90,7 @@ def merge_at_the_end(out_ref, lse_ref, first_item: jax.Array, parts: jax.Array, 
 
 
 def _usual_parts(items: int, num_heads: int) -> int:
-    """Items to read at once: as many as a head has if all are as long as can be, within bounds."""
+    """Items of a head to read at once: its share of those that there can be, within bounds."""
     return min(max(next_power_of_two(-(-items // num_heads)), _BLOCKS[0]), _BLOCKS[1])
 
 

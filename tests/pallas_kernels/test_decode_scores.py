@@ -148,18 +148,24 @@ def test_whole_heads_score_many_slots_step_by_step(power):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "batch", "longest"), [(8, 64, 2111), (4, 80, 4200)])
-def test_many_heads_on_the_gpu(heads, batch, longest):
+@pytest.mark.parametrize(
+    ("heads", "batch", "longest", "page", "kept"), [(8, 64, 2111, 32, 1), (4, 80, 4200, 16, 1), (8, 64, 2111, 32, 0.5)]
+)
+def test_many_heads_on_the_gpu(monkeypatch, heads, batch, longest, page, kept):
+    """kept: of the logits, what has a place."""
     case = make_paged(
-        lengths=(0, *range(longest - batch, longest)), granularity="per_head", heads=heads, dim=128, page=32,
-        columns=-(-longest // 32), dtype=jnp.bfloat16,
+        lengths=(0, *range(longest - batch, longest)), granularity="per_head", heads=heads, dim=128, page=page,
+        columns=-(-longest // page), dtype=jnp.bfloat16,
     )  # fmt: skip
+    monkeypatch.setattr(kept_logits, "_MOST_BYTES", int(kept * batch * heads * 4 * 2 * longest))
+    jax.clear_caches()
     position, score = slot_state(case)
     rows = jnp.arange(1, batch + 1, dtype=jnp.int32)
     q = normal(1, batch, heads * 4, 128, dtype=jnp.bfloat16)
     options = {"address": case.address, "num_kv_heads": heads, "scale": 128**-0.5, "position": position}
     options |= {"score": score, "power": jnp.ones(batch, jnp.int32)}
     got = decode_attention(q, *case[:4], rows, **options, implementation="triton")[1]
+    jax.clear_caches()
     expected = decode_attention(q, *case[:4], rows, **options, implementation="xla")[1]
     np.testing.assert_allclose(got, expected, rtol=2e-2, atol=2e-2)
 

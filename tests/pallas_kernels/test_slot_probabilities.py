@@ -15,6 +15,7 @@ from pallas_kernels import (
     decode_attention_reference,
     decode_work_list,
     kept_logits,
+    merge_items,
     slot_probabilities,
     slot_probabilities_reference,
     slot_probabilities_triton,
@@ -86,6 +87,14 @@ def test_normalised_over_the_candidates_and_the_largest_over_all_heads(
 ):
     case = paged(granularity, heads, dim, page, dtype)
     check(case, 3 * normal(1, len(ROWS), heads * group, dim, dtype=dtype), heads, group, mode, dtype)
+
+
+def test_heads_merged_by_the_programs_that_end_them(monkeypatch):
+    monkeypatch.setattr(merge_items, "_MANY_HEADS", 1)
+    jax.clear_caches()
+    q = 3 * normal(1, len(ROWS), 14, 80, dtype=jnp.bfloat16)
+    check(paged("per_head", 2, 80, 4, jnp.bfloat16), q, 2, 7, {"implementation": "triton", "interpret": True}, q.dtype)
+    jax.clear_caches()
 
 
 def test_logits_that_have_no_place_are_computed_again(monkeypatch):
