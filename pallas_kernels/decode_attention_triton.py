@@ -22,6 +22,7 @@ from pallas_kernels.tiles import (
     exact_dot,
     index_grid,
     kernel_exp2,
+    load_of_head,
     load_of_layer,
     load_queries,
     load_vectors,
@@ -91,7 +92,7 @@ def _span_kernel(
     def _():
         b, h = head_row // heads, head_row % heads
         parts = load_of_layer(parts_ref, address.table_layer, head_row)
-        length = length_ref[address.table_layer, row, h if length_ref.shape[2] > 1 else 0]
+        length = load_of_head(length_ref, row, h, address=address)
         q = load_queries(q_ref, b, h, group=group)
         in_block = jnp.arange(tile.block, dtype=jnp.int32)
         logits_place, stays = None, None

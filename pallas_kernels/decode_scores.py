@@ -23,6 +23,7 @@ from pallas_kernels.tiles import (
     exact_dot,
     group_members,
     kernel_exp2,
+    load_of_head,
     load_queries,
     load_vectors,
     locate_slots,
@@ -151,8 +152,7 @@ def _score_kernel(*refs, address, heads, group, scale, tile, positioned, ending,
     stays = has_place(logits_place, last, kept)
     ended = parts == 1
     if ending:
-        length = length_ref[address.table_layer, row, h if length_ref.shape[2] > 1 else 0]
-        ended = has_place(logits_place, length, kept)
+        ended = has_place(logits_place, load_of_head(length_ref, row, h, address=address), kept)
     records = (first < last) & (power > 0) & ~(stays & ended)
     pl.when(records & stays)(read)
     pl.when(records & ~stays)(compute)

@@ -50,10 +50,15 @@ def kept_dtype(pool_dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float16 if jnp.dtype(pool_dtype).itemsize <= 2 else jnp.float32)
 
 
+def all_places(heads: int, max_slots: int) -> int:
+    """How many places the logits of `heads` (request, KV head) pairs can take."""
+    return heads * -(-max_slots // ALIGNMENT) * ALIGNMENT
+
+
 def most_places(heads: int, group: int, max_slots: int, dtype) -> int:
-    """The static number of places for the logits of `heads` (request, KV head) pairs, kept in `dtype`."""
+    """The static number of places that there are for them, kept in `dtype`."""
     bound = _MOST_BYTES // (jnp.dtype(dtype).itemsize * group * ALIGNMENT)
-    return ALIGNMENT * min(heads * -(-max_slots // ALIGNMENT), max(1, bound))
+    return min(all_places(heads, max_slots), ALIGNMENT * max(1, bound))
 
 
 def kept_shapes(heads: int, group: int, max_slots: int, *, pool_dtype, block: int) -> KeptLogits:
@@ -68,7 +73,7 @@ def kept_shapes(heads: int, group: int, max_slots: int, *, pool_dtype, block: in
 
 def keeps_all(kept: KeptLogits, heads: int, max_slots: int) -> bool:
     """Whether there are places for the logits of `heads` (request, KV head) pairs, however long they are."""
-    return kept.distances.shape[1] >= heads * -(-max_slots // ALIGNMENT) * ALIGNMENT
+    return kept.distances.shape[1] >= all_places(heads, max_slots)
 
 
 @functools.partial(jax.jit, static_argnames=("heads",))

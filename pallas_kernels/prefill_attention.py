@@ -33,6 +33,7 @@ from pallas_kernels.tiles import (
     exact_dot,
     index_grid,
     kernel_exp2,
+    load_of_head,
     load_vectors,
     locate_slots,
     next_power_of_two,
@@ -245,7 +246,7 @@ def _prefill_kernel(
     def _():
         head = q_head // group
         row, key_first = row_ref[index], key_first_ref[index]
-        held = history_ref[address.table_layer, row, head if history_ref.shape[2] > 1 else 0]
+        held = load_of_head(history_ref, row, head, address=address)
         held = jnp.where(key_first < last, held, 0)  # padding reads nothing
         query = first + jnp.arange(tile.block_q, dtype=jnp.int32)
         real = query < last

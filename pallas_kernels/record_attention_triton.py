@@ -18,6 +18,7 @@ from pallas_kernels.tiles import (
     WHOLE,
     exact_dot,
     kernel_exp2,
+    load_of_head,
     load_vectors,
     locate_slots,
     next_power_of_two,
@@ -74,7 +75,7 @@ def _record_kernel(
         row, start, end = rows_ref[segment], starts_ref[segment], starts_ref[segment + 1]
         begin = jnp.maximum(begin_ref[segment], start)
         # Query t sees the slots below t + seen_from if `own`, and all slots of the item otherwise.
-        seen_from = history_ref[address.table_layer, row, h if history_ref.shape[2] > 1 else 0] + 1 - start
+        seen_from = load_of_head(history_ref, row, h, address=address) + 1 - start
         factor = LOG2_E if largest else power_ref[segment].astype(jnp.float32) * LOG2_E
         members = next_power_of_two(group)
 

@@ -20,6 +20,7 @@ from pallas_kernels.tiles import (
     group_members,
     index_grid,
     kernel_exp2,
+    load_of_head,
     load_queries,
     load_vectors,
     locate_slots,
@@ -30,10 +31,6 @@ _LSE_BLOCK, _LSE_WARPS = 4096, 4  # logits of one query head that are read at on
 _LSE_PROGRAMS, _LSE_MOST_PARTS = 1056, 8  # programs to start: eight on each of an H200's 132 multiprocessors
 _MAX_BLOCK, _MAX_WARPS = 1024, 8  # slots of a program that takes the largest
 _MAX_LOADS = 16  # query heads whose logits it fetches at once
-
-
-def _head_length(length_ref, address, row, head):
-    return length_ref[address.table_layer, row, head if length_ref.shape[2] > 1 else 0]
 
 
 def _computed_logits(q_ref, k_ref, table_ref, row, b, head, slot, live, *, address, group):
@@ -55,7 +52,7 @@ def _lse_kernel(
     b, head = head_row // heads, head_row % heads
     row, first, last = rows_ref[b], first_ref[b], last_ref[b]
     kept, place = KeptLogits(distances_ref, tops_ref), place_ref[address.table_layer, head_row]
-    stays = has_place(place, _head_length(length_ref, address, row, head), kept)
+    stays = has_place(place, load_of_head(length_ref, row, head, address=address), kept)
 
     def accumulate(begin, lanes, width, logits_of):
         """(top, total) f32[lanes] of the part's sums of 2**logit.
@@ -141,7 +138,7 @@ def _max_kernel(
     kept = KeptLogits(distances_ref, tops_ref)
     # Heads have their places in order, so if there is one for the last, there is one for each.
     last_place = place_ref[address.table_layer, b * heads + heads - 1]
-    stays = has_place(last_place, _head_length(length_ref, address, row, heads - 1), kept)
+    stays = has_place(last_place, load_of_head(length_ref, row, heads - 1, address=address), kept)
 
     def write(slot, most_of, at_once=1):
         """Writes some slots; `most_of(head, live)` gives the largest probability in the groups of `at_once` KV heads

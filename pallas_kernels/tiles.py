@@ -33,6 +33,11 @@ def load_of_layer(ref, layer, index) -> jax.Array:
     return load_lasting(ref.at[index * 0 + layer, index], layers=ref.shape[0])
 
 
+def load_of_head(ref, row, head, *, address: PageAddress) -> jax.Array:
+    """What an array [Lt, R, Ht] has of a KV head of table row `row`, inside a kernel; Ht is 1 or the KV heads."""
+    return ref[address.table_layer, row, head if ref.shape[2] > 1 else 0]
+
+
 def next_power_of_two(size: int) -> int:
     """Smallest power of two that is at least `size` (Triton tiles have no other sizes)."""
     return 1 << max(size - 1, 0).bit_length()
