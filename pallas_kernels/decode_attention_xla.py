@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import online_softmax
+from pallas_kernels.in_order import in_order
 from pallas_kernels.online_softmax import LOG2_E
 
 _BLOCK = 256  # slots read per step
@@ -39,12 +40,14 @@ def decode_attention_xla(
         width = min(max(1, _BLOCK // page_size), columns)  # whole pages per step
         block = width * page_size
         steps = -(-length.max() // block)
+        # Whole pages as rows: of pools with one slot a page, XLA would copy what only differs in where the 1 stands.
+        pools = [pool.reshape(pool.shape[0], page_size * dim) for pool in (k_pages, v_pages)]
 
         def read_pages(step):
             column = step * width + jnp.arange(width, dtype=jnp.int32)[None, None]
             page = pages_of(jnp.minimum(column, columns - 1))
             slot = step * block + jnp.arange(block, dtype=jnp.int32)
-            k, v = (pool[page].reshape(batch, heads, block, dim) for pool in (k_pages, v_pages))
+            k, v = (pool[page].reshape(batch, heads, block, dim) for pool in pools)
             live = slot < length[..., None]
             if position is not None:
                 live &= position[page].reshape(batch, heads, block) >= 0
@@ -86,4 +89,5 @@ def decode_attention_xla(
 
     if score is not None:
         score = jax.lax.fori_loop(0, steps, record, score)
+        out, score = in_order((out, score), implementation="xla")  # whoever waits for `out` may write keys
     return out.reshape(batch, q_heads, dim), lse.reshape(batch, q_heads), score

@@ -12,9 +12,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.delta_store import DeltaStore, Places
 from pallas_kernels.latents import GROUP
-from pallas_kernels.tiles import exact_dot, index_grid, next_power_of_two
+from pallas_kernels.tiles import MIN_DOT_ROWS, exact_dot, index_grid, next_power_of_two
 
-_MIN_DOT = 16  # the smallest side of a tensor-core product
 CHUNK = 64
 """Numbers of a latent that one step of a product takes."""
 
@@ -136,7 +135,7 @@ def latent_chunk(
 
 def chunk_width(size: int, most: int) -> int:
     """Numbers of a chunk of latents of `size` numbers, at most `most`: a power of two that a product can take."""
-    return min(most, max(_MIN_DOT, next_power_of_two(size)))
+    return min(most, max(MIN_DOT_ROWS, next_power_of_two(size)))
 
 
 def chunk_count(size: int, most: int) -> int:
@@ -170,7 +169,7 @@ class Columns(NamedTuple):
 
 def padded_columns(count: int) -> Columns:
     """0 .. count - 1, padded to a power of two that a product can take."""
-    padded = max(_MIN_DOT, next_power_of_two(count))
+    padded = max(MIN_DOT_ROWS, next_power_of_two(count))
     number = jnp.arange(padded, dtype=jnp.int32)
     return Columns(number, None if padded == count else number < count)
 

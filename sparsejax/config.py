@@ -71,7 +71,8 @@ class EngineConfig:
       implementation: "triton" or "xla" kernels. Default: xla on a CPU; on a GPU triton, and prefill attention's
         Mosaic kernel on Hopper.
       warmup: compile every step variant when the engine is built rather than when first needed; "greedy" only those
-        of requests that take the likeliest token.
+        of requests that take the likeliest token. Of the programs that compress and evict it compiles those of
+        `default_compression`; other methods' are compiled when they are first needed.
     """
 
     dtype: str = "auto"

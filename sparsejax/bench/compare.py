@@ -11,7 +11,7 @@ from typing import Any
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.text_files import read_text
 
-KINDS = ("kernels", "latency", "throughput", "fragmentation")
+KINDS = ("kernels", "latency", "throughput", "fragmentation", "startup")
 NEUTRAL = 0.01  # relative change that is not called better or worse
 
 # Figures of merit by name (of a distribution: the part before the dot); all others are shown without a verdict.
@@ -19,11 +19,12 @@ LOWER_IS_BETTER = (
     "wall", "device", "step_seconds", "prefill_seconds", "prompt_seconds", "host_seconds", "device_seconds",
     "wall_seconds", "compress_seconds", "compress_share", "added_share", "compression_seconds", "evict_seconds",
     "idle_share", "trace_idle_share", "ttft", "tpot", "itl", "e2e", "ttft_p99", "tpot_p99", "itl_p99", "p99",
-    "preemptions", "compilations", "programs_compiled", "peak_bytes", "copied_bytes",
+    "preemptions", "compilations", "programs_compiled", "peak_bytes", "copied_bytes", "ttft_hit", "itl_prefill",
+    "itl_decode", "seconds", "build_seconds", "compile_seconds", "mean_step_seconds", "relative", "kv_share",
 )  # fmt: skip
 HIGHER_IS_BETTER = (
     "rate", "fraction", "speedup", "prefill_rate", "prefill_fraction", "step_fraction", "output_rate", "total_rate",
-    "requests_rate",
+    "requests_rate", "pool_share",
 )  # fmt: skip
 
 
@@ -56,14 +57,34 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Result:
-    """A file: which benchmark wrote it, and the metrics of each of its rows."""
+    """A file.
+
+    Attributes:
+      kind: the benchmark that wrote it.
+      rows: the metrics of each of its rows.
+      made_by: what it was measured on and with: "model", "device", "jax", where the file says so.
+    """
 
     kind: str
     rows: dict[str, dict[str, float]]
+    made_by: dict[str, str]
 
 
-def compare(a: str | Path, b: str | Path) -> list[Comparison]:
-    """What both files have measured, in the order of the first.
+@dataclass(frozen=True)
+class Compared:
+    """Two files side by side.
+
+    Attributes:
+      found: what both have measured, in the order of the first.
+      notes: what differs in how they were measured, and what only one of them has.
+    """
+
+    found: list[Comparison]
+    notes: list[str]
+
+
+def compare(a: str | Path, b: str | Path) -> Compared:
+    """Two files of the same benchmark. What was compiled in one of them only counts as 0 in the other.
 
     Raises:
       InvalidArgumentError: not results, of different benchmarks, or with no row in common.
@@ -73,38 +94,67 @@ def compare(a: str | Path, b: str | Path) -> list[Comparison]:
         raise InvalidArgumentError(
             f"{a} is a result of bench {first.kind}, {b} one of bench {second.kind}: compare two of the same benchmark."
         )
-    found = [
-        Comparison(row, metric, value, second.rows[row][metric])
-        for row, metrics in first.rows.items()
-        for metric, value in metrics.items()
-        if metric in second.rows.get(row, {})
+    notes = [
+        f"{name}: {first.made_by[name]} and {second.made_by[name]}"
+        for name in first.made_by
+        if name in second.made_by and first.made_by[name] != second.made_by[name]
     ]
+    found = []
+    for row, metrics in first.rows.items():
+        if row not in second.rows:
+            continue
+        others = second.rows[row]
+        counted = [name for name in others if name.startswith("compilations.") and name not in metrics]
+        for metric in [*metrics, *counted]:
+            other = 0 if metric.startswith("compilations.") else None
+            values = metrics.get(metric, other), others.get(metric, other)
+            if values[0] is not None and values[1] is not None:
+                found.append(Comparison(row, metric, *values))
+        notes += _alone(f"{row}: ", metrics, others)
     if not found:
         raise InvalidArgumentError(
             f"{a} and {b} have measured nothing in common: {_some(first.rows)} and {_some(second.rows)}."
         )
-    return found
+    return Compared(found, [*notes, *_alone("", first.rows, second.rows)])
+
+
+def _alone(where: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What only one of two has, a line for each that has something."""
+    notes = []
+    for name, mine, others in (("A", a, b), ("B", b, a)):
+        alone = [key for key in mine if key not in others and not key.startswith("compilations.")]
+        if alone:
+            notes.append(f"{where}only in {name}: {', '.join(alone)}")
+    return notes
 
 
 def read(path: str | Path) -> Result:
-    """A JSON file of `bench kernels`, `latency`, `throughput` or `fragmentation`."""
+    """A JSON file of one of the benchmarks."""
     try:
         data = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InvalidArgumentError(f"{path} is not JSON: {error}") from error
     rows = data.get("rows") if isinstance(data, dict) else None
     kind = data.get("kind") if isinstance(data, dict) else None
-    if kind is None and rows and all("kernel" in row for row in rows):
-        kind = "kernels"
     if kind == "kernels" and rows is not None:
-        return Result(kind, {row["name"]: _metrics(row) for row in rows})
+        return Result(kind, {row["name"]: _metrics(row) for row in rows}, _made_by(data))
     if kind == "latency" and rows is not None:
-        return Result(kind, {_batch(row): _metrics(row) for row in rows})
+        return Result(kind, {_batch(row): _metrics(row) for row in rows}, _made_by(data))
     if kind == "fragmentation" and rows is not None:
-        return Result(kind, {f"{row['strategy']} {row['budget'] or ''}".strip(): _metrics(row) for row in rows})
+        named = {f"{row['strategy']} {row['budget'] or ''}".strip(): _metrics(row) for row in rows}
+        return Result(kind, named, _made_by(data))
     if kind == "throughput":
-        return Result(kind, {data["trace"]: _metrics(data)})
+        return Result(kind, {data["trace"]: _metrics(data)}, _made_by(data))
+    if kind == "startup":
+        return Result(kind, {"startup": _metrics(data)}, _made_by(data))
     raise InvalidArgumentError(f"{path} is not a result of bench {', bench '.join(KINDS)} (their --json).")
+
+
+def _made_by(data: Mapping[str, Any]) -> dict[str, str]:
+    found = {"device": (data.get("ceilings") or {}).get("device")} | {
+        name: data[name] for name in ("model", "device", "jax") if name in data
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _batch(row: Mapping[str, Any]) -> str:
@@ -130,14 +180,14 @@ def _some(rows: Mapping[str, Any]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def format_comparison(found: list[Comparison], a: str = "A", b: str = "B") -> str:
-    """A table with a line for each metric, grouped by row."""
+def format_comparison(compared: Compared, a: str = "A", b: str = "B") -> str:
+    """A table with a line for each metric, grouped by row, and the notes."""
     lines = [f"A = {a}", f"B = {b}", f"{'':32} {'A':>14} {'B':>14} {'B / A':>8}"]
     row = None
-    for each in found:
+    for each in compared.found:
         if each.row != row:
             row = each.row
             lines.append(row)
         ratio = "-" if each.ratio is None else f"{each.ratio:.3f}"
         lines.append(f"  {each.metric:30} {each.a:14.6g} {each.b:14.6g} {ratio:>8}  {each.verdict}".rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, *compared.notes])

@@ -23,12 +23,14 @@ from pallas_kernels import (
     PrefillTile,
     RecordTile,
     SpanLimits,
+    add_rms_norm,
     block_attention_mass,
     decode_attention,
     decode_work_list,
     move_slots,
     prefill_attention,
     record_attention,
+    rotate_and_store,
     scan_pages,
     store_kv,
 )
@@ -300,14 +302,27 @@ def _in_place(step: Callable[..., Any], pool: list[jax.Array], *arguments: Any) 
     return call
 
 
-def _store(tokens: int, page: int, heads: Heads) -> Program:
+class _Places(NamedTuple):
+    """Pools for tokens that are stored, larger than any cache, and where they go."""
+
+    pools: list[jax.Array]
+    addresses: list[PageAddress]
+    entry: jax.Array
+    slot: jax.Array
+
+
+def _places(tokens: int, page: int, heads: Heads) -> _Places:
     layers = max(4, min(32, (1 << 30) // (tokens * heads.kv * heads.slot_bytes)))
     table, entries = _random_table(np.array([[[0], [tokens]]]), page, -(-tokens // page))
     addresses = _addresses(layers, heads, per_head=False)
-    pool = [_random(seed, entries * addresses[0].entry_stride, page, heads.dim) for seed in (1, 2)]
+    pools = [_random(seed, entries * addresses[0].entry_stride, page, heads.dim) for seed in (1, 2)]
     token = np.arange(tokens, dtype=np.int32)
     entry = table[0, 1, 0][token // page].reshape(1, tokens, 1)
-    slot = jnp.asarray(token % page).reshape(1, tokens, 1)
+    return _Places(pools, addresses, entry, jnp.asarray(token % page).reshape(1, tokens, 1))
+
+
+def _store(tokens: int, page: int, heads: Heads) -> Program:
+    pools, addresses, entry, slot = _places(tokens, page, heads)
 
     def step(k_pages, v_pages, k, v, entry, slot):
         for address in addresses:
@@ -315,7 +330,37 @@ def _store(tokens: int, page: int, heads: Heads) -> Program:
         return k_pages, v_pages
 
     new = [_random(3 + i, tokens, heads.kv, heads.dim) for i in range(2)]
-    return Program(_in_place(step, pool, *new, entry, slot), layers, 2 * tokens * heads.kv * heads.slot_bytes)
+    call = _in_place(step, pools, *new, entry, slot)
+    return Program(call, len(addresses), 2 * tokens * heads.kv * heads.slot_bytes)
+
+
+def _rotate(tokens: int, page: int, heads: Heads) -> Program:
+    pools, addresses, entry, slot = _places(tokens, page, heads)
+
+    def step(k_pages, v_pages, qkv, rotation, entry, slot):
+        for address in addresses:
+            _, k_pages, v_pages = rotate_and_store(
+                k_pages, v_pages, qkv, rotation, rotation, entry, slot, num_kv_heads=heads.kv, address=address
+            )
+        return k_pages, v_pages
+
+    width = heads.query + 2 * heads.kv
+    rotation = jnp.full((tokens, heads.dim // 2), 0.5**0.5)
+    call = _in_place(step, pools, _random(3, tokens, width, heads.dim), rotation, entry, slot)
+    return Program(call, len(addresses), 2 * tokens * width * heads.dim * BYTES)
+
+
+def _norm(tokens: int, dim: int) -> Program:
+    operations = _operations(1)
+    x, weight = _random(1, tokens, dim), _random(2, dim)
+
+    @jax.jit
+    def step(x, delta):
+        for _ in range(operations):
+            x, delta = add_rms_norm(x, delta, weight, eps=1e-5)
+        return x, delta
+
+    return Program(lambda i: step(x, x), operations, 4 * x.nbytes)
 
 
 def _move(moves: int, page: int, heads: Heads) -> Program:
@@ -396,6 +441,10 @@ def cases() -> list[Case]:
         ),
         Case("store_kv 8192 tokens", "store_kv", "copy", partial(_store, 8192, 32, LLAMA_8B)),
         Case("store_kv 256 tokens", "store_kv", "copy", partial(_store, 256, 32, LLAMA_8B)),
+        Case("rotate_and_store 256 tokens", "rotate_and_store", "copy", partial(_rotate, 256, 32, LLAMA_8B)),
+        Case("rotate_and_store 1 token", "rotate_and_store", "copy", partial(_rotate, 1, 32, LLAMA_8B)),
+        Case("add_rms_norm 1 token", "add_rms_norm", "copy", partial(_norm, 1, 4096)),
+        Case("add_rms_norm 8 tokens", "add_rms_norm", "copy", partial(_norm, 8, 4096)),
         Case("move_slots 512k", "move_slots", "copy", partial(_move, 1 << 19, 32, LLAMA_8B)),
         Case("scan pages 64 x 2k, 32 layers", "scan_pages", "read", partial(_scan, 32, 64, 2048, 32, LLAMA_8B)),
     ]
@@ -414,6 +463,8 @@ def tiny_cases() -> list[Case]:
         Case("cuDNN causal tiny", "cudnn", "matmul", partial(_cudnn, 32, heads)),
         Case("prefill tiny", "prefill_attention", "cuDNN causal tiny", partial(_prefill, 32, 16, 8, heads, 2, True)),
         Case("store_kv tiny", "store_kv", "copy", partial(_store, 16, 8, heads)),
+        Case("rotate_and_store tiny", "rotate_and_store", "copy", partial(_rotate, 16, 8, heads)),
+        Case("add_rms_norm tiny", "add_rms_norm", "copy", partial(_norm, 4, 16)),
         Case("move_slots tiny", "move_slots", "copy", partial(_move, 16, 8, heads)),
         Case("scan pages tiny", "scan_pages", "read", partial(_scan, 2, 2, 30, 8, heads)),
     ]

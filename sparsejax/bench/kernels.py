@@ -6,6 +6,7 @@ import gc
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from sparsejax.bench.ceilings import Ceilings, measure
 from sparsejax.bench.kernel_shapes import Case, Program
 from sparsejax.bench.selection_shapes import selection_cases, tiny_selection_cases
 from sparsejax.bench.timing import Timing, device_seconds, time_calls
-from sparsejax.errors import InvalidArgumentError, nearest
+from sparsejax.errors import InvalidArgumentError, SparsejaxError, nearest
 
 __all__ = ["Case", "Row", "cases", "format_table", "run", "tiny_cases", "tune"]
 
@@ -92,21 +93,23 @@ def _calls(program: Program) -> int:
     return max(1, min(400, round(seconds / first)))
 
 
-def _measure(case: Case, limit: float, repeats: int) -> Row:
+_UNITS = {"GB/s": 1e9, "TFLOP/s": 1e12}
+
+
+def _measure(case: Case, limit: float, unit: str, repeats: int) -> Row:
     program = case.build()
     timing: Timing = time_calls(program.call, repeats=repeats, calls=_calls(program))
     by_kernel = {name: 1e3 * seconds / program.operations for name, seconds in device_seconds(program.call).items()}
     seconds = timing.median / program.operations
     rate = program.amount / seconds
-    flops = case.ceiling not in ("read", "copy")
     return Row(
         name=case.name,
         kernel=case.kernel,
         wall=1e3 * seconds,
         spread=timing.spread,
         device=sum(by_kernel.values()),
-        rate=rate / (1e12 if flops else 1e9),
-        unit="TFLOP/s" if flops else "GB/s",
+        rate=rate / _UNITS[unit],
+        unit=unit,
         ceiling=case.ceiling,
         fraction=rate / limit,
         by_kernel=by_kernel,
@@ -126,7 +129,7 @@ def run(
 
     Args:
       names: cases or kernels (as `Case.name`, `Case.kernel`) to measure; None means all.
-      json_path: file that gets the ceilings and the rows.
+      json_path: file that gets the ceilings and the rows, after each of them.
       every: the cases to choose from; None means `cases()`.
       ceilings: those of this device; None measures them first.
       repeats: timings of each case.
@@ -140,16 +143,18 @@ def run(
     report = report or (lambda line: None)
     report(str(ceilings))
     limits = {"read": ceilings.read, "copy": ceilings.copy, "matmul": ceilings.matmul}
+    units = {"read": "GB/s", "copy": "GB/s", "matmul": "TFLOP/s"}
     rows = []
     for case in chosen:
-        row = _measure(case, limits[case.ceiling], repeats)
-        limits[case.name] = row.rate * (1e12 if row.unit == "TFLOP/s" else 1e9)
+        row = _measure(case, limits[case.ceiling], units[case.ceiling], repeats)
+        limits[case.name], units[case.name] = row.rate * _UNITS[row.unit], row.unit
         rows.append(row)
         report(_line(row))
         gc.collect()  # the pools of a case are gone before the next case needs the memory
-    if json_path is not None:
-        with open(json_path, "w", encoding="utf-8") as file:
-            json.dump({"ceilings": asdict(ceilings), "jax": jax.__version__, "rows": [asdict(r) for r in rows]}, file)
+        if json_path is not None:
+            result = {"kind": "kernels", "jax": jax.__version__, "ceilings": asdict(ceilings)}
+            result["rows"] = [asdict(each) for each in rows]
+            Path(json_path).write_text(json.dumps(result) + "\n", encoding="utf-8")
     return rows
 
 
@@ -168,7 +173,7 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join([_HEADER, *map(_line, rows)])
 
 
-# What `tune` tries: options of `Case.build`. The winners stand in the tables of the files that they are named after.
+# What `tune` tries: options of `Case.build`, for bfloat16 and a head_dim of 128.
 _CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "decode_attention": [
         {"tile": DecodeTile(*tile)}
@@ -246,6 +251,10 @@ def tune(
 
     Returns:
       The candidate with the smallest sum, over the cases, of its time relative to the best of that case.
+
+    Raises:
+      InvalidArgumentError: an unknown kernel or case.
+      SparsejaxError: no candidate runs here.
     """
     if kernel not in _CANDIDATES:
         raise _unknown(kernel, _CANDIDATES)
@@ -265,6 +274,8 @@ def tune(
                 continue
             times[i, column] = timing.median / program.operations
             report(f"  {1e3 * times[i, column]:9.4f} ms  {program.amount / times[i, column] / 1e9:9.1f} G/s  {options}")
+        if not np.isfinite(times[:, column]).any():
+            raise SparsejaxError(f"none of the {len(candidates)} candidates for {kernel} runs {case.name!r} here.")
     best = int((times / times.min(axis=0)).sum(axis=1).argmin())
     report(f"best: {candidates[best]}")
     return candidates[best]

@@ -7,7 +7,7 @@
 * `latent`: compressed tokens of the sparse layers, the latent of ordinal i in slot i.
 
 A row has the same number in all three tables; the ring of row r is row `layout.ring_row(r)` of the near table. Which
-token has which ordinal is arithmetic on positions (`sparsejax.compressor.geometry`), so there are no maps.
+token has which ordinal is arithmetic on positions (`pallas_kernels.centers`), so there are no maps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Moving slots inside the pool: what `fork` and `compact` share."""
+"""Moving slots inside the pool: what `fork`, `compact` and `repack` share."""
 
 import dataclasses
 

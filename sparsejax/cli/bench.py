@@ -72,7 +72,9 @@ def add_parser(subparsers) -> None:
     )
     throughput.add_argument("--write-trace", type=Path, metavar="FILE", help="write the trace there and stop")
     throughput.add_argument(
-        "--no-prefix-caching", action="store_true", help="compute the tokens that prompts of a trace share every time"
+        "--no-prefix-caching",
+        action="store_true",
+        help="compute the tokens that prompts of a trace share every time (drawn prompts share none)",
     )
     throughput.add_argument("--no-warmup", action="store_true", help="compile while serving rather than before")
     group = throughput.add_argument_group("random and lognormal traces")
@@ -191,8 +193,9 @@ def run_throughput(args: argparse.Namespace) -> int:
 
     name, config, params = load(args)
     longest = max(trace.longest for trace in wanted)
-    shared = any(request.shared_tokens for trace in wanted for request in trace.requests)
-    shares = shared and not args.no_prefix_caching
+    # Prompts that are drawn share nothing unless they are to: rows that stay resident for them would be in the way.
+    may_share = any(r.shared_tokens or r.prompt_token_ids is not None for trace in wanted for r in trace.requests)
+    shares = may_share and not args.no_prefix_caching
     llm = LLM.from_params(
         config if args.model else reaching(config, longest),
         params,

@@ -90,7 +90,9 @@ def add_parser(subparsers) -> None:
         "--cluster-on-keys", action="store_true", help="search with keys only rather than keys and values"
     )
     group.add_argument(
-        "--cluster-soft-assignment", action="store_true", help="weigh references by nearness; serving does not"
+        "--cluster-soft-assignment",
+        action="store_true",
+        help="weigh references by nearness, in training only: the engine reads plain means back",
     )
     group.add_argument(
         "--cluster-temp", type=float, default=10.0, metavar="T", help="of the weights (default: %(default)s)"

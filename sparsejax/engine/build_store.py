@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,12 @@ def load_store(model: ModelConfig, config: EngineConfig, *, dtype: Any) -> Store
     if compressor.references != "cluster":
         raise InvalidArgumentError(
             f"method 'deltakv' serves compressors with references='cluster'; this one has {compressor.references!r}."
+        )
+    if compressor.cluster_soft_assignment:
+        warnings.warn(
+            "This compressor was trained with cluster_soft_assignment, which weighs a token's references. What is "
+            "served is read back from their plain mean, with larger errors than in training: train without it.",
+            stacklevel=2,
         )
     layers = full_attention_layers(model, config)
     geometry = StoreGeometry(compressor.sink_tokens, compressor.step, config.recent_tokens)

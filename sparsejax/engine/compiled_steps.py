@@ -20,13 +20,19 @@ from sparsejax.engine.state import DecodeState, StepOutput
 from sparsejax.engine.steps import decode_step, mixed_step, prefill_step
 from sparsejax.models import Decoder
 
-COMPILER_OPTIONS = {
+
+def compiler_options() -> dict[str, str]:
+    """XLA's options for steps on this backend."""
     # Rematerialisation counts a donated pool twice, and so spends compile time on saving memory that is not short.
-    "xla_disable_hlo_passes": "rematerialization",
-    # Kernels of a graph wait for those whose buffers they use, not for all before them: what an observation layer
-    # chooses is computed beside the products that follow it.
-    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
-}
+    passes = ["rematerialization"]
+    if jax.default_backend() == "cpu":
+        passes.append("cse_barrier_expander")  # would drop the barriers of `in_order`: pools read late would be copied
+    return {
+        "xla_disable_hlo_passes": ",".join(passes),
+        # Kernels of a graph wait for those whose buffers they use, not for all before them: what an observation layer
+        # chooses is computed beside the products that follow it.
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    }
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,15 @@ class CompiledSteps:
 def compiled_steps(decoder: Decoder) -> CompiledSteps:
     """The steps of a decoder; engines of equal decoders share them, and so what has been compiled."""
     compilations: Counter[str] = Counter()
+    xla_options = compiler_options()
 
-    def counted(name: str, function: Callable, **options: Any) -> Callable:
+    def counted(name: str, function: Callable, **jit_options: Any) -> Callable:
         def run(*args):
             compilations[name] += 1  # runs when traced, and is no part of what is compiled
             return function(*args)
 
         run.__name__ = name  # what profiles and compile times are listed by
-        return jax.jit(run, **options)
+        return jax.jit(run, **jit_options)
 
     def model_step(name: str, step: Callable) -> Callable:
         def run(params, cache, state, work, options):
@@ -78,7 +85,7 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
             cache, state, output = step(params, cache, state, *work, decoder=decoder, options=options)
             return cache, state, Readback.of(output)
 
-        return counted(name, run, static_argnums=4, donate_argnums=(1, 2), compiler_options=COMPILER_OPTIONS)
+        return counted(name, run, static_argnums=4, donate_argnums=(1, 2), compiler_options=xla_options)
 
     def run_fork(cache, hole, source, target, count, implementation):
         cache, ok = fork(cache, source, target, count, implementation=implementation)
@@ -114,7 +121,7 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
         fork=counted("fork", run_fork, static_argnums=5, donate_argnums=(0, 1)),
         compress=counted("compress", run_compress, static_argnums=4, donate_argnums=1),
         reconstruct=counted(
-            "reconstruct", run_reconstruct, static_argnums=3, donate_argnums=1, compiler_options=COMPILER_OPTIONS
+            "reconstruct", run_reconstruct, static_argnums=3, donate_argnums=1, compiler_options=xla_options
         ),
         evict=counted("evict", run_evict, static_argnums=3, donate_argnums=(0, 1)),
         measure=counted("measure", run_measure),
@@ -123,7 +130,7 @@ def compiled_steps(decoder: Decoder) -> CompiledSteps:
             run_rings,
             static_argnums=(3, 4),
             donate_argnums=1,
-            compiler_options=COMPILER_OPTIONS,
+            compiler_options=xla_options,
         ),
         compilations=compilations,
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 from sparsejax.engine.compression_schedule import CompressionSchedule
 
@@ -29,6 +31,29 @@ class Pool:
     def uniform(self, num_tokens: int) -> int:
         """Entries of a row whose tables hold so many tokens each."""
         return self.tables * -(-num_tokens // self.page_size)
+
+
+class Held(NamedTuple):
+    """What a row holds, in tokens of a table (the mean over its tables).
+
+    Attributes:
+      kept: what the last compression left of the text, as the schedule counts it.
+      grown: tokens since; all, if nothing was compressed.
+    """
+
+    kept: int
+    grown: int
+
+    @property
+    def tokens(self) -> int:
+        return self.kept + self.grown
+
+    def after(self, more: int) -> Held:
+        """When so many more tokens have come."""
+        return Held(self.kept, self.grown + more)
+
+
+_NOTHING = Held(0, 0)
 
 
 @dataclass(frozen=True)
@@ -58,11 +83,11 @@ class Footprint:
 
     def prompt_peak(self, start: int = 0) -> int:
         """Most entries while the prompt is computed, from its place `start` on."""
-        peak, at, held = 0, 0, 0
-        for place, before, after in self.schedule.stages:
+        peak, at, held = 0, 0, _NOTHING
+        for place, before, after in self._stages:
             if place > start:
                 # Growth by many tokens at once is only known up to a page a table.
-                spare = 0 if held == at else self.pool.tables
+                spare = 0 if held.tokens == at else self.pool.tables
                 peak = max(peak, self._entries(before, place) + spare)
             at, held = place, after
         return peak
@@ -70,22 +95,32 @@ class Footprint:
     def decode_peak(self, num_tokens: int) -> int:
         """Most entries while so many tokens are decoded behind the prompt."""
         params, prompt = self.schedule.params, self.schedule.prompt_length
-        *_, (_, before, held) = self.schedule.stages
+        *_, (_, before, held) = self._stages
         if params.per_step:
             return self._evicting_peak(before, num_tokens)
         if params.interval is None:
             # A replay computes outputs many at once: see prompt_peak.
-            spare = self.pool.tables if held < prompt and num_tokens > 2 else 0
-            return self._entries(held + num_tokens, prompt + num_tokens) + spare
+            spare = self.pool.tables if held.tokens < prompt and num_tokens > 2 else 0
+            return self._entries(held.after(num_tokens), prompt + num_tokens) + spare
         # It holds most just before a compression, and budgets never fall: the last two stages and the first decide.
         whole, rest = divmod(num_tokens, params.interval)
         peak = 0
         for stage in {0, max(whole - 1, 0), whole}:
             start = prompt + stage * params.interval
-            kept = min(params.budget(start), start) if stage else held
             grown = rest if stage == whole else params.interval
-            peak = max(peak, self._entries(kept + grown, start + grown))
+            kept = Held(min(params.budget(start), start), 0) if stage else held
+            peak = max(peak, self._entries(kept.after(grown), start + grown))
         return peak
+
+    @cached_property
+    def _stages(self) -> tuple[tuple[int, Held, Held], ...]:
+        """The schedule's stages: (length at the end, what is held there before, and after compression)."""
+        stages, at, held = [], 0, _NOTHING
+        for place, before, after in self.schedule.stages:
+            grown, at = held.after(place - at), place
+            held = Held(after, 0) if after < before else grown
+            stages.append((place, grown, held))
+        return tuple(stages)
 
     def peak(self, *, start: int = 0, decoded: int = 0) -> int:
         """Most entries from the prompt's place `start` on, until so many tokens are decoded."""
@@ -99,22 +134,21 @@ class Footprint:
         """Most tokens, up to `limit`, that it can decode in the empty pool; its prompt must fit."""
         return bisect.bisect_left(range(1, limit + 1), True, key=lambda decoded: not self.fits(decoded))
 
-    def _entries(self, held: int, length: int) -> int:
-        """Most entries of a row that holds `held` tokens, mean over its tables, of a text of `length`."""
-        pool = self.pool
-        if held >= length:
+    def _entries(self, held: Held, length: int) -> int:
+        """Most entries of a row that holds so much of a text of `length`."""
+        pool, rule = self.pool, self.schedule.params.rule
+        if held.tokens >= length:
             return pool.uniform(length)
-        pooled = self.schedule.params.rule.max_entries(
-            held, length, num_layers=1, num_kv_heads=pool.tables, page_size=pool.page_size
-        )
+        most = rule.most_kept(held.kept, page_size=pool.page_size) + held.grown
+        pooled = rule.max_entries(most, length, num_layers=1, num_kv_heads=pool.tables, page_size=pool.page_size)
         return min(pooled, pool.uniform(length))
 
-    def _evicting_peak(self, before: int, num_tokens: int) -> int:
+    def _evicting_peak(self, before: Held, num_tokens: int) -> int:
         """Most entries of a row that evicts per step, from when it held the `before` tokens of the prompt."""
         params, pool = self.schedule.params, self.pool
         length = self.schedule.prompt_length + num_tokens
         # As if nothing were ever given back.
-        everything = self._entries(before + num_tokens, length)
+        everything = self._entries(before.after(num_tokens), length)
         if params.evict_strategy == "no_op":
             return everything
         most = params.budget(length) + 1

@@ -66,9 +66,10 @@ class BudgetRule:
         pooled = (heads * budget + heads * (page_size - 1)) // page_size
         return min(pooled, heads * -(-text_length // page_size))
 
-    def max_head_tokens(self, budget: int, text_length: int, *, num_layers: int, num_kv_heads: int) -> int:
-        """Most tokens that one head can hold after `keep`; arguments as in `max_entries`."""
-        return min(text_length, budget * num_layers * num_kv_heads)
+    def most_kept(self, budget: int, *, page_size: int) -> int:
+        """Most tokens per layer and head, on average, that a row can hold after `keep` with this budget."""
+        del page_size
+        return budget
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
@@ -126,9 +127,6 @@ class Uniform(BudgetRule):
 
     def max_entries(self, budget: int, text_length: int, *, num_layers: int, num_kv_heads: int, page_size: int) -> int:
         return num_layers * num_kv_heads * -(-min(budget, text_length) // page_size)
-
-    def max_head_tokens(self, budget: int, text_length: int, *, num_layers: int, num_kv_heads: int) -> int:
-        return min(budget, text_length)
 
 
 @register_rule
@@ -218,9 +216,6 @@ class Pyramid(BudgetRule):
         count = self.layer_budgets(lowest, highest, budget)[:, :, None]
         return top_slots(priorities(scores, slots.live, slots.protected), slots.position, count)
 
-    def max_head_tokens(self, budget: int, text_length: int, *, num_layers: int, num_kv_heads: int) -> int:
-        return min(text_length, math.ceil(float(self.shares(num_layers).max()) * budget) + 1)
-
     def _most(self, num_layers: int, budget: jax.Array) -> jax.Array:
         """i32[K]: what the layer with the largest share gets."""
         most = jnp.ceil(float(self.shares(num_layers).max()) * jnp.minimum(budget, 2**24).astype(jnp.float32))
@@ -248,9 +243,6 @@ class Adaptive(BudgetRule):
     def keep(self, scores: jax.Array, slots: Slots, budget: jax.Array) -> jax.Array:
         return _pooled(scores, slots, budget, self.floor, axes=(2,))
 
-    def max_head_tokens(self, budget: int, text_length: int, *, num_layers: int, num_kv_heads: int) -> int:
-        return min(text_length, budget * num_kv_heads)
-
 
 @register_rule
 @dataclass(frozen=True)
@@ -263,9 +255,6 @@ class Layer(BudgetRule):
 
     def keep(self, scores: jax.Array, slots: Slots, budget: jax.Array) -> jax.Array:
         return _pooled(scores, slots, budget, 0.0, axes=(2,))
-
-    def max_head_tokens(self, budget: int, text_length: int, *, num_layers: int, num_kv_heads: int) -> int:
-        return min(text_length, budget * num_kv_heads)
 
 
 @register_rule

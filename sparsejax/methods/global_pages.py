@@ -78,9 +78,8 @@ class GlobalPages(BudgetRule):
     def max_entries(self, budget: int, text_length: int, *, num_layers: int, num_kv_heads: int, page_size: int) -> int:
         return num_layers * num_kv_heads * -(-min(budget, text_length) // page_size)
 
-    def max_head_tokens(self, budget: int, text_length: int, *, num_layers: int, num_kv_heads: int) -> int:
-        # One head may hold all pages; how many tokens these are depends on the page size.
-        return text_length
+    def most_kept(self, budget: int, *, page_size: int) -> int:
+        return -(-budget // page_size) * page_size  # the pages that are left may all be full
 
 
 def _sum_before(values: jax.Array) -> jax.Array:

@@ -39,7 +39,9 @@ def throughput(trace, rate, ttft):
 
 
 def test_latency_rows_are_matched_by_shape(files):
-    found = compare(files("a", latency(c64=2.0, c128=4.0)), files("b", latency(c128=3.0, c256=1.0)))
+    compared = compare(files("a", latency(c64=2.0, c128=4.0)), files("b", latency(c128=3.0, c256=1.0)))
+    found = compared.found
+    assert compared.notes == ["only in A: 1 x 64", "only in B: 1 x 256"]
     assert [(each.row, each.metric) for each in found] == [("1 x 128", "step_seconds"), ("1 x 128", "step_fraction")]
     assert found[0].ratio == 0.75
     assert found[0].verdict == "better"
@@ -47,20 +49,41 @@ def test_latency_rows_are_matched_by_shape(files):
 
 
 def test_throughput_with_distributions(files):
-    found = compare(files("a", throughput("mix600", 100.0, 1.0)), files("b", throughput("mix600", 80.0, 1.0)))
+    compared = compare(files("a", throughput("mix600", 100.0, 1.0)), files("b", throughput("mix600", 80.0, 1.0)))
+    found = compared.found
+    assert not compared.notes
     verdicts = {each.metric: each.verdict for each in found}
     assert verdicts == {"output_rate": "worse", "ttft.mean": "", "ttft.p99": "", "compilations.decode": ""}
     ratios = {each.metric: each.ratio for each in found}
     assert ratios["output_rate"] == 0.8
     assert ratios["compilations.decode"] is None
-    table = format_comparison(found, "a.json", "b.json")
+    table = format_comparison(compared, "a.json", "b.json")
     assert "a.json" in table
     assert "0.800  worse" in table
 
 
+def test_what_was_compiled_or_measured_in_one_file_only(files):
+    a, b = throughput("mix600", 100.0, 1.0), throughput("mix600", 100.0, 1.0)
+    a |= {"compilations": {}, "model": "tiny", "device": "one", "itl_prefill": {"p99": 1.0}, "kept": 1.0}
+    b |= {"compilations": {"evict": 1}, "model": "tiny", "device": "another", "itl_prefill": {"p99": 3.0}}
+    compared = compare(files("a", a), files("b", b))
+    verdicts = {each.metric: each.verdict for each in compared.found if each.verdict}
+    assert verdicts == {"compilations.evict": "worse", "itl_prefill.p99": "worse"}
+    assert compared.notes == ["device: one and another", "mix600: only in A: kept"]
+    assert "device: one and another" in format_comparison(compared)
+
+
+def test_starts_are_compared(files):
+    start = {"kind": "startup", "model": "tiny", "seconds": 60.0, "pool_share": 0.8, "programs": 30}
+    found = compare(files("a", start), files("b", start | {"seconds": 18.0, "pool_share": 0.7})).found
+    assert [(each.metric, each.verdict) for each in found] == [
+        ("seconds", "better"), ("pool_share", "worse"), ("programs", "")
+    ]  # fmt: skip
+
+
 def test_kernels_by_name(files):
     rows = [{"name": "decode x", "kernel": "decode_attention", "wall": 2.0, "unit": "GB/s", "by_kernel": {"k": 1.0}}]
-    found = compare(files("a", {"rows": rows}), files("b", {"kind": "kernels", "rows": rows}))
+    found = compare(files("a", {"kind": "kernels", "rows": rows}), files("b", {"kind": "kernels", "rows": rows})).found
     assert [(each.row, each.metric, each.ratio) for each in found] == [("decode x", "wall", 1.0)]
 
 

@@ -1,7 +1,9 @@
 """The kernel benchmark at tiny sizes."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
 
 from pallas_kernels import DecodeTile
@@ -48,6 +50,20 @@ def test_tuning_picks_a_candidate():
     best = kernels.tune("decode_attention", every=kernels.tiny_cases()[:1], candidates=candidates, report=lines.append)
     assert best in candidates
     assert len(lines) == 4
+
+
+def test_rates_have_the_unit_of_the_yardstick():
+    rows = kernels.run(["probabilities tiny"], every=kernels.tiny_cases(), ceilings=CEILINGS, repeats=1)
+    assert {row.unit for row in rows} == {"GB/s"}
+
+
+def test_tuning_where_nothing_runs_says_so():
+    def broken(**options):
+        raise jax.errors.JaxRuntimeError("too much shared memory")
+
+    case = dataclasses.replace(kernels.tiny_cases()[0], build=broken)
+    with pytest.raises(SparsejaxError, match="none of the 2 candidates"):
+        kernels.tune("decode_attention", every=[case], candidates=[{}, {}], report=lambda line: None)
 
 
 def test_names_are_unique():

@@ -29,16 +29,25 @@ class Policy:
 @dataclass(frozen=True)
 class Rule:
     pooled: bool = True  # tables share a budget
+    whole_pages: bool = False  # of whole pages, which may all be full
 
     @property
     def equal_heads(self):
         return not self.pooled
 
+    def most_kept(self, budget, *, page_size):
+        return -(-budget // page_size) * page_size if self.whole_pages else budget
+
     def max_entries(self, budget, text_length, *, num_layers, num_kv_heads, page_size):
         tables = num_layers * num_kv_heads
         whole = tables * -(-min(budget, text_length) // page_size)
         spread = (tables * budget + tables * (page_size - 1)) // page_size
+        spread = whole if self.whole_pages else spread
         return min(spread, tables * -(-text_length // page_size)) if self.pooled else whole
+
+
+def keeps_whole_pages(rule) -> bool:
+    return rule.most_kept(1, page_size=2) > 1
 
 
 @dataclass(frozen=True)
@@ -138,15 +147,20 @@ class Device:
             for number, (table, count) in enumerate(zip(self.live(row), counts, strict=True))
         ]
 
-    def compress(self, row: int, budget: int, *, pooled: bool) -> None:
+    def compress(self, row: int, budget: int, *, pooled: bool, whole_pages: bool = False) -> None:
+        if whole_pages:  # as many pages as the budget takes, full ones, in each table or given by one to another
+            pages = self.page_size
+            budget = -(-budget // pages)
+        else:
+            pages = 1
         counts = [budget] * self.tables
         if pooled:  # the first half of the tables gives to the second, by an amount that depends on the text
             for number in range(self.tables // 2):
                 given = derive_seed(len(self.live(row)[0]), 1 + number) % (budget + 1)
                 counts[number] -= given
                 counts[-1 - number] += given
-        kept = self.best(row, counts)
-        assert sum(map(len, kept)) <= budget * self.tables
+        kept = self.best(row, [count * pages for count in counts])
+        assert sum(map(len, kept)) <= budget * pages * self.tables
         for table, slots in zip(self.rows[row], kept, strict=True):
             self._compact(table, slots)
 
@@ -335,7 +349,10 @@ class Engine:
             if each.request.compression.rule.equal_heads:
                 sizes = map(len, self.device.live(each.request.row))
                 assert min(sizes) > each.budget, "what is within its budget is left alone"
-            self.device.compress(each.request.row, each.budget, pooled=not each.request.compression.rule.equal_heads)
+            rule = each.request.compression.rule
+            self.device.compress(
+                each.request.row, each.budget, pooled=not rule.equal_heads, whole_pages=keeps_whole_pages(rule)
+            )
             self.compressed.setdefault(each.request.request_id, []).append(each.text_length)
         lanes = []
         for each in plan.evict:
@@ -365,7 +382,8 @@ class Engine:
             if each.footprint is None:
                 assert all(len(table) == each.num_computed for table in live)
             else:
-                assert sum(map(len, live)) <= each.num_held * self.device.tables
+                spare = self.device.page_size - 1 if keeps_whole_pages(each.compression.rule) else 0
+                assert sum(map(len, live)) <= (each.num_held + spare) * self.device.tables
         admitted = [each.order for each in self.alive if each.row is not None]
         waiting = [each.order for each in self.alive if each.row is None]
         assert max(admitted, default=-1) < min(waiting, default=10**9), "nobody is overtaken"

@@ -22,7 +22,7 @@ def compressions(draw):
     common = {
         **budgets,
         "policy": Policy(between_chunks=draw(st.booleans()), chunk_alignment=draw(st.sampled_from([1, 1, 3, 9]))),
-        "rule": Rule(pooled=draw(st.booleans())),
+        "rule": draw(st.sampled_from([Rule(pooled=False), Rule(), Rule(whole_pages=True)])),
     }
     if kind == "interval":
         return Params(once=False, interval=draw(st.integers(1, 7)), **common)

@@ -120,15 +120,18 @@ def test_a_head_keeps_its_best(rule, seed, budget, ragged):
 
 @each_rule
 @settings(max_examples=12, deadline=None)
-@given(seed=seeds, budget=budgets, page_size=st.sampled_from([1, 4, 32]))
-def test_the_bounds_hold(rule, seed, budget, page_size):
+@given(seed=seeds, budget=budgets, page_size=st.sampled_from([1, 4, 32]), grown=st.integers(0, 9))
+def test_the_bounds_hold(rule, seed, budget, page_size, grown):
     case = random_case(seed, sinks=1, recent=2)
     budget = max(budget, 3)
     held = keep(rule, case, budget).sum(-1)
     size = {"num_layers": LAYERS, "num_kv_heads": HEADS}
     pages = (-(-held // page_size)).sum(axis=(0, 2))
     assert np.all(pages <= rule.max_entries(budget, SLOTS, page_size=page_size, **size))
-    assert held.max() <= rule.max_head_tokens(budget, SLOTS, **size)
+    most = rule.most_kept(budget, page_size=page_size)
+    assert np.all(held.sum(axis=(0, 2)) <= most * LAYERS * HEADS)
+    later = (-(-(held + grown) // page_size)).sum(axis=(0, 2))
+    assert np.all(later <= rule.max_entries(most + grown, SLOTS + grown, page_size=page_size, **size))
 
 
 @settings(max_examples=20, deadline=None)

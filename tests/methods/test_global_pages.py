@@ -166,7 +166,11 @@ def test_bounds_hold():
         kept = keep(case.score, case.slots(), budget).sum(-1)
         entries = (-(-kept // 4)).sum((0, 2)).max()
         assert entries <= GlobalPages().max_entries(budget, SLOTS, page_size=4, **sizes)
-        assert kept.max() <= GlobalPages().max_head_tokens(budget, SLOTS, **sizes)
+        most = GlobalPages().most_kept(budget, page_size=4)
+        assert kept.sum((0, 2)).max() <= most * LAYERS * HEADS
+        for grown in range(6):
+            entries = (-(-(kept + grown) // 4)).sum((0, 2)).max()
+            assert entries <= GlobalPages().max_entries(most + grown, SLOTS + grown, page_size=4, **sizes)
 
 
 def test_lowers_for_cuda_without_a_sort():

@@ -54,6 +54,8 @@ def test_chats_go_through_the_template_and_limits_hold(tmp_path, tokenizer):
     ("line", "words"),
     [
         ("{", "a.jsonl:1 is no JSON"),
+        ("[" * 100_000, "a.jsonl:1 is no JSON"),
+        ('{"messages": [{"role": "user"}]}', "a content (or tool_calls)"),
         ('{"txt": "x"}', "a.jsonl:1 must be an object with a text under 'text'"),
         ("3", "a.jsonl:1"),
         ('{"messages": []}', "a.jsonl:1 must be an object with"),

@@ -106,7 +106,8 @@ def pack(
                     break
         if rows == 0:
             raise InvalidArgumentError(f"The sources hold {count} tokens, fewer than one row of {length}.")
-        np.asarray([start for start in starts if start < rows * length], "<i8").tofile(folder / "starts.bin")
+        starts = [start for start in starts if start < rows * length]
+        np.asarray(starts, "<i8").tofile(folder / "starts.bin")
         manifest = {
             "version": _VERSION,
             "rows": rows,
@@ -157,7 +158,7 @@ def _documents(sources: Iterable[Path], text_key: str) -> Iterator[Document]:
     for path in sources:
         if not path.is_file():
             raise InvalidArgumentError(f"{path} is no file; give .jsonl or text files.")
-        if path.suffix != ".jsonl":
+        if path.suffix.lower() != ".jsonl":
             yield Document(read_text(path), str(path))
             continue
         with path.open("rb") as lines:
@@ -172,17 +173,24 @@ def _content(line: bytes, text_key: str, where: str) -> str | list[dict[str, str
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidArgumentError(f"{where} must be UTF-8 text: {error.reason}.") from None
-    except ValueError as error:
-        raise InvalidArgumentError(f"{where} is no JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"{where} is no JSON that can be read: {error}") from None
     if isinstance(record, dict):
         if isinstance(record.get(text_key), str):
             return record[text_key]
         messages = record.get("messages")
-        if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
             return messages
     raise InvalidArgumentError(
-        f"{where} must be an object with a text under {text_key!r} or a list of objects under 'messages'."
+        f"{where} must be an object with a text under {text_key!r}, or a list under 'messages' of objects with "
+        "a content (or tool_calls)."
     )
+
+
+def _is_message(message: object) -> bool:
+    if not isinstance(message, dict):
+        return False
+    return message.get("content") is not None or bool(message.get("tool_calls"))
 
 
 def _text(document: Document, tokenizer: Any) -> str:
