@@ -107,9 +107,9 @@ def compare(a: str | Path, b: str | Path) -> Compared:
         counted = [name for name in others if name.startswith("compilations.") and name not in metrics]
         for metric in [*metrics, *counted]:
             other = 0 if metric.startswith("compilations.") else None
-            values = metrics.get(metric, other), others.get(metric, other)
-            if values[0] is not None and values[1] is not None:
-                found.append(Comparison(row, metric, *values))
+            mine, theirs = metrics.get(metric, other), others.get(metric, other)
+            if mine is not None and theirs is not None:
+                found.append(Comparison(row, metric, mine, theirs))
         notes += _alone(f"{row}: ", metrics, others)
     if not found:
         raise InvalidArgumentError(
@@ -134,6 +134,13 @@ def read(path: str | Path) -> Result:
         data = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InvalidArgumentError(f"{path} is not JSON: {error}") from error
+    try:
+        return _result(data, path)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InvalidArgumentError(f"{path} is no whole result of a benchmark: {error!r}") from error
+
+
+def _result(data: Any, path: str | Path) -> Result:
     rows = data.get("rows") if isinstance(data, dict) else None
     kind = data.get("kind") if isinstance(data, dict) else None
     if kind == "kernels" and rows is not None:

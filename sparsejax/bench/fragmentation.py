@@ -296,23 +296,28 @@ def measure(
     steady_steps: int = 128,
     warm: bool = True,
     report: Callable[[str], None] = print,
+    keep: Callable[[list[Fragmentation], list[Steady]], None] = lambda rows, lines: None,
 ) -> tuple[list[Fragmentation], list[Steady]]:
     """The dense baseline, then every strategy at every budget; each line is reported as soon as it is known.
 
     Args:
       steady_rows, steady_steps: see `steady`; 0 rows: leave it out.
+      keep: called with all that is known, whenever that is more.
     """
     rows, lines = [], []
     report(HEADER)
     rows.append(run(llm, trace, DENSE, warm=warm))
     report(format_row(rows[-1]))
+    keep(rows, lines)
     for budget in budgets:
         for strategy in strategies:
             rows.append(run(llm, trace, strategy, budget, method=method, warm=warm))
             report(format_row(rows[-1]))
+            keep(rows, lines)
             if steady_rows:
                 lines.append(steady(llm, strategy, budget, rows=steady_rows, steps=steady_steps, method=method))
                 report(format_steady(lines[-1]))
+                keep(rows, lines)
     return rows, lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,22 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def measure(config: ModelConfig, params: Any, *, greedy_only: bool, utilization: float, **engine: Any) -> Startup:
+def measure(
+    config: ModelConfig,
+    params: Any,
+    *,
+    greedy_only: bool,
+    utilization: float,
+    progress: Callable[[Sequence], Iterable] = lambda steps: steps,
+    **engine: Any,
+) -> Startup:
     """Builds an engine and warms it up.
 
     Args:
       params: on the device.
       greedy_only: warm up only the variants of greedy requests that ask for nothing else.
       utilization: the share of the card that was reserved for the process.
+      progress: wraps the list of programs, for a progress bar.
       engine: options of `LLM`.
     """
     jax.block_until_ready(params)
@@ -75,7 +85,8 @@ def measure(config: ModelConfig, params: Any, *, greedy_only: bool, utilization:
         runner = llm.engine.runner
         jax.block_until_ready(runner.cache)
         built = time.perf_counter()
-        warm_up(runner, greedy_only=greedy_only, forks=llm.engine.scheduler.config.max_resident_rows > 0)
+        forks = llm.engine.scheduler.config.max_resident_rows > 0
+        warm_up(runner, greedy_only=greedy_only, forks=forks, progress=progress)
         jax.block_until_ready(runner.cache)
         ready = time.perf_counter()
     weights, pool = tree_bytes([params]), tree_bytes([runner.cache.pool])

@@ -54,6 +54,10 @@ class TraceRequest:
             value, least = getattr(self, name), 0 if name in ("seed", "shared_tokens") else 1
             if not isinstance(value, int) or value < least:
                 raise InvalidArgumentError(f"{name} must be a whole number from {least} on, got {value!r}.")
+        if self.prompt_token_ids is not None and not all(
+            isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in self.prompt_token_ids
+        ):
+            raise InvalidArgumentError("prompt_token_ids must be whole numbers from 0 on.")
         if self.prompt_token_ids is not None and len(self.prompt_token_ids) != self.input_tokens:
             raise InvalidArgumentError(
                 f"input_tokens must be the length of prompt_token_ids, {len(self.prompt_token_ids)}, "
@@ -61,8 +65,17 @@ class TraceRequest:
             )
 
     def prompt(self, vocab_size: int) -> list[int]:
-        """The prompt's token ids; the same every time."""
+        """The prompt's token ids; the same every time.
+
+        Raises:
+          InvalidArgumentError: one that the vocabulary does not have.
+        """
         if self.prompt_token_ids is not None:
+            if max(self.prompt_token_ids) >= vocab_size:
+                raise InvalidArgumentError(
+                    f"prompt_token_ids must be below {vocab_size}, the model's vocabulary; "
+                    f"got {max(self.prompt_token_ids)}."
+                )
             return list(self.prompt_token_ids)
         shared = np.random.default_rng(_SHARED_SEED).integers(0, vocab_size, self.shared_tokens)[: self.input_tokens]
         own = np.random.default_rng(self.seed).integers(0, vocab_size, self.input_tokens - len(shared))
@@ -243,6 +256,8 @@ def _request(line: dict, *, default_seed: int) -> TraceRequest:
             raise unknown_key_error(key, valid, "a request")
     line = {"arrival": 0.0, "seed": default_seed} | line
     if line.get("prompt_token_ids") is not None:
+        if not isinstance(line["prompt_token_ids"], list):
+            raise InvalidArgumentError(f"prompt_token_ids must be a list, got {line['prompt_token_ids']!r:.80}.")
         line["prompt_token_ids"] = tuple(line["prompt_token_ids"])
         line.setdefault("input_tokens", len(line["prompt_token_ids"]))
     for key in ("input_tokens", "output_tokens"):

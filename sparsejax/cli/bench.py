@@ -20,6 +20,7 @@ from sparsejax.cli.bench_options import (
     compiling,
     delta_engine_options,
     engine_options,
+    given,
     load,
     reaching,
     write_json,
@@ -78,13 +79,9 @@ def add_parser(subparsers) -> None:
     )
     throughput.add_argument("--no-warmup", action="store_true", help="compile while serving rather than before")
     group = throughput.add_argument_group("random and lognormal traces")
-    group.add_argument("--requests", type=int, default=100, metavar="N", help="how many (default: %(default)s)")
-    group.add_argument(
-        "--input-len", type=int, default=1024, metavar="N", help="mean or median prompt tokens (default: %(default)s)"
-    )
-    group.add_argument(
-        "--output-len", type=int, default=128, metavar="N", help="mean or median answer tokens (default: %(default)s)"
-    )
+    group.add_argument("--requests", type=int, metavar="N", help="how many (default: 100)")
+    group.add_argument("--input-len", type=int, metavar="N", help="mean or median prompt tokens (default: 1024)")
+    group.add_argument("--output-len", type=int, metavar="N", help="mean or median answer tokens (default: 128)")
     group.add_argument(
         "--spread",
         type=float,
@@ -93,7 +90,7 @@ def add_parser(subparsers) -> None:
         "(default 1)",
     )
     group.add_argument("--rate", type=float, metavar="R", help="mean arrivals a second (default: all at once)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the trace (default: %(default)s)")
+    group.add_argument("--seed", type=int, metavar="N", help="of the trace (default: 0)")
     add_compression_options(throughput)
     add_delta_options(throughput)
     add_outputs(throughput)
@@ -161,14 +158,20 @@ def _traces(args: argparse.Namespace) -> list[Trace]:
         return [
             traces.generate(
                 args.trace,
-                requests=args.requests,
-                input_len=args.input_len,
-                output_len=args.output_len,
+                requests=given(args.requests, 100),
+                input_len=given(args.input_len, 1024),
+                output_len=given(args.output_len, 128),
                 spread=args.spread,
                 rate=args.rate,
-                seed=args.seed,
+                seed=given(args.seed, 0),
             )
         ]
+    for name in ("requests", "input_len", "output_len", "spread", "rate", "seed"):
+        if getattr(args, name) is not None:
+            raise InvalidArgumentError(
+                f"--{name.replace('_', '-')} is for the traces {' and '.join(traces.RANDOM)}, which are drawn; "
+                f"got --trace {args.trace}."
+            )
     return [traces.load(name) for name in args.trace.split(",")]
 
 
@@ -177,6 +180,10 @@ def run_throughput(args: argparse.Namespace) -> int:
     from sparsejax.bench import traces
 
     wanted = _traces(args)
+    names = [trace.name for trace in wanted]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None and (args.json is not None or args.plot is not None):
+        raise InvalidArgumentError(f"--trace has {twice!r} twice: --json and --plot write a file for each name.")
     if args.write_trace is not None:
         if len(wanted) > 1:
             raise InvalidArgumentError(f"--write-trace takes one trace, got {len(wanted)}.")
@@ -199,8 +206,8 @@ def run_throughput(args: argparse.Namespace) -> int:
     llm = LLM.from_params(
         config if args.model else reaching(config, longest),
         params,
-        max_num_seqs=args.max_num_seqs or min(256, max(map(len, wanted))),
-        max_model_len=args.max_model_len or longest,
+        max_num_seqs=given(args.max_num_seqs, min(256, max(map(len, wanted)))),
+        max_model_len=given(args.max_model_len, longest),
         methods=(compression.method,),
         **engine_options(args, config, params) | {"enable_prefix_caching": shares},
         **delta_engine_options(args, config, params),
@@ -234,6 +241,7 @@ def run_startup(args: argparse.Namespace) -> int:
         params,
         greedy_only=args.greedy_only,
         utilization=args.gpu_memory_utilization,
+        progress=compiling,
         **engine_options(args, config, params) | {name: value for name, value in asked.items() if value is not None},
     )
     print(f"{name}: {startup.format_report(result)}")

@@ -10,12 +10,14 @@ from sparsejax.cli.bench_options import (
     add_outputs,
     check_model,
     engine_options,
+    given,
     load,
     reaching,
     write_json,
 )
 from sparsejax.cli.evaluate import numbers
 from sparsejax.cli.outputs import check_outputs
+from sparsejax.errors import InvalidArgumentError
 
 PAGE_SIZE = 16  # SpvLLM's
 
@@ -74,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args)
     check_model(args)
     budgets = numbers("--budgets", args.budgets)
+    for name, least in (("requests", 1), ("seed", 0), ("steady_rows", 0), ("steady_steps", 1)):
+        if getattr(args, name) < least:
+            raise InvalidArgumentError(
+                f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}."
+            )
     from sparsejax.engine.memory import reserve_device_memory
 
     reserve_device_memory(args.gpu_memory_utilization)
@@ -96,11 +103,16 @@ def run(args: argparse.Namespace) -> int:
     llm = LLM.from_params(
         config if args.model else reaching(config, needed),
         params,
-        max_num_seqs=args.max_num_seqs or seqs,
-        max_model_len=args.max_model_len or needed,
+        max_num_seqs=given(args.max_num_seqs, seqs),
+        max_model_len=given(args.max_model_len, needed),
         methods=(args.method,),
         **engine_options(args, config, params, page_size=PAGE_SIZE),
     )
+    page_size = llm.engine.runner.layout.page_size
+
+    def keep(rows, steady_rows):
+        write_json(args.json, fragmentation.as_dict(rows, steady_rows, model=name, page_size=page_size))
+
     results = fragmentation.measure(
         llm,
         trace,
@@ -111,9 +123,8 @@ def run(args: argparse.Namespace) -> int:
         steady_steps=steps,
         warm=not args.no_warmup,
         report=lambda line: print(line, flush=True),
+        keep=keep,
     )
-    page_size = llm.engine.runner.layout.page_size
-    write_json(args.json, fragmentation.as_dict(*results, model=name, page_size=page_size))
     if args.plot is not None:
         plots.plot_fragmentation(results[0], args.plot)
     return 0

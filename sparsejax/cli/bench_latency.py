@@ -20,6 +20,7 @@ from sparsejax.cli.bench_options import (
     check_model,
     delta_engine_options,
     engine_options,
+    given,
     load,
     reaching,
     shapes,
@@ -149,8 +150,8 @@ def run(args: argparse.Namespace) -> int:
             llm = LLM.from_params(
                 config if args.model else reaching(config, needed),
                 params,
-                max_num_seqs=args.max_num_seqs or batch,
-                max_model_len=args.max_model_len or needed,
+                max_num_seqs=given(args.max_num_seqs, batch),
+                max_model_len=given(args.max_model_len, needed),
                 methods=tuple(dict.fromkeys((*family.methods, compression.method))),
                 **(sizes | options),
             )
@@ -184,6 +185,10 @@ def _check(args: argparse.Namespace, kind: str) -> None:
         raise InvalidArgumentError(f"--prefills must be at least 1, got {args.prefills}.")
     if kind == "full" and args.compare_dense is not None:
         raise InvalidArgumentError("--compare-dense compares a --method with dense decoding: give one.")
+    if args.max_num_seqs is not None and 0 < args.max_num_seqs < max(batch for batch, _ in shapes(args.shapes)):
+        raise InvalidArgumentError(f"--max-num-seqs must be at least the batch of --shapes, got {args.max_num_seqs}.")
+    if args.compare_dense is not None and args.compare_dense < 0:
+        raise InvalidArgumentError(f"--compare-dense must be at least 1 token, got {args.compare_dense}.")
     if kind in ("select", "store") and args.compare_dense:
         raise InvalidArgumentError(
             "--compare-dense takes no N with methods that select or store compressed: it serves the same prompts."

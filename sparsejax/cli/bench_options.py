@@ -68,6 +68,11 @@ def add_model(
     )
 
 
+def given(value: Any, default: Any) -> Any:
+    """What the user gave, 0 included, or else the default."""
+    return default if value is None else value
+
+
 def engine_options(args: argparse.Namespace, config: Any, params: Any, *, page_size: int = PAGE_SIZE) -> dict[str, Any]:
     """Keyword options of an LLM, those left out that were not given.
 
@@ -76,18 +81,22 @@ def engine_options(args: argparse.Namespace, config: Any, params: Any, *, page_s
       page_size: unless the user gave one.
     """
     num_pages = args.num_pages
+    if args.page_size is not None and args.page_size < 1:
+        raise InvalidArgumentError(f"--page-size must be at least 1, got {args.page_size}.")
     if args.pool_gib is not None:
         if num_pages is not None:
             raise InvalidArgumentError("--pool-gib has no meaning with --num-pages; give one of them.")
         if not 0 < args.pool_gib < math.inf:
             raise InvalidArgumentError(f"--pool-gib must be a positive number, got {args.pool_gib}.")
-        page_bytes = 2 * (args.page_size or page_size) * config.head_dim * params["embed"].dtype.itemsize
+        page_bytes = 2 * given(args.page_size, page_size) * config.head_dim * params["embed"].dtype.itemsize
         num_pages = int(args.pool_gib * 2**30) // page_bytes
+        if not num_pages:
+            raise InvalidArgumentError(f"--pool-gib {args.pool_gib} holds no page of {page_bytes} bytes.")
     chosen = {
         "max_num_batched_tokens": args.max_num_batched_tokens,
         "max_mixed_tokens": args.max_mixed_tokens,
         "table_granularity": args.granularity,
-        "page_size": args.page_size or page_size,
+        "page_size": given(args.page_size, page_size),
         "num_pages": num_pages,
         "implementation": args.implementation,
         "gpu_memory_utilization": args.gpu_memory_utilization,

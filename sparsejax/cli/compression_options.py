@@ -127,7 +127,17 @@ def compression_from(args: argparse.Namespace, **overrides: Any) -> CompressionP
     given: dict[str, Any] = (
         {"method": args.method} | {name: getattr(args, name, None) for name in ARGUMENTS} | overrides
     )
-    return CompressionParams(**given, options=dict(map(_own_option, args.option)) | selection_options(args))
+    own: dict[str, Any] = {}
+    for text in args.option:
+        name, value = _own_option(text)
+        if name in (*given, *SELECTION_ARGUMENTS):
+            raise InvalidArgumentError(
+                f"--option {name} is no option of a method's own: use --{name.replace('_', '-')}."
+            )
+        if name in own:
+            raise InvalidArgumentError(f"--option gives {name} twice, {own[name]!r} and {value!r}.")
+        own[name] = value
+    return CompressionParams(**given, options=own | selection_options(args))
 
 
 def method_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -142,7 +152,9 @@ def method_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         if not dot or not method.isidentifier():
             raise InvalidArgumentError(f"--option must look like METHOD.NAME=VALUE, got {text!r}.")
         name, value = _own_option(own)
-        options.setdefault(method, {})[name] = value
+        if name in options.setdefault(method, {}):
+            raise InvalidArgumentError(f"--option gives {method}.{name} twice.")
+        options[method][name] = value
     return options
 
 

@@ -6,6 +6,7 @@ import argparse
 import textwrap
 
 from sparsejax.cli import options
+from sparsejax.errors import InvalidArgumentError
 
 SHOWN = 200  # characters of a long context that are printed
 
@@ -30,11 +31,18 @@ def run(args: argparse.Namespace) -> int:
 
     from sparsejax import SamplingParams
     from sparsejax.assets import tiny_model_path
-    from sparsejax.checkpoint import load_tokenizer, resolve
+    from sparsejax.checkpoint import load_config, load_tokenizer, resolve
     from sparsejax.evaluation import ANSWER_TOKENS, TASKS, build_samples, encode_sample, exact_match
 
-    # Asked for first, for a length that is too short for the tasks should not be noticed after minutes of compiling.
-    tokenizer = load_tokenizer(args.tokenizer or resolve(args.model or tiny_model_path()).folder)
+    # Asked for first, for a length that does not do should not be noticed after minutes of compiling.
+    source = resolve(args.model or tiny_model_path())
+    longest = load_config(source).max_position_embeddings if args.max_model_len is None else args.max_model_len
+    if args.length > longest - ANSWER_TOKENS:
+        raise InvalidArgumentError(
+            f"--length must be at most {longest - ANSWER_TOKENS}, so that {longest} tokens have room for an answer; "
+            f"got {args.length}."
+        )
+    tokenizer = load_tokenizer(args.tokenizer or source.folder)
     samples = build_samples(tokenizer, lengths=[args.length], samples=1, seed=args.seed)
     prompts = [encode_sample(tokenizer, sample).tokens for sample in samples]
     # Compiled before the requests arrive, so that the table shows the engine's times and not the compiler's.

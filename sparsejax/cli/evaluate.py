@@ -152,7 +152,7 @@ def _sweep(args: argparse.Namespace, samples: dict) -> None:
         settings = [
             make_settings(
                 served,
-                budgets("--budgets", args.budgets or BUDGETS),
+                budgets("--budgets", BUDGETS if args.budgets is None else args.budgets),
                 MODES if args.mode in (None, "both") else (args.mode,),
                 common=compression_options.common_arguments(args),
                 options={name: given for name, given in own.items() if name in served},

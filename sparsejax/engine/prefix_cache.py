@@ -60,7 +60,7 @@ class PrefixCacheStats:
       queried_tokens: tokens they needed in the cache.
       hits: those of them that found a prefix.
       hit_tokens: tokens they did not have to compute.
-      evictions: rows given up because a request needed a row or its pages.
+      evictions: how often a row or its end was given up because a request needed the row or its pages.
       resident_rows: rows kept although their requests have ended.
       resident_entries: table entries that only such rows hold.
     """
@@ -264,13 +264,31 @@ class PrefixCache:
         self._ready[row] = ready
         self._found = None
 
-    def evict(self, *, but: Row | None = None) -> Row | None:
-        """Forgets the resident row that was least recently used, `but` excepted. None: there is none."""
-        oldest = next((row for row in self._residents if row is not but), None)
-        if oldest is not None:
-            self.forget(oldest)
-            self._evictions += 1
-        return oldest
+    def oldest(self, *, but: Row | None = None) -> Row | None:
+        """The resident row that was least recently used, `but` excepted. None: there is none."""
+        return next((row for row in self._residents if row is not but), None)
+
+    def evict(self, row: Row) -> None:
+        """Forgets a resident row."""
+        self.forget(row)
+        self._evictions += 1
+
+    def known_tokens(self, row: Row) -> int:
+        """How many tokens of a resident row can be taken over one by one; 0 of a compressed row."""
+        return self._ready.get(row, 0)
+
+    def is_covered(self, row: Row, count: int) -> bool:
+        """Whether another row holds the first `count` tokens of a resident row."""
+        sharing = self._tree.sharing(self._tree.text(row)[:count])
+        return any(shared == count for _, rows in sharing for other, shared in rows if other is not row)
+
+    def cut(self, row: Row, into: Row, count: int) -> None:
+        """Enters `into` in the place of a resident row, of which it holds the first `count` tokens."""
+        text = self._tree.text(row)[:count]
+        self.evict(row)
+        self._insert(into, text, ready=count)
+        self._residents[into] = None
+        self._residents.move_to_end(into, last=False)
 
     def clear(self) -> list[Row]:
         """Forgets all resident rows."""

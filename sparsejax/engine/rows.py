@@ -174,18 +174,44 @@ class Rows:
         return changes
 
     def _make_free(self, num_entries: int, *, but: Row | None = None) -> bool:
-        """Evicts resident rows until so many entries are free. Returns whether they are."""
-        while self.table.free_entries < num_entries + self._transient:
-            if not self._evict(but=but):
+        """Gives up what was least recently used until so many entries are free. Returns whether they are."""
+        while (missing := num_entries + self._transient - self.table.free_entries) > 0:
+            if not self._cut(missing, but=but) and not self._evict(but=but):
                 return False
         return True
 
     def _evict(self, *, but: Row | None = None) -> bool:
         """Releases the resident row that was least recently used, `but` excepted, if there is one."""
-        row = None if self.cache is None else self.cache.evict(but=but)
-        if row is not None:
-            self._release(row)
-        return row is not None
+        row = None if self.cache is None else self.cache.oldest(but=but)
+        if row is None or self.cache is None:
+            return False
+        self.cache.evict(row)
+        self._release(row)
+        return True
+
+    def _cut(self, missing: int, *, but: Row | None = None) -> bool:
+        """Gives up the end of the resident row that was least recently used, if what is left is of use.
+
+        At least half of its pages: a row is forked for it, and few forks are to do.
+
+        Args:
+          missing: entries that are wanted.
+        """
+        row = None if self.cache is None else self.cache.oldest(but=but)
+        if row is None or self.cache is None or not self.table.num_free_rows:
+            return False
+        size = self.table.page_size
+        pages = self.cache.known_tokens(row) // size
+        count = size * min(pages // 2, pages - -(-missing // self._column))
+        if count <= 0 or self.cache.is_covered(row, count):
+            return False
+        rest = self.table.take()
+        self.table.fork(row, rest, count)
+        self.table.rest(rest)
+        self._changes.append(Fork(row.number, rest.number, count))
+        self.cache.cut(row, rest, count)
+        self._release(row)
+        return True
 
     def _detach(self, request: Request) -> Row:
         """Parts a request from its row."""

@@ -144,6 +144,10 @@ class MethodRow:
         }
 
 
+SWEPT = ("method", "budget_tokens", "keep_fraction", "context_tokens", "compress_once", "top_tokens")
+"""Arguments of `CompressionParams` that a sweep's budgets and modes set."""
+
+
 def make_settings(
     methods: Sequence[str],
     budgets: Sequence[float],
@@ -178,6 +182,10 @@ def make_settings(
     for mode in modes:
         if mode not in MODES:
             raise InvalidArgumentError(f"modes must be of {', '.join(MODES)}; got {mode!r}.")
+    for name in (*evicting, *storing, *selecting):
+        for argument in (options or {}).get(name, {}):
+            if argument in SWEPT:
+                raise InvalidArgumentError(f"method {name!r} cannot be given {argument}: the sweep sets it itself.")
     settings = [Setting("dense", None, CompressionParams())]
     for mode in modes:
         for name in evicting:

@@ -243,7 +243,8 @@ def compose(
     used = sum(measure(f" {sentence}") for thread in threads for sentence in thread)
     if used > budget:
         raise InvalidArgumentError(
-            f"length is too short, by {used - budget} tokens: the sentences that matter need {used}."
+            f"length is too short, by {used - budget} tokens: beside the question and the template, the sentences that "
+            f"matter need {used}."
         )
     prose: list[str] = []
     while True:

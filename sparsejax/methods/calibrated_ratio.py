@@ -62,6 +62,9 @@ class CalibratedRatio:
         options = {
             name: tuple(value) if isinstance(value, list) else value for name, value in dict(self.options).items()
         }
+        for name in ("method", "keep_fraction", "budget_tokens", "context_tokens"):
+            if name in options:
+                raise InvalidArgumentError(f"options must not hold {name}, which is set for each context.")
         object.__setattr__(self, "options", tuple(sorted(options.items())))
         if self.nll_range is not None:
             low, high = (number("nll_range", value, 0.0) for value in self.nll_range)

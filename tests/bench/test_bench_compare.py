@@ -97,6 +97,9 @@ def test_what_cannot_be_compared(files):
         compare(a, files("d", [1, 2]))
     with pytest.raises(InvalidArgumentError, match="not a result"):
         compare(a, files("e", {"kind": "lateness"}))
+    for broken in ({"kind": "latency", "rows": [{}]}, {"kind": "latency", "rows": [1]}, {"kind": "throughput"}):
+        with pytest.raises(InvalidArgumentError, match="no whole result"):
+            compare(a, files("g", broken))
     text = files("f", {})
     text.write_text("{")
     with pytest.raises(InvalidArgumentError, match="not JSON"):

@@ -107,6 +107,8 @@ def test_jsonl_defaults(tmp_path):
         ({"input_tokens": 4, "output_tokens": 1, "arival": 0}, "arrival"),
         ({"input_tokens": 4, "output_tokens": 1, "arrival": -1}, "arrival"),
         ({"input_tokens": 4, "output_tokens": 1, "prompt_token_ids": [1]}, "length of prompt_token_ids"),
+        ({"output_tokens": 1, "prompt_token_ids": ["a"]}, "whole numbers"),
+        ({"output_tokens": 1, "prompt_token_ids": 5}, "must be a list"),
         ([1], "object"),
     ],
 )
@@ -115,6 +117,11 @@ def test_bad_lines_are_named(tmp_path, line, message):
     path.write_text('{"input_tokens": 1, "output_tokens": 1}\n' + json.dumps(line) + "\n")
     with pytest.raises(InvalidArgumentError, match=f"line 2.*{message}"):
         traces.read_jsonl(path)
+
+
+def test_prompts_of_another_vocabulary_are_named():
+    with pytest.raises(InvalidArgumentError, match="below 256"):
+        TraceRequest(0.0, 2, 1, prompt_token_ids=(1, 256)).prompt(256)
 
 
 def test_bad_requests_for_traces():

@@ -88,6 +88,28 @@ def test_the_least_recently_used_goes_first_and_only_when_needed():
     assert run_one(run, request("9 again", 9, 1)).num_cached_tokens == 0
 
 
+def test_the_oldest_text_gives_up_its_end_before_its_beginning():
+    run = engine(max_resident_rows=3, max_num_seqs=1, page_size=4, num_free_entries=12, max_model_len=48)
+    run_one(run, request("a", 32, 1))
+    run_one(run, request("b", 20, 1))
+    stats = run.scheduler.prefix_cache_stats
+    assert (stats.resident_rows, stats.evictions) == (2, 1), "half of a's 8 pages are enough"
+    assert stats.resident_entries == 4 + 5
+    again = run_one(run, request("a again", 32, 1))
+    assert again.num_cached_tokens == 16
+    assert again.output_token_ids == answer_alone(again)
+    assert run_one(run, request("b again", 20, 1)).num_cached_tokens == 8, "b was the oldest then, and cut in turn"
+
+
+def test_a_text_whose_beginning_another_row_holds_goes_whole():
+    run = engine(max_resident_rows=3, max_num_seqs=1, page_size=4, num_free_entries=14, max_model_len=48)
+    run_one(run, request("a", 32, 1, shared=20))
+    run_one(run, request("b", 30, 1, shared=20))
+    run_one(run, request("c", 16, 1))
+    stats = run.scheduler.prefix_cache_stats
+    assert (stats.resident_rows, stats.evictions) == (2, 1)
+
+
 def test_a_resident_row_that_fills_the_pool_gives_way():
     run = engine(max_resident_rows=2, num_free_entries=4, page_size=4, max_model_len=40)
     run_one(run, request("a", 14, 3, shared=9))
