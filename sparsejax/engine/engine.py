@@ -228,10 +228,7 @@ class Engine:
         if self.scheduler.must_preempt():
             self._read()  # a victim's replay needs every token it was given
         plan = self.scheduler.schedule()
-        entries = {
-            each.request.request_id: self.scheduler.held_entries(each.request) for each in (*plan.compress, *plan.evict)
-        }
-        flight = dispatch(self.runner, plan, entries)
+        flight = dispatch(self.runner, plan)
         self._read()
         self._in_flight = flight
 

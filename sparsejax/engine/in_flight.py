@@ -11,6 +11,7 @@ from typing import Any, Generic
 import jax
 import numpy as np
 
+from sparsejax.cache import RowUsage
 from sparsejax.engine.compression import CompressOutput, EvictOutput, Measured
 from sparsejax.engine.delta_compress import StoreOutput
 from sparsejax.engine.plan import Chunk, Compress, Evict, Fork, FullRing, Plan, Release
@@ -85,7 +86,7 @@ class InFlight:
     Attributes:
       steps: the model's runs, in order.
       evictions, compressions: (entries, output) of each call, in the order of dispatch.
-      entries_before: table entries of the rows that are compressed, as counted before, by request id.
+      rows: of the requests that are compressed, by request id: by the time this is read they may have lost them.
       rings: (entries, output) of each compression of full rings.
       forked: bool[] values that must be true.
       measured: counts after the whole plan, if its last program gives none.
@@ -95,7 +96,7 @@ class InFlight:
     steps: Sequence[ModelStep[Readback[StepOutput]]]
     evictions: Sequence[tuple[Sequence[Evict], Readback[EvictOutput]]]
     compressions: Sequence[tuple[Sequence[Compress], Readback[CompressOutput]]]
-    entries_before: Mapping[str, Any]
+    rows: Mapping[str, int]
     rings: Sequence[tuple[Sequence[FullRing], Readback[StoreOutput]]]
     forked: list[jax.Array]
     measured: Readback[Measured] | None
@@ -113,6 +114,12 @@ class InFlight:
         measured = None if self.measured is None else self.measured.get()
         outputs = [*(step.output for step in steps), *(output for _, output in (*evictions, *compressions, *rings))]
         last = measured if measured is not None else outputs[-1]
+        before = steps[-1].output.usage
+
+        def held(usage: RowUsage | None, entry: Compress) -> int:
+            assert usage is not None, "caches that evict tell what rows hold"
+            return int(usage.held[self.rows[entry.request.request_id]])
+
         bulk = [(entries, output) for entries, output in evictions if any(entry.bulk for entry in entries)]
         rows = sum(len(entries) for entries, _ in (*bulk, *compressions))
         return Results(
@@ -121,8 +128,8 @@ class InFlight:
                 Compressed(
                     entry=entry,
                     kept=np.asarray(output.kept[:, lane]) if isinstance(output, CompressOutput) else None,
-                    entries_before=self.entries_before[entry.request.request_id],
-                    entries_after=int(output.usage.held[entry.request.row or 0]),
+                    entries_before=held(before, entry),
+                    entries_after=held(output.usage, entry),
                     seconds=seconds / rows,
                 )
                 for entries, output in (*bulk, *compressions)
@@ -136,12 +143,8 @@ class InFlight:
         )
 
 
-def dispatch(runner: Runner, plan: Plan, entries_before: Mapping[str, Any]) -> InFlight | None:
-    """Dispatches a plan; None if it runs nothing that could be read.
-
-    Args:
-      entries_before: see InFlight.
-    """
+def dispatch(runner: Runner, plan: Plan) -> InFlight | None:
+    """Dispatches a plan; None if it runs nothing that could be read."""
     forked = _change_table(runner, plan)
     steps = _run_model(runner, plan)
     if not steps:
@@ -154,7 +157,8 @@ def dispatch(runner: Runner, plan: Plan, entries_before: Mapping[str, Any]) -> I
     forked += runner.fork(plan.snapshots)
     measured = runner.measure() if plan.snapshots else None
     _start_copies(([output for _, output in (*evictions, *compressions, *rings)], forked, measured))
-    return InFlight(steps, evictions, compressions, entries_before, rings, forked, measured, plan.balance)
+    rows = {each.request.request_id: each.request.row or 0 for each in (*plan.compress, *plan.evict)}
+    return InFlight(steps, evictions, compressions, rows, rings, forked, measured, plan.balance)
 
 
 def _start_copies(values: Any) -> None:
