@@ -144,7 +144,7 @@ class MethodRow:
         }
 
 
-SWEPT = ("method", "budget_tokens", "keep_fraction", "context_tokens", "compress_once", "top_tokens")
+SWEPT = ("method", "budget_tokens", "keep_fraction", "context_tokens", "top_tokens")
 """Arguments of `CompressionParams` that a sweep's budgets and modes set."""
 
 

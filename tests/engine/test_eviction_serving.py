@@ -263,33 +263,22 @@ def test_pages_come_back_and_are_counted(llm, method):
     assert_all_free(llm)
 
 
-def test_bytes_before_are_measured_also_behind_another_compression(make_llm):
-    """What a row holds when it is compressed again within two steps, however its prompt is cut into chunks."""
+def test_bytes_before_are_measured_also_behind_another_compression(llm):
+    """What a row holds when it is compressed again within two steps."""
     asked = CompressionParams(method="streaming_llm", keep_fraction=0.1, recent_tokens=1, context_tokens=30)
-    columns = {}
-    for chunk in (64, 16):
-        metrics = run(make_llm(**(ENGINE | {"max_num_batched_tokens": chunk})), [(LONG_PROMPT[:56], asked)])[0].metrics
-        assert metrics.num_compressions == 2
-        columns[chunk] = (metrics.kv_bytes_before_compression, metrics.kv_bytes)
+    metrics = run(llm, [(LONG_PROMPT[:56], asked)])[0].metrics
+    assert metrics.num_compressions == 2
     bytes_of_column = CONFIG.num_layers * CONFIG.num_kv_heads * 2 * 4 * CONFIG.head_dim * 4
     held = -(-(5 + 26) // 4) * bytes_of_column  # 5 of the first 30 tokens, and the other 26
-    assert columns == {64: (held, held), 16: (held, held)}
+    assert (metrics.kv_bytes_before_compression, metrics.kv_bytes) == (held, held)
 
 
-@pytest.mark.parametrize(
-    ("columns", "length", "asked", "most"),
-    [
-        (10, 30, {"keep_fraction": 0.1, "window_tokens": 8}, 40),
-        (4, 16, {"budget_tokens": 14, "window_tokens": 4, "compress_once": True}, 8),
-    ],
-)
-def test_a_pool_that_hardly_holds_whole_pages_clips_the_answer(make_llm, columns, length, asked, most):
+def test_a_pool_that_hardly_holds_whole_pages_clips_the_answer(make_llm):
     """kv_compress may fill all pages that its budget takes: they are counted so, or a step would find too few."""
-    sizes = {"num_pages": CONFIG.num_layers * CONFIG.num_kv_heads * columns + 1, "max_num_seqs": 2}
-    llm = make_llm(**(ENGINE | sizes))
-    params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True)
-    output = run(llm, [(LONG_PROMPT[:length], CompressionParams(method="kv_compress", **asked))], params)[0]
-    assert 1 <= len(output.outputs[0].token_ids) < most
+    llm = make_llm(**(ENGINE | {"num_pages": CONFIG.num_layers * CONFIG.num_kv_heads * 4 + 1, "max_num_seqs": 2}))
+    asked = CompressionParams(method="kv_compress", budget_tokens=14, window_tokens=4, compress_once=True)
+    output = run(llm, [(LONG_PROMPT[:16], asked)], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))[0]
+    assert 1 <= len(output.outputs[0].token_ids) < 8
     assert output.outputs[0].finish_reason == "length"
     assert_all_free(llm)
 
