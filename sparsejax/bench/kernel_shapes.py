@@ -312,7 +312,8 @@ class _Places(NamedTuple):
 
 
 def _places(tokens: int, page: int, heads: Heads) -> _Places:
-    layers = max(4, min(32, (1 << 30) // (tokens * heads.kv * heads.slot_bytes)))
+    most = 32 if jax.default_backend() == "gpu" else 4
+    layers = max(4, min(most, (1 << 30) // (tokens * heads.kv * heads.slot_bytes)))
     table, entries = _random_table(np.array([[[0], [tokens]]]), page, -(-tokens // page))
     addresses = _addresses(layers, heads, per_head=False)
     pools = [_random(seed, entries * addresses[0].entry_stride, page, heads.dim) for seed in (1, 2)]
