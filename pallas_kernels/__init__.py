@@ -28,7 +28,7 @@ from pallas_kernels.delta_reconstruct_triton import ReconstructTile
 from pallas_kernels.delta_store import DeltaLayout, DeltaStore, Places, view_positions
 from pallas_kernels.delta_store_xla import read_latents
 from pallas_kernels.dispatch import Implementation, resolve
-from pallas_kernels.in_order import in_order
+from pallas_kernels.in_order import in_order, in_order_for_xla
 from pallas_kernels.invert_spd import invert_spd, invert_spd_reference
 from pallas_kernels.latents import LatentPages, dequantise, init_latents, quantise, store_latents
 from pallas_kernels.move_slots import move_slots, move_slots_reference
@@ -88,6 +88,7 @@ __all__ = [
     "delta_reconstruct_reference",
     "dequantise",
     "in_order",
+    "in_order_for_xla",
     "init_latents",
     "invert_spd",
     "invert_spd_reference",

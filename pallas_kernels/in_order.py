@@ -3,7 +3,8 @@
 A kernel that writes to a pool in place and a computation that reads the pool as it was before have no order of their
 own. Where XLA cannot tell that the reader comes first, it gives the writer a copy of the whole pool. Passing the pool
 and what was read from it through one barrier makes the pool's next version depend on the reading.
-`jax.lax.optimization_barrier` is gone before XLA:GPU decides about copies; a kernel that does nothing is not.
+`jax.lax.optimization_barrier` is gone before XLA:GPU decides about copies; a kernel that does nothing is not. On a CPU
+the barrier stays if XLA is told to keep it (`sparsejax.engine.compiled_steps`).
 """
 
 from typing import TypeVar
@@ -47,3 +48,12 @@ def in_order(arrays: _Tree, *, implementation: Implementation | None = None, int
         name="in_order",
     )(*leaves)
     return jax.tree.unflatten(tree, passed)
+
+
+def in_order_for_xla(
+    arrays: _Tree, *, implementation: Implementation | None = None, interpret: bool | None = None
+) -> _Tree:
+    """`in_order` where XLA itself does the reading. Calls of kernels keep their order, and need none."""
+    if resolve(implementation, interpret)[0] == "xla":
+        return in_order(arrays, implementation="xla")
+    return arrays

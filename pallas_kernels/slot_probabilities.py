@@ -24,7 +24,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention_triton import default_tile
 from pallas_kernels.decode_work import DecodeTile, WorkList, decode_work_list, limits_for
 from pallas_kernels.dispatch import Implementation, resolve
-from pallas_kernels.in_order import in_order
+from pallas_kernels.in_order import in_order_for_xla
 from pallas_kernels.online_softmax import LOG2_E, absorb, finish, start
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.slot_probabilities_triton import attend_keeping, kept_probabilities
@@ -69,10 +69,8 @@ def slot_probabilities(
         q, k_pages, v_pages, page_table, lengths, rows, first, last, address=address, num_kv_heads=num_kv_heads,
         scale=scale, work=work, tile=tile, implementation=implementation, interpret=interpret,
     )  # fmt: skip
-    probabilities = rank()
-    if resolve(implementation, interpret)[0] == "xla":  # which reads keys again; whoever waits for `out` may write them
-        return in_order((out, probabilities), implementation="xla")
-    return out, probabilities
+    # Ranking reads keys again, and whoever waits for `out` may write them.
+    return in_order_for_xla((out, rank()), implementation=implementation, interpret=interpret)
 
 
 def attend_then_rank(

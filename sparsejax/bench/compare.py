@@ -144,17 +144,18 @@ def _result(data: Any, path: str | Path) -> Result:
     rows = data.get("rows") if isinstance(data, dict) else None
     kind = data.get("kind") if isinstance(data, dict) else None
     if kind == "kernels" and rows is not None:
-        return Result(kind, {row["name"]: _metrics(row) for row in rows}, _made_by(data))
-    if kind == "latency" and rows is not None:
-        return Result(kind, {_batch(row): _metrics(row) for row in rows}, _made_by(data))
-    if kind == "fragmentation" and rows is not None:
+        named = {row["name"]: _metrics(row) for row in rows}
+    elif kind == "latency" and rows is not None:
+        named = {_batch(row): _metrics(row) for row in rows}
+    elif kind == "fragmentation" and rows is not None:
         named = {f"{row['strategy']} {row['budget'] or ''}".strip(): _metrics(row) for row in rows}
-        return Result(kind, named, _made_by(data))
-    if kind == "throughput":
-        return Result(kind, {data["trace"]: _metrics(data)}, _made_by(data))
-    if kind == "startup":
-        return Result(kind, {"startup": _metrics(data)}, _made_by(data))
-    raise InvalidArgumentError(f"{path} is not a result of bench {', bench '.join(KINDS)} (their --json).")
+    elif kind == "throughput":
+        named = {data["trace"]: _metrics(data)}
+    elif kind == "startup":
+        named = {"startup": _metrics(data)}
+    else:
+        raise InvalidArgumentError(f"{path} is not a result of bench {', bench '.join(KINDS)} (their --json).")
+    return Result(kind, named, _made_by(data))
 
 
 def _made_by(data: Mapping[str, Any]) -> dict[str, str]:

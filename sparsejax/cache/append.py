@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, resolve
-from pallas_kernels.in_order import in_order
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.in_order import in_order_for_xla
 from pallas_kernels.page_bounds import update_page_bounds
 from pallas_kernels.rotate_and_store import rotate_and_store
 from pallas_kernels.store_kv import store_kv
@@ -154,8 +154,7 @@ def _written(
             implementation=implementation,
             interpret=interpret,
         )
-        if resolve(implementation, interpret)[0] == "xla":  # calls of kernels keep their order
-            bounds, k_pages = in_order((bounds, k_pages), implementation="xla")
+        bounds, k_pages = in_order_for_xla((bounds, k_pages), implementation=implementation, interpret=interpret)
     return dataclasses.replace(cache, pool=dataclasses.replace(cache.pool, k=k_pages, v=v_pages, bounds=bounds))
 
 

@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Implementation, in_order, prefill_attention, record_attention
-from pallas_kernels.dispatch import resolve
+from pallas_kernels import Implementation, in_order_for_xla, prefill_attention, record_attention
 from sparsejax.cache import CacheLayout, KVCache
 from sparsejax.engine.blame import blaming
 from sparsejax.engine.compression_params import CompressionParams
@@ -182,10 +181,8 @@ def attend_chunk(
         reduce=reduce,
         implementation=implementation,
     )
-    if (
-        resolve(implementation, None)[0] == "xla"
-    ):  # keys are read for scores until then; calls of kernels keep their order
-        out, score = in_order((out, score), implementation="xla")
+    # Keys are read for scores until then, and whoever waits for `out` may write them.
+    out, score = in_order_for_xla((out, score), implementation=implementation)
     return out, replace(cache, pool=replace(pool, score=score))
 
 
