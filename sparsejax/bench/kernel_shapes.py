@@ -312,6 +312,7 @@ class _Places(NamedTuple):
 
 
 def _places(tokens: int, page: int, heads: Heads) -> _Places:
+    # On a CPU there is no cache of 50 MB to get past: cases are only run, not timed in earnest.
     most = 32 if jax.default_backend() == "gpu" else 4
     layers = max(4, min(most, (1 << 30) // (tokens * heads.kv * heads.slot_bytes)))
     table, entries = _random_table(np.array([[[0], [tokens]]]), page, -(-tokens // page))
