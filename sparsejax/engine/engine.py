@@ -12,11 +12,13 @@ has one surplus token in flight, which is discarded.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from sparsejax.engine.blame import blame, blamed_requests, blaming
 from sparsejax.engine.detokenizer import Detokenizer, decode_function
@@ -252,8 +254,9 @@ class Engine:
         for each in results.compressed:
             self._take_compression(each)
         self._take_stored(results)
-        if self.eviction_observer is not None:
-            for entries, report in results.evictions:
+        for entries, report in results.evictions:
+            self._take_eviction(entries, report)
+            if self.eviction_observer is not None:
                 self.eviction_observer(entries, report)
         for step in results.steps:
             if step.output.prompt is not None:
@@ -269,10 +272,18 @@ class Engine:
         record.seconds += compressed.seconds
         record.bytes_before = self._bytes_of(compressed.entries_before)
         record.bytes_after = self._bytes_of(compressed.entries_after)
-        record.kept_tokens = None if compressed.kept is None else compressed.kept.tolist()
-        self.scheduler.describe(request, record)  # also if it has ended: others take over its context
+        record.kept_tokens = compressed.kept
+        # Also if it has ended: others take over its context, as it is now.
+        self.scheduler.describe(request, dataclasses.replace(record))
         if found is not None:
             found[1].kv_bytes = max(found[1].kv_bytes, record.bytes_before)
+
+    def _take_eviction(self, entries: Sequence[Evict], report: EvictReport) -> None:
+        """Keeps how many tokens per-step evictions left."""
+        for lane in np.flatnonzero(report.active < report.active_before):  # none of the lanes that pad the call
+            found = self._answers.get(entries[lane].request.request_id)
+            if found is not None:
+                found[1].compression.kept_tokens = np.asarray(report.live)[:, lane]
 
     def _take_stored(self, results: Results) -> None:
         """Counts what chunks and full rings have compressed, of requests that are stored compressed."""

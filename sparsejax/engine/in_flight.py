@@ -43,14 +43,14 @@ class Compressed:
 
     Attributes:
       entry: what was asked for.
-      kept: i32[L, H], tokens of each layer and head; None where a per-step eviction counts them together.
+      kept: i32[L, H], tokens of each layer and head.
       entries_before, entries_after: table entries of the row.
       seconds: the host's wait from the end of the model's run to the end of the compression, shared out evenly over
         the rows of the plan; less than the compression took if the host came late to read.
     """
 
     entry: Compress
-    kept: np.ndarray | None
+    kept: np.ndarray
     entries_before: int
     entries_after: int
     seconds: float
@@ -127,7 +127,7 @@ class InFlight:
             compressed=[
                 Compressed(
                     entry=entry,
-                    kept=np.asarray(output.kept[:, lane]) if isinstance(output, CompressOutput) else None,
+                    kept=np.asarray(output.kept if isinstance(output, CompressOutput) else output.report.live)[:, lane],
                     entries_before=held(before, entry),
                     entries_after=held(output.usage, entry),
                     seconds=seconds / rows,

@@ -6,6 +6,8 @@ import enum
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from sparsejax.engine.footprint import Footprint
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.errors import SchedulingError
@@ -22,13 +24,20 @@ class Status(enum.Enum):
 
 @dataclass
 class CompressionRecord:
-    """What compression did to a row; sizes are those of the last time."""
+    """What compression did to a row.
+
+    Attributes:
+      count: how often.
+      seconds: all together.
+      bytes_before, bytes_after: what the row held around the last time.
+      kept_tokens: i32[L, H] after the last time, or after the last decode step since that evicted.
+    """
 
     count: int = 0
     seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0
-    kept_tokens: list[list[int]] | None = None
+    kept_tokens: np.ndarray | None = None
 
 
 @dataclass(eq=False)

@@ -41,6 +41,14 @@ class Answer:
         """The sizes around the last compression of what its row holds, be it that of a context that it took over."""
         return self.compression if self.compression.count else self.request.context_record or self.compression
 
+    @property
+    def kept_tokens(self) -> list[list[int]] | None:
+        """As in `RequestMetrics`."""
+        kept = self.compression.kept_tokens
+        if kept is None:
+            kept = self.last_compression.kept_tokens
+        return None if kept is None else kept.tolist()
+
     def output(self, *, increment: bool) -> CompletionOutput:
         """The answer so far, or what is new of it since the last increment."""
         request, since = self.request, self.taken if increment else 0
@@ -115,7 +123,7 @@ class Submission:
                 compression_seconds=sum(answer.compression.seconds for answer in self.answers),
                 kv_bytes_before_compression=sum(answer.last_compression.bytes_before for answer in self.answers),
                 kv_bytes_after_compression=sum(answer.last_compression.bytes_after for answer in self.answers),
-                kept_tokens=self.answers[0].last_compression.kept_tokens,
+                kept_tokens=self.answers[0].kept_tokens,
                 read_tokens=self.answers[0].read_tokens,
                 first_scheduled_time=min(scheduled, default=None),
                 first_token_time=self.first_token_time,

@@ -237,6 +237,7 @@ def check_step(cache, hole, report, batch, strategy, pages_before):
         for layer, head in TABLES:
             position, score, _ = logical(cache, request.row, layer, head)
             scores = request.held[layer, head]
+            assert int(report.live[layer, lane, head]) == len(scores)
             assert live_positions(cache, request.row, layer, head) == sorted(scores)
             assert {int(p): s for p, s in zip(position, score, strict=True) if p >= 0} == scores
             # Budget and protection.

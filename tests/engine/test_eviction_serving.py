@@ -263,6 +263,23 @@ def test_pages_come_back_and_are_counted(llm, method):
     assert_all_free(llm)
 
 
+@pytest.mark.parametrize("method", STEPPING)
+@pytest.mark.parametrize("length", [40, 20], ids=["prompt over budget", "answer over budget"])
+def test_tokens_kept_by_evictions_at_every_step_are_told(llm, method, length):
+    engine, asked = llm.engine, compression(method, 24, num_per_evict=3)
+    seen = []
+    engine.eviction_observer = lambda entries, report: seen.append((np.array(report.live[:, 0]), report.active[0]))
+    try:
+        metrics = run(llm, [(LONG_PROMPT[:length], asked)], SamplingParams(temperature=0.0, max_tokens=12))[0].metrics
+    finally:
+        engine.eviction_observer = None
+    assert metrics.num_compressions == (length > 24)
+    evicting = [live for (live, active), (_, before) in zip(seen[1:], seen, strict=False) if active < before]
+    assert evicting, "something is evicted while it decodes"
+    assert metrics.kept_tokens == evicting[-1].tolist()
+    assert evicting[-1].min() == evicting[-1].max() == 24 - 3 + 1
+
+
 def test_bytes_before_are_measured_also_behind_another_compression(llm):
     """What a row holds when it is compressed again within two steps."""
     asked = CompressionParams(method="streaming_llm", keep_fraction=0.1, recent_tokens=1, context_tokens=30)
