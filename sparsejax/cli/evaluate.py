@@ -56,7 +56,9 @@ def add_parser(subparsers) -> None:
         "--samples", type=int, default=20, metavar="N", help="per task and length (default: %(default)s)"
     )
     ruler.add_argument("--seed", type=int, default=0, metavar="N", help="of the tasks (default: %(default)s)")
-    ruler.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
+    ruler.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the scores there too; an interrupted run, those it has"
+    )
     sweep = ruler.add_argument_group("sparse methods")
     sweep.add_argument(
         "--methods", metavar="A,B", help="methods to compare, or all; `sparsejax methods` lists them (default: dense)"
@@ -107,7 +109,8 @@ def run_ruler(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace, scores: list[dict]) -> None:
-    if args.json is not None:
+    """To --json, if there is any: a run that is interrupted before its first score leaves the file alone."""
+    if args.json is not None and scores:
         args.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
 
@@ -123,15 +126,19 @@ def _dense(args: argparse.Namespace, samples: dict) -> None:
     if args.option:
         raise InvalidArgumentError("--option needs --methods.")
     llm = options.make_llm(args)
-    rows = evaluate(answering(llm, CompressionParams()), llm.get_tokenizer(), **samples)
+    rows = evaluate(
+        answering(llm, CompressionParams()),
+        llm.get_tokenizer(),
+        **samples,
+        on_rows=lambda rows: _write(args, [dataclasses.asdict(row) for row in rows]),
+    )
     print(format_table(rows))
-    _write(args, [dataclasses.asdict(row) for row in rows])
 
 
 def _sweep(args: argparse.Namespace, samples: dict) -> None:
     """Methods against dense: a table for each length and mode."""
     from sparsejax import methods
-    from sparsejax.evaluation.method_sweep import MODES, compare_methods, format_methods, make_settings
+    from sparsejax.evaluation.method_sweep import MODES, MethodRow, compare_methods, format_methods, make_settings
     from sparsejax.evaluation.plots import plot_methods
 
     names = args.methods.split(",")
@@ -165,17 +172,21 @@ def _sweep(args: argparse.Namespace, samples: dict) -> None:
     # On a CPU every slot that a row could have costs time.
     room = {"max_model_len": max(samples["lengths"])} if args.max_model_len is None else {}
     rows = []
+
+    def keep(more: Sequence[MethodRow]) -> None:
+        """What was measured so far is kept, whatever becomes of the rest."""
+        rows.extend(more)
+        _write(args, [row.as_dict() for row in rows])
+
     for (served, variant), asked in zip(engines, settings, strict=True):
         stored: dict[str, Any] = {"latent_dtype": variant} if variant else {}
         if not rows:  # it serves the dense lines, which need room of their own where others are stored compressed
             stored["dense_cache_fraction"] = 0.5
         llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", *served])), **room, **stored)
         # The dense lines of the first engine are those that all others are compared with.
-        rows += compare_methods(llm, asked[1:] if rows else asked, **samples, dense=rows)
+        compare_methods(llm, asked[1:] if rows else asked, **samples, dense=tuple(rows), on_rows=keep)
         llm.engine.close()
         del llm  # the weights are loaded once more, and two copies would leave the next engine less memory
-        # What was measured so far is kept, whatever becomes of the rest.
-        _write(args, [row.as_dict() for row in rows])
     print(format_methods(rows))
     if args.plot is not None:
         plot_methods(rows, args.plot)

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from sparsejax.cli import options
 from sparsejax.cli.compression_options import ARGUMENTS, SELECTION_ARGUMENTS, add_compression_options, compression_from
-from sparsejax.engine.outputs import RequestMetrics
+from sparsejax.engine.outputs import RequestMetrics, RequestOutput
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.text_files import numbered_lines, read_text
 
@@ -24,7 +26,8 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="complete one or more prompts",
-        description="Completes prompts as plain text (use `sparsejax chat` for a chat template).",
+        description="Completes prompts as plain text (use `sparsejax chat` for a chat template). Answers are printed as they "
+        "end, in the order of the prompts; an interrupted run prints all that it has.",
         epilog='example: sparsejax generate "The capital of France is" --max-tokens 8 --json; '
         "with a sparse method: sparsejax generate --file prompts.txt --method snapkv --keep-fraction 0.25",
     )
@@ -57,18 +60,39 @@ def run(args: argparse.Namespace) -> int:
     llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", method])))
     if ratio is not None:
         compression = _calibrated(args, llm, ratio, prompts)
-    outputs = llm.generate(prompts, params, compression, use_tqdm=len(prompts) > 1)
-    for output in outputs:
-        if args.json:
-            print(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
-            continue
-        for completion in output.outputs:
-            if len(prompts) > 1 or args.n > 1:
-                print(f"--- {output.prompt!r}" + (f" [{completion.index}]" if args.n > 1 else ""))
-            print(completion.text)
-        if output.metrics.kv_bytes_before_compression:
-            print(_compression_line(output.metrics), file=sys.stderr)  # standard output is the text alone
+    several = len(prompts) > 1
+    waiting: dict[int, RequestOutput] = {}
+    printed = 0
+
+    def take(index: int, output: RequestOutput) -> None:
+        """Prints what has ended, in the order of the prompts: an interrupted run keeps what it has printed."""
+        nonlocal printed
+        waiting[index] = output
+        while printed in waiting:
+            _print(waiting.pop(printed), as_json=args.json, titled=several or args.n > 1)
+            printed += 1
+
+    try:
+        llm.generate(prompts, params, compression, use_tqdm=several, on_output=take)
+    finally:  # after an error, those that ended before an earlier prompt did
+        for index in sorted(waiting):
+            _print(waiting[index], as_json=args.json, titled=True)
     return 0
+
+
+def _print(output: RequestOutput, *, as_json: bool, titled: bool) -> None:
+    """Standard output is the answers alone. titled: name the prompt, and the answer if there are several."""
+    if as_json:
+        lines = [json.dumps(dataclasses.asdict(output), ensure_ascii=False)]
+    else:
+        lines = []
+        for completion in output.outputs:
+            which = f" [{completion.index}]" if len(output.outputs) > 1 else ""
+            lines += [f"--- {output.prompt!r}{which}", completion.text] if titled else [completion.text]
+    with tqdm.external_write_mode():  # the progress bar steps aside
+        print("\n".join(lines), flush=True)
+        if not as_json and output.metrics.kv_bytes_before_compression:
+            print(_compression_line(output.metrics), file=sys.stderr)
 
 
 def _calibration(args: argparse.Namespace) -> CalibratedRatio | None:

@@ -281,7 +281,7 @@ class Engine:
     def _take_eviction(self, entries: Sequence[Evict], report: EvictReport) -> None:
         """Keeps how many tokens per-step evictions left."""
         for lane in np.flatnonzero(report.active < report.active_before):  # none of the lanes that pad the call
-            found = self._answers.get(entries[lane].request.request_id)
+            found = self._answers.get(entries[int(lane)].request.request_id)
             if found is not None:
                 found[1].compression.kept_tokens = np.asarray(report.live)[:, lane]
 

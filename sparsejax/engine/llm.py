@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,7 @@ class LLM:
         compression_params: CompressionParams | Sequence[CompressionParams] | None = None,
         *,
         use_tqdm: bool = True,
+        on_output: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts; requests are batched continuously.
 
@@ -154,6 +155,8 @@ class LLM:
           sampling_params: one for all or one per prompt. Default: `SamplingParams()`.
           compression_params: one for all or one per prompt. Default: the engine's `default_compression`.
           use_tqdm: show a progress bar.
+          on_output: called with the index of a prompt and its output as soon as it has ended, whichever ends first:
+            what it was given is not lost if the call is interrupted or fails.
 
         Returns:
           One output per prompt, in order, with `.outputs[i].text`, `.token_ids`, `.finish_reason` and `.metrics`.
@@ -167,7 +170,7 @@ class LLM:
             inputs.tokenize(prompt, self._tokenizer, self.model_config.vocab_size, index=i)
             for i, prompt in enumerate(prompts)
         ]
-        return self._run(tokenized, sampling_params, compression_params, use_tqdm)
+        return self._run(tokenized, sampling_params, compression_params, use_tqdm, on_output)
 
     def chat(
         self,
@@ -176,6 +179,7 @@ class LLM:
         compression_params: CompressionParams | Sequence[CompressionParams] | None = None,
         *,
         use_tqdm: bool = True,
+        on_output: Callable[[int, RequestOutput], None] | None = None,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         tools: list[dict] | None = None,
@@ -189,7 +193,7 @@ class LLM:
             self._tokenize_chat(conversation, i, add_generation_prompt, chat_template, tools)
             for i, conversation in enumerate(inputs.as_conversations(messages))
         ]
-        return self._run(tokenized, sampling_params, compression_params, use_tqdm)
+        return self._run(tokenized, sampling_params, compression_params, use_tqdm, on_output)
 
     def stream(
         self,
@@ -306,10 +310,16 @@ class LLM:
             raise
 
     def _run(
-        self, prompts: Sequence[TokenizedPrompt], sampling_params: Any, compression_params: Any, use_tqdm: bool
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        sampling_params: Any,
+        compression_params: Any,
+        use_tqdm: bool,
+        on_output: Callable[[int, RequestOutput], None] | None,
     ) -> list[RequestOutput]:
         submissions = self._submit(prompts, sampling_params, compression_params)
         active, unfinished, shown, ended = submissions, self.engine.num_unfinished, 0.0, (0, 0)
+        index = {each.request_id: i for i, each in enumerate(submissions)}
         bar = tqdm(total=len(submissions), desc="generating", unit="prompt", disable=not use_tqdm)
         try:
             with bar, quiet_collector():
@@ -319,10 +329,13 @@ class LLM:
                     before, unfinished, now = unfinished, self.engine.num_unfinished, time.monotonic()
                     if unfinished == before and now - shown < SECONDS_BETWEEN_LOOKS:
                         continue
-                    running = [each for each in active if not each.finished]
-                    ended = _add_tokens(ended, (each for each in active if each.finished))
-                    bar.update(len(active) - len(running))
-                    active = running
+                    done = [each for each in active if each.finished]
+                    ended = _add_tokens(ended, done)
+                    bar.update(len(done))
+                    active = [each for each in active if not each.finished]
+                    if on_output is not None:
+                        for each in done:
+                            on_output(index[each.request_id], each.output())
                     if now - shown >= SECONDS_BETWEEN_LOOKS or not active:
                         computed, generated = _add_tokens(ended, active)
                         bar.set_postfix({"cached tokens": computed, "generated": generated}, refresh=False)

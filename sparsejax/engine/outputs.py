@@ -99,8 +99,8 @@ class RequestMetrics:
         underestimate where the host came late to read; what is stored compressed within a step does not count.
       kv_bytes_before_compression, kv_bytes_after_compression: KV cache around the last compression, whole pages; 0 if
         there was none. Of a context that another request compressed, and this one took over, what that was then.
-      kept_tokens: tokens of each layer and KV head of the first answer, [layer][head], after its last compression or the
-        last decode step that evicted, or else of the context that it took over; None if nothing was evicted.
+      kept_tokens: tokens of each layer and KV head of the first answer, [layer][head], after its last compression or
+        the last decode step that evicted, or else of the context that it took over; None if nothing was evicted.
       read_tokens: tokens that a decode step of the first answer read, mean over the layers and the steps; whole pages
         where pages are chosen. None before it has ended, if it took no decode step, and if its method evicts.
     """

@@ -21,14 +21,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from sparsejax import methods as registry
 from sparsejax.engine.llm import LLM
+from sparsejax.engine.outputs import RequestOutput
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
 from sparsejax.errors import InvalidArgumentError, SparsejaxError
 from sparsejax.evaluation.ruler import EncodedPrompt, build_samples, encode_sample
@@ -220,6 +221,7 @@ def compare_methods(
     seed: int = 0,
     dense: Sequence[MethodRow] = (),
     progress: bool = True,
+    on_rows: Callable[[list[MethodRow]], None] | None = None,
 ) -> list[MethodRow]:
     """Answers the same samples under every setting, all in one continuous batch.
 
@@ -230,6 +232,8 @@ def compare_methods(
       tasks, lengths, samples, seed: see `sparsejax.evaluation.evaluate`.
       dense: rows that another engine gave for the same samples when dense.
       progress: show a progress bar.
+      on_rows: called with the rows at the end, or with those whose samples have all been answered if the comparison is
+        interrupted or fails.
 
     Returns:
       A row for each setting, length and task, in that order; none for those in `dense`.
@@ -245,41 +249,81 @@ def compare_methods(
         raise InvalidArgumentError("evaluation needs an LLM with a tokenizer; this one was made without.")
     items = build_samples(tokenizer, tasks=tasks, lengths=lengths, samples=samples, seed=seed)
     encoded = [encode_sample(tokenizer, item) for item in items]
-    outputs = llm.generate(
-        [prompt.tokens for _ in settings for prompt in encoded],
-        SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS),
-        [setting.compression_of(prompt) for setting in settings for prompt in encoded],
-        use_tqdm=progress,
-    )
-    hits = [
-        exact_match(output.outputs[0].text, item.answers, ordered=item.ordered)
-        for output, item in zip(outputs, [*items] * len(settings), strict=True)
-    ]
-    sizes = [
-        metrics.kv_bytes_after_compression if metrics.kv_bytes_before_compression else metrics.kv_bytes
-        for metrics in (output.metrics for output in outputs)
-    ]
-    reads = [output.metrics.read_tokens for output in outputs]
-    rows = []
-    for place, setting in enumerate(settings):
-        for length, task in dict.fromkeys((item.length, item.task) for item in items):
-            there = [
-                place * len(items) + i for i, item in enumerate(items) if (item.length, item.task) == (length, task)
-            ]
-            row = MethodRow(
-                method=setting.compression.method,
-                mode=setting.mode,
-                budget=setting.budget,
-                task=task,
-                length=length,
-                hits=tuple(hits[i] for i in there),
-                kv_bytes=float(np.mean([sizes[i] for i in there])),
-                dense_kv_bytes=math.nan,
-                read_tokens=_mean([reads[i] for i in there]),
-                variant=setting.variant,
+    asked = [(place, i) for place in range(len(settings)) for i in range(len(items))]
+    answers: list[_Answer | None] = [None] * len(asked)
+
+    def take(index: int, output: RequestOutput) -> None:
+        item, metrics = items[asked[index][1]], output.metrics
+        compressed = metrics.kv_bytes_before_compression > 0
+        answers[index] = _Answer(
+            hit=exact_match(output.outputs[0].text, item.answers, ordered=item.ordered),
+            kv_bytes=metrics.kv_bytes_after_compression if compressed else metrics.kv_bytes,
+            read_tokens=metrics.read_tokens,
+        )
+
+    rows: list[MethodRow] = []
+    try:
+        llm.generate(
+            [encoded[i].tokens for _, i in asked],
+            SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS),
+            [settings[place].compression_of(encoded[i]) for place, i in asked],
+            use_tqdm=progress,
+            on_output=take,
+        )
+    finally:
+        groups: dict[tuple[int, int, str], list[_Answer | None]] = {}
+        for (place, i), answer in zip(asked, answers, strict=True):
+            groups.setdefault((place, items[i].length, items[i].task), []).append(answer)
+        rows += _complete_rows(settings, groups, known)
+        if on_rows is not None:
+            on_rows(rows)
+    return rows
+
+
+class _Answer(NamedTuple):
+    """What counts of an answer: `MethodRow` has the mean of the numbers."""
+
+    hit: bool
+    kv_bytes: int
+    read_tokens: float | None
+
+
+def _complete_rows(
+    settings: Sequence[Setting],
+    groups: Mapping[tuple[int, int, str], Sequence[_Answer | None]],
+    dense: Mapping[tuple[int, str], MethodRow],
+) -> list[MethodRow]:
+    """The rows of which every answer is there, and what they are compared with.
+
+    Args:
+      groups: the answers by index of the setting, length and task, those of the first setting first.
+      dense: dense rows by length and task; where there are none, the first setting gives them.
+    """
+    base, rows = dict(dense), []
+    for (place, length, task), answers in groups.items():
+        given = [answer for answer in answers if answer is not None]
+        if len(given) < len(answers):
+            continue
+        setting = settings[place]
+        row = MethodRow(
+            method=setting.compression.method,
+            mode=setting.mode,
+            budget=setting.budget,
+            task=task,
+            length=length,
+            hits=tuple(answer.hit for answer in given),
+            kv_bytes=float(np.mean([answer.kv_bytes for answer in given])),
+            dense_kv_bytes=math.nan,
+            read_tokens=_mean([answer.read_tokens for answer in given]),
+            variant=setting.variant,
+        )
+        if place == 0:
+            base.setdefault((length, task), row)
+        if (length, task) in base:
+            against = base[length, task]
+            rows.append(
+                dataclasses.replace(row, dense_kv_bytes=against.kv_bytes, dense_read_tokens=against.read_tokens)
             )
-            base = known.setdefault((length, task), row)  # the first is dense, unless such rows were given
-            rows.append(dataclasses.replace(row, dense_kv_bytes=base.kv_bytes, dense_read_tokens=base.read_tokens))
     return rows
 
 

@@ -3,6 +3,7 @@
 Nothing here knows the engine: the caller hands in a function from prompts to generated tokens.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 16,
     progress: bool = True,
+    on_rows: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Scores a generator on the tasks by exact match.
 
@@ -112,19 +114,32 @@ def evaluate(
         seed: the evaluation's seed.
         batch_size: prompts handed to `generate` at a time.
         progress: show a progress bar.
+        on_rows: called with the rows at the end, or with those of which all samples have been answered if the
+            evaluation is interrupted or fails.
 
     Returns:
         One row per length and task, in that order.
     """
     items = build_samples(tokenizer, tasks=tasks, lengths=lengths, samples=samples, seed=seed)
     hits: dict[tuple[int, str], list[bool]] = {}
-    with tqdm(total=len(items), desc="evaluating", unit="sample", disable=not progress) as bar:
-        for start in range(0, len(items), batch_size):
-            batch = items[start : start + batch_size]
-            generated = generate([encode_sample(tokenizer, sample).tokens for sample in batch])
-            for sample, tokens in zip(batch, generated, strict=True):
-                text = tokenizer.decode(list(tokens)[:ANSWER_TOKENS], skip_special_tokens=True)
-                hit = exact_match(text, sample.answers, ordered=sample.ordered)
-                hits.setdefault((sample.length, sample.task), []).append(hit)
-            bar.update(len(batch))
-    return [Row(task, length, len(found), sum(found) / len(found)) for (length, task), found in hits.items()]
+    rows: list[Row] = []
+    try:
+        with tqdm(total=len(items), desc="evaluating", unit="sample", disable=not progress) as bar:
+            for start in range(0, len(items), batch_size):
+                batch = items[start : start + batch_size]
+                generated = generate([encode_sample(tokenizer, sample).tokens for sample in batch])
+                for sample, tokens in zip(batch, generated, strict=True):
+                    text = tokenizer.decode(list(tokens)[:ANSWER_TOKENS], skip_special_tokens=True)
+                    hit = exact_match(text, sample.answers, ordered=sample.ordered)
+                    hits.setdefault((sample.length, sample.task), []).append(hit)
+                bar.update(len(batch))
+    finally:
+        expected = Counter((sample.length, sample.task) for sample in items)
+        rows += [
+            Row(task, length, len(found), sum(found) / len(found))
+            for (length, task), found in hits.items()
+            if len(found) == expected[length, task]
+        ]
+        if on_rows is not None:
+            on_rows(rows)
+    return rows

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -89,6 +90,28 @@ def test_generate_reads_files_and_standard_input(capsys, monkeypatch, tmp_path):
     assert main(["generate", "-", "--file", str(prompts), "--max-tokens", "2", *OPTIONS]) == 0
     headings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
     assert headings == ["--- 'A cat'", "--- 'An otter'", "--- 'A fox'"]
+
+
+def test_generate_prints_in_order_and_keeps_what_it_has_when_interrupted(capsys, monkeypatch):
+    def output(name):
+        completion = SimpleNamespace(index=0, text=f"about {name}")
+        metrics = SimpleNamespace(kv_bytes_before_compression=0)
+        return SimpleNamespace(prompt=name, outputs=[completion], metrics=metrics)
+
+    class Interrupted:
+        def generate(self, prompts, *args, use_tqdm, on_output):
+            for index in (1, 0, 3):
+                on_output(index, output(prompts[index]))
+                printed.append(capsys.readouterr().out)
+            raise KeyboardInterrupt
+
+    printed: list[str] = []
+    monkeypatch.setattr("sparsejax.cli.options.make_llm", lambda *args, **options: Interrupted())
+    assert main(["generate", "A cat", "An otter", "A fox", "An owl"]) == 130
+    assert printed == ["", "--- 'A cat'\nabout A cat\n--- 'An otter'\nabout An otter\n", ""]
+    captured = capsys.readouterr()
+    assert captured.out == "--- 'An owl'\nabout An owl\n"
+    assert captured.err.endswith("interrupted\n")
 
 
 def test_chat_talks_until_the_input_ends(capsys, monkeypatch):

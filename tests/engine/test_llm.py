@@ -193,6 +193,25 @@ def test_a_bad_batch_harms_no_other_request(llm, wild, prompts, error, words):
     assert not llm.engine.scheduler.has_unfinished
 
 
+def test_outputs_are_handed_over_as_they_end(llm):
+    lengths, got = [24, 3, 9], []
+    params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in lengths]
+    outputs = llm.generate(
+        ["The quiet otter"] * 3, params, use_tqdm=False, on_output=lambda index, output: got.append((index, output))
+    )
+    assert [index for index, _ in got] == [1, 2, 0]
+    assert [outputs[index].outputs for index, _ in got] == [output.outputs for _, output in got]
+    assert all(output.finished for _, output in got)
+
+    def interrupt(index, output):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["The quiet otter"] * 3, params, use_tqdm=False, on_output=interrupt)
+    assert not llm.engine.scheduler.has_unfinished
+    assert texts(llm.generate("The quiet otter", params[0], use_tqdm=False)) == texts(outputs)[:1]
+
+
 def test_a_batch_during_a_stream_changes_neither(llm, wild):
     expected = texts(llm.generate("The secret word of", GREEDY, use_tqdm=False))
     stream = llm.stream("The quiet otter saw ", WILD)

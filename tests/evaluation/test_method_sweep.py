@@ -27,14 +27,18 @@ class KnowingModel:
             tuple(each.tokens): " ".join(item.answers) for each, item in zip(self.encoded, items, strict=True)
         }
         self.asked: list[CompressionParams] = []
+        self.interrupted_at: int | None = None
 
     def get_tokenizer(self):
         return self.tokenizer
 
-    def generate(self, prompts, sampling_params, compression_params, *, use_tqdm):
+    def generate(self, prompts, sampling_params, compression_params, *, use_tqdm, on_output):
         assert sampling_params.temperature == 0.0
         self.asked = compression_params
-        return [self.answer(*each) for each in zip(prompts, compression_params, strict=True)]
+        for i, each in enumerate(zip(prompts, compression_params, strict=True)):
+            if i == self.interrupted_at:
+                raise KeyboardInterrupt
+            on_output(i, self.answer(*each))
 
     @staticmethod
     def read(length, compression):
@@ -181,6 +185,24 @@ def test_what_does_not_fit_is_named(arguments, message):
 def test_the_first_setting_is_dense():
     with pytest.raises(InvalidArgumentError, match="begin with a dense one"):
         compare_methods(KnowingModel(), make_settings(["snapkv"], [0.5])[1:])
+
+
+def test_an_interrupted_comparison_hands_over_what_is_complete():
+    model, complete = sweep()
+    count, seen = len(model.encoded), []
+    model.interrupted_at = 2 * count - 1  # in the last group of the second line
+    with pytest.raises(KeyboardInterrupt):
+        compare_methods(
+            model, make_settings(["snapkv"], [0.25, 0.5]), **SAMPLES, progress=False, on_rows=seen.append
+        )  # fmt: skip
+    groups = len({(row.length, row.task) for row in complete})
+    assert seen == [complete[: 2 * groups - 1]]
+    model.interrupted_at, seen = SAMPLES["samples"] - 1, []  # before any group is complete
+    with pytest.raises(KeyboardInterrupt):
+        compare_methods(
+            model, make_settings(["snapkv"], [0.25, 0.5]), **SAMPLES, progress=False, on_rows=seen.append
+        )  # fmt: skip
+    assert seen == [[]]
 
 
 def test_bootstrap_intervals():

@@ -33,6 +33,23 @@ def test_wrong_answers_count_where_they_belong(tokenizer):
     assert {row.task for row in rows if row.score == 0.0} == {"multi_key"}
 
 
+def test_an_interrupted_evaluation_hands_over_what_is_complete(tokenizer):
+    known, calls, seen = oracle(tokenizer), [], []
+
+    def interrupted(prompts):
+        calls.append(prompts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return known(prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            interrupted, tokenizer, lengths=(256,), samples=2, seed=5, batch_size=3, progress=False,
+            on_rows=seen.append,
+        )  # fmt: skip
+    assert [[(row.task, row.samples) for row in rows] for rows in seen] == [[(task, 2) for task in list(TASKS)[:3]]]
+
+
 def test_prompts_never_exceed_the_length(tokenizer):
     for sample in build_samples(tokenizer, lengths=(256, 512), samples=1, seed=0):
         prompt = encode_sample(tokenizer, sample)
