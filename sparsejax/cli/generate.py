@@ -26,8 +26,8 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="complete one or more prompts",
-        description="Completes prompts as plain text (use `sparsejax chat` for a chat template). Answers are printed as they "
-        "end, in the order of the prompts; an interrupted run prints all that it has.",
+        description="Completes prompts as plain text (use `sparsejax chat` for a chat template). Answers are printed "
+        "as they end, in the order of the prompts; an interrupted run prints all that it has.",
         epilog='example: sparsejax generate "The capital of France is" --max-tokens 8 --json; '
         "with a sparse method: sparsejax generate --file prompts.txt --method snapkv --keep-fraction 0.25",
     )

@@ -139,7 +139,7 @@ def build_engine(
             dense, device=device, scratch=scratch, other=memory.tree_bytes([state]) + smallest.table_bytes()
         )
     layout = fit(num_pages)
-    with memory.explain_out_of_memory(f"allocating a KV cache of {layout.bytes() / 2**30:.1f} GiB"):
+    with memory.explain_out_of_memory("making the engine ready"):
         runner = Runner(
             decoder,
             params,

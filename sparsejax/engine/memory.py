@@ -38,10 +38,12 @@ def explain_out_of_memory(what: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        piecemeal = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0")
+        unset = "unset XLA_PYTHON_CLIENT_PREALLOCATE, which cuts memory into pieces, " if piecemeal else ""
         raise OutOfMemoryError(
-            f"The device ran out of memory while {what}. Close other programs on it, raise gpu_memory_utilization, or "
-            f"use a smaller model, dtype, num_pages, max_num_seqs or max_num_batched_tokens. "
-            f"({str(error).splitlines()[0]})"
+            f"The device ran out of memory while {what}. Close other programs on it, {unset}raise "
+            f"gpu_memory_utilization, or use a smaller model, dtype, num_pages, max_num_seqs or max_num_batched_tokens."
+            f" ({str(error).splitlines()[0]})"
         ) from error
 
 

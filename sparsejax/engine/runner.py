@@ -30,6 +30,7 @@ from sparsejax.engine.eviction_batches import (
     compress_calls,
     evict_calls,
 )
+from sparsejax.engine.memory import explain_out_of_memory
 from sparsejax.engine.moment_slots import MomentSlots
 from sparsejax.engine.packing import pack
 from sparsejax.engine.plan import Chunk, Compress, Evict, Fork, FullRing
@@ -132,8 +133,11 @@ class Runner:
     def reset(self) -> None:
         """An empty cache and an idle state, whatever became of those before."""
         self.close()  # first, for there is no room for two
-        # Bound to the device, as what comes out of a step may be: a step is compiled again for arguments that are not.
-        self.cache, self.state = jax.device_put(self._init(), self._device)
+        with explain_out_of_memory(f"allocating a KV cache of {self.layout.bytes() / 2**30:.1f} GiB"):
+            # Bound to the device, as what comes out of a step may be: for arguments that are not, steps are compiled
+            # again.
+            self.cache, self.state = jax.device_put(self._init(), self._device)
+            jax.block_until_ready(self.cache)  # or memory that is not there is missed by what runs first
         self._moment_slots = MomentSlots(self.max_prefill_seqs)
 
     def shapes(self) -> tuple[Any, DecodeState]:

@@ -77,6 +77,20 @@ def test_requests_survive_a_step_that_fails(monkeypatch, llm, expected, step, ca
     assert all(submission.output().outputs[0].finish_reason == "length" for submission in submissions)
 
 
+def test_a_cache_that_finds_no_room_says_so(monkeypatch, llm, expected):
+    def no_room():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
+
+    llm.reset_prefix_cache()
+    llm.engine.drain()
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "_init", no_room)
+        with pytest.raises(OutOfMemoryError, match=r"while allocating a KV cache of \d+\.\d GiB"):
+            llm.engine.runner.reset()
+    llm.engine.runner.reset()
+    assert llm.generate(PROMPTS[1], PARAMS[1], use_tqdm=False)[0].outputs[0].token_ids == expected[1]
+
+
 def test_an_interrupted_call_leaves_a_stream_unharmed(monkeypatch, llm, expected):
     stream = llm.stream(PROMPTS[2], PARAMS[2])
     parts = [next(stream), next(stream)]

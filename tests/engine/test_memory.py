@@ -98,6 +98,15 @@ def test_only_memory_errors_are_explained():
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
 
+def test_memory_reserved_piece_by_piece_is_named(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "False")
+    with (
+        pytest.raises(OutOfMemoryError, match="unset XLA_PYTHON_CLIENT_PREALLOCATE"),
+        memory.explain_out_of_memory("making tea"),
+    ):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
+
+
 def test_a_fraction_that_the_user_set_stays(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     memory.reserve_device_memory(0.9)
