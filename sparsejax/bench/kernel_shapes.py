@@ -414,6 +414,7 @@ def cases() -> list[Case]:
         *(_decode_case(batch, 4096, 32) for batch in (32, 64)),
         # As a serving batch has them: short contexts, some tokens past a round number.
         *(_decode_case(batch, 2111, 32) for batch in (1, 16, 32, 64, 128, 256)),
+        _decode_case(256, 1100, 32),
         *(_decode_case(*shape, 32, scored=True) for shape in ((64, 2111), (32, 4096), (64, 4096), (8, 32768))),
         Case(
             "record 32 queries at 32k",

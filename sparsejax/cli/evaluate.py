@@ -125,7 +125,7 @@ def _dense(args: argparse.Namespace, samples: dict) -> None:
             raise InvalidArgumentError(f"--{name.replace('_', '-')} needs --methods.")
     if args.option:
         raise InvalidArgumentError("--option needs --methods.")
-    llm = options.make_llm(args)
+    llm = options.make_llm(args, **_room(args, samples["lengths"]))
     rows = evaluate(
         answering(llm, CompressionParams()),
         llm.get_tokenizer(),
@@ -133,6 +133,15 @@ def _dense(args: argparse.Namespace, samples: dict) -> None:
         on_rows=lambda rows: _write(args, [dataclasses.asdict(row) for row in rows]),
     )
     print(format_table(rows))
+
+
+def _room(args: argparse.Namespace, lengths: Sequence[int]) -> dict[str, int]:
+    """What `make_llm` is told of the lengths. On a CPU every slot that a row could have costs time."""
+    if args.max_model_len is None:
+        return {"max_model_len": max(lengths)}
+    if max(lengths) > args.max_model_len:
+        raise InvalidArgumentError(f"--lengths has {max(lengths)}, more than --max-model-len {args.max_model_len}.")
+    return {}
 
 
 def _sweep(args: argparse.Namespace, samples: dict) -> None:
@@ -169,8 +178,7 @@ def _sweep(args: argparse.Namespace, samples: dict) -> None:
         ]
     except SparsejaxError as error:
         raise type(error)(f"--methods, --budgets and their options do not fit: {error}") from None
-    # On a CPU every slot that a row could have costs time.
-    room = {"max_model_len": max(samples["lengths"])} if args.max_model_len is None else {}
+    room = _room(args, samples["lengths"])
     rows = []
 
     def keep(more: Sequence[MethodRow]) -> None:

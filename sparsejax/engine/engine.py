@@ -270,6 +270,8 @@ class Engine:
         record = CompressionRecord() if found is None else found[1].compression
         record.count += 1
         record.seconds += compressed.seconds
+        pages = self.runner.eviction_shapes.layout.pages_per_entry
+        record.pages_before, record.pages_after = pages * compressed.entries_before, pages * compressed.entries_after
         record.bytes_before = self._bytes_of(compressed.entries_before)
         record.bytes_after = self._bytes_of(compressed.entries_after)
         record.kept_tokens = compressed.kept

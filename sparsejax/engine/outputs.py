@@ -97,8 +97,10 @@ class RequestMetrics:
         request that is stored compressed: chunks and full rings of recent tokens that were.
       compression_seconds: time that compressing took, as the host saw it: from the end of the model's step on. An
         underestimate where the host came late to read; what is stored compressed within a step does not count.
-      kv_bytes_before_compression, kv_bytes_after_compression: KV cache around the last compression, whole pages; 0 if
-        there was none. Of a context that another request compressed, and this one took over, what that was then.
+      kv_pages_before_compression, kv_pages_after_compression: pages around the last compression, each of `page_size`
+        tokens of one KV head of one layer; 0 if there was none. Of a context that another request compressed, and this
+        one took over, what that was then.
+      kv_bytes_before_compression, kv_bytes_after_compression: likewise, the bytes of these pages.
       kept_tokens: tokens of each layer and KV head of the first answer, [layer][head], after its last compression or
         the last decode step that evicted, or else of the context that it took over; None if nothing was evicted.
       read_tokens: tokens that a decode step of the first answer read, mean over the layers and the steps; whole pages
@@ -113,6 +115,8 @@ class RequestMetrics:
     kv_bytes: int = 0
     num_compressions: int = 0
     compression_seconds: float = 0.0
+    kv_pages_before_compression: int = 0
+    kv_pages_after_compression: int = 0
     kv_bytes_before_compression: int = 0
     kv_bytes_after_compression: int = 0
     kept_tokens: list[list[int]] | None = None

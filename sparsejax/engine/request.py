@@ -29,12 +29,14 @@ class CompressionRecord:
     Attributes:
       count: how often.
       seconds: all together.
-      bytes_before, bytes_after: what the row held around the last time.
+      pages_before, pages_after, bytes_before, bytes_after: what the row held around the last time.
       kept_tokens: i32[L, H] after the last time, or after the last decode step since that evicted.
     """
 
     count: int = 0
     seconds: float = 0.0
+    pages_before: int = 0
+    pages_after: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
     kept_tokens: np.ndarray | None = None

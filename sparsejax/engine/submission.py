@@ -121,6 +121,8 @@ class Submission:
                 kv_bytes=sum(answer.kv_bytes for answer in self.answers),
                 num_compressions=sum(answer.compression.count for answer in self.answers),
                 compression_seconds=sum(answer.compression.seconds for answer in self.answers),
+                kv_pages_before_compression=sum(answer.last_compression.pages_before for answer in self.answers),
+                kv_pages_after_compression=sum(answer.last_compression.pages_after for answer in self.answers),
                 kv_bytes_before_compression=sum(answer.last_compression.bytes_before for answer in self.answers),
                 kv_bytes_after_compression=sum(answer.last_compression.bytes_after for answer in self.answers),
                 kept_tokens=self.answers[0].kept_tokens,

@@ -261,6 +261,11 @@ def test_demo_answers_and_tells_its_times(capsys):
         (["convert", "/no/such/folder", "out"], "no checkpoint folder"),
         (["eval", "ruler", "--tasks", "sing"], "no task 'sing'; there are single"),
         (["eval", "ruler", "--lengths", "1k"], "whole numbers"),
+        (
+            ["eval", "ruler", "--lengths", "256,2048", "--max-model-len", "1024"],
+            "--lengths has 2048, more than --max-m",
+        ),
+        (["eval", "ruler", "--lengths", "256,9000"], "at most 8192, what this model's positions reach; got 9000"),
         (["eval", "ruler", "--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["eval", "ruler", "--json", "."], "cannot be written: it is a folder"),
         (

@@ -250,8 +250,10 @@ def test_pages_come_back_and_are_counted(llm, method):
     kept = np.asarray(metrics.kept_tokens)
     assert kept.shape == (CONFIG.num_layers, CONFIG.num_kv_heads)
     bytes_of_page = 2 * 4 * CONFIG.head_dim * 4
-    assert metrics.kv_bytes_before_compression == tables * -(-len(prompt) // 4) * bytes_of_page
-    assert metrics.kv_bytes_after_compression == (-(-kept // 4)).sum() * bytes_of_page
+    assert metrics.kv_pages_before_compression == tables * -(-len(prompt) // 4)
+    assert metrics.kv_pages_after_compression == (-(-kept // 4)).sum()
+    assert metrics.kv_bytes_before_compression == metrics.kv_pages_before_compression * bytes_of_page
+    assert metrics.kv_bytes_after_compression == metrics.kv_pages_after_compression * bytes_of_page
     assert metrics.kv_bytes == metrics.kv_bytes_before_compression
     assert metrics.num_compressions == 1
     assert metrics.compression_seconds > 0
