@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from sparsejax.cli import options
 from sparsejax.cli.compression_options import add_compression_options, compression_from
 from sparsejax.errors import SparsejaxError
 
-HELP = "/clear forgets the conversation, /exit (or end of input) leaves, /help shows this."
+HELP = (
+    "/clear forgets the conversation, /exit (or end of input) leaves, /help shows this. Ctrl-C stops an answer, and "
+    "leaves where none is under way."
+)
 
 
 def add_parser(subparsers) -> None:
@@ -49,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         elif line.strip():
             messages.append({"role": "user", "content": line})
             try:
-                messages.append({"role": "assistant", "content": _answer(llm, messages, params, compression)})
+                answer = _answer(llm, messages, params, compression, may_stop=interactive)
+                messages.append({"role": "assistant", "content": answer})
             except SparsejaxError as error:  # a turn that cannot be served must not lose the conversation
                 messages.pop()
                 failed = True
@@ -57,11 +62,17 @@ def run(args: argparse.Namespace) -> int:
     return int(failed and not interactive)  # a script that pipes its turns in reads no messages
 
 
-def _answer(llm, messages: list[dict], params, compression) -> str:
+def _answer(llm, messages: list[dict], params, compression, *, may_stop: bool) -> str:
+    """Prints the answer as it comes. may_stop: Ctrl-C ends the answer where it is, and not the program."""
     text = ""
-    for increment in llm.stream(messages, params, compression):
-        fresh = increment.outputs[0].text
-        print(fresh, end="", flush=True)
-        text += fresh
+    with contextlib.closing(llm.stream(messages, params, compression)) as increments:
+        try:
+            for increment in increments:
+                fresh = increment.outputs[0].text
+                print(fresh, end="", flush=True)
+                text += fresh
+        except KeyboardInterrupt:
+            if not may_stop:
+                raise
     print()
     return text

@@ -136,6 +136,32 @@ def test_chat_talks_until_the_input_ends(capsys, monkeypatch):
     assert "max_model_len=1024" in printed.err
 
 
+@pytest.mark.parametrize("interactive", [True, False])
+def test_an_interrupt_stops_the_answer_and_not_the_conversation(capsys, monkeypatch, interactive):
+    asked = []
+
+    class Talker:
+        def stream(self, messages, *params):
+            asked.append([message["content"] for message in messages])
+            yield SimpleNamespace(outputs=[SimpleNamespace(text="well, ")])
+            if len(asked) == 1:
+                raise KeyboardInterrupt
+            yield SimpleNamespace(outputs=[SimpleNamespace(text="yes")])
+
+    monkeypatch.setattr("sparsejax.cli.options.make_llm", lambda *args, **options: Talker())
+    stdin = io.StringIO("Why?\nReally?\n")
+    monkeypatch.setattr(stdin, "isatty", lambda: interactive)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(["chat"]) == (0 if interactive else 130)
+    printed = capsys.readouterr()
+    if interactive:
+        assert asked == [["Why?"], ["Why?", "well, ", "Really?"]]
+        assert printed.out.endswith("well, yes\n> ")
+    else:
+        assert asked == [["Why?"]]
+        assert printed.err.endswith("interrupted\n")
+
+
 def test_convert_there_and_back(capsys, tmp_path):
     there, back = tmp_path / "orbax", tmp_path / "huggingface"
     assert main(["convert", str(tiny_model_path()), str(there), "--no-progress"]) == 0
