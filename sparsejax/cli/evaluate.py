@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsejax.cli import calibrate, compression_options, options
 from sparsejax.cli.outputs import check_outputs
 from sparsejax.config import LATENT_DTYPES
 from sparsejax.errors import InvalidArgumentError, SparsejaxError
+
+if TYPE_CHECKING:
+    from sparsejax.evaluation import Row
+    from sparsejax.evaluation.method_sweep import MethodRow
 
 BUDGETS = "0.125,0.25,0.5"
 
@@ -57,7 +61,7 @@ def add_parser(subparsers) -> None:
     )
     ruler.add_argument("--seed", type=int, default=0, metavar="N", help="of the tasks (default: %(default)s)")
     ruler.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the scores there too; an interrupted run, those it has"
+        "--json", type=Path, metavar="FILE", help="write the scores there too; an interrupted run those that it has"
     )
     sweep = ruler.add_argument_group("sparse methods")
     sweep.add_argument(
@@ -108,10 +112,11 @@ def run_ruler(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(args: argparse.Namespace, scores: list[dict]) -> None:
-    """To --json, if there is any: a run that is interrupted before its first score leaves the file alone."""
-    if args.json is not None and scores:
-        args.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+def _keep(args: argparse.Namespace, rows: list, more: Sequence, scores: Callable[[Any], dict]) -> None:
+    """Adds what has been measured, and writes --json, whatever becomes of the rest."""
+    rows.extend(more)
+    if args.json is not None and rows:
+        args.json.write_text(json.dumps([scores(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
 def _dense(args: argparse.Namespace, samples: dict) -> None:
@@ -126,13 +131,17 @@ def _dense(args: argparse.Namespace, samples: dict) -> None:
     if args.option:
         raise InvalidArgumentError("--option needs --methods.")
     llm = options.make_llm(args, **_room(args, samples["lengths"]))
-    rows = evaluate(
-        answering(llm, CompressionParams()),
-        llm.get_tokenizer(),
-        **samples,
-        on_rows=lambda rows: _write(args, [dataclasses.asdict(row) for row in rows]),
-    )
-    print(format_table(rows))
+    rows: list[Row] = []
+    try:
+        evaluate(
+            answering(llm, CompressionParams()),
+            llm.get_tokenizer(),
+            **samples,
+            on_rows=lambda more: _keep(args, rows, more, dataclasses.asdict),
+        )
+    finally:  # of an interrupted run, what there is
+        if rows:
+            print(format_table(rows))
 
 
 def _room(args: argparse.Namespace, lengths: Sequence[int]) -> dict[str, int]:
@@ -147,7 +156,7 @@ def _room(args: argparse.Namespace, lengths: Sequence[int]) -> dict[str, int]:
 def _sweep(args: argparse.Namespace, samples: dict) -> None:
     """Methods against dense: a table for each length and mode."""
     from sparsejax import methods
-    from sparsejax.evaluation.method_sweep import MODES, MethodRow, compare_methods, format_methods, make_settings
+    from sparsejax.evaluation.method_sweep import MODES, format_methods, make_settings
     from sparsejax.evaluation.plots import plot_methods
 
     names = args.methods.split(",")
@@ -178,26 +187,40 @@ def _sweep(args: argparse.Namespace, samples: dict) -> None:
         ]
     except SparsejaxError as error:
         raise type(error)(f"--methods, --budgets and their options do not fit: {error}") from None
+    rows: list[MethodRow] = []
+    try:
+        _compare(args, samples, zip(engines, settings, strict=True), rows)
+    finally:  # of an interrupted run, what there is
+        if rows:
+            print(format_methods(rows))
+    if args.plot is not None:
+        plot_methods(rows, args.plot)
+
+
+def _compare(args: argparse.Namespace, samples: dict, engines: Iterable, rows: list[MethodRow]) -> None:
+    """Adds the rows of every engine.
+
+    Args:
+      engines: ((methods that it serves, its variant), its settings) of each.
+    """
+    from sparsejax.evaluation.method_sweep import MethodRow, compare_methods
+
     room = _room(args, samples["lengths"])
-    rows = []
-
-    def keep(more: Sequence[MethodRow]) -> None:
-        """What was measured so far is kept, whatever becomes of the rest."""
-        rows.extend(more)
-        _write(args, [row.as_dict() for row in rows])
-
-    for (served, variant), asked in zip(engines, settings, strict=True):
+    for (served, variant), asked in engines:
         stored: dict[str, Any] = {"latent_dtype": variant} if variant else {}
         if not rows:  # it serves the dense lines, which need room of their own where others are stored compressed
             stored["dense_cache_fraction"] = 0.5
         llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", *served])), **room, **stored)
         # The dense lines of the first engine are those that all others are compared with.
-        compare_methods(llm, asked[1:] if rows else asked, **samples, dense=tuple(rows), on_rows=keep)
+        compare_methods(
+            llm,
+            asked[1:] if rows else asked,
+            **samples,
+            dense=tuple(rows),
+            on_rows=lambda more: _keep(args, rows, more, MethodRow.as_dict),
+        )
         llm.engine.close()
         del llm  # the weights are loaded once more, and two copies would leave the next engine less memory
-    print(format_methods(rows))
-    if args.plot is not None:
-        plot_methods(rows, args.plot)
 
 
 def _check_used(args: argparse.Namespace, families: set[str]) -> None:

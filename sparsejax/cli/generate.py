@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         nonlocal printed
         waiting[index] = output
         while printed in waiting:
-            _print(waiting.pop(printed), as_json=args.json, titled=several or args.n > 1)
+            _print(waiting[printed], as_json=args.json, titled=several or args.n > 1)
+            del waiting[printed]
             printed += 1
 
     try:

@@ -266,8 +266,8 @@ class Engine:
 
     def _take_compression(self, compressed: Compressed) -> None:
         request = compressed.entry.request
-        found = self._answers.get(request.request_id)
-        record = CompressionRecord() if found is None else found[1].compression
+        answer = self._answer_of(request)
+        record = CompressionRecord() if answer is None else answer.compression
         record.count += 1
         record.seconds += compressed.seconds
         pages = self.runner.eviction_shapes.layout.pages_per_entry
@@ -275,17 +275,20 @@ class Engine:
         record.bytes_before = self._bytes_of(compressed.entries_before)
         record.bytes_after = self._bytes_of(compressed.entries_after)
         record.kept_tokens = compressed.kept
-        # Also if it has ended: others take over its context, as it is now.
-        self.scheduler.describe(request, dataclasses.replace(record))
-        if found is not None:
-            found[1].kv_bytes = max(found[1].kv_bytes, record.bytes_before)
+        assert request.footprint is not None, "only requests that evict are compressed"
+        if compressed.entry.text_length == request.footprint.schedule.context:
+            # Also if it has ended: others take over its context, as it is now.
+            self.scheduler.describe(request, dataclasses.replace(record))
+        if answer is not None:
+            answer.kv_bytes = max(answer.kv_bytes, record.bytes_before)
 
     def _take_eviction(self, entries: Sequence[Evict], report: EvictReport) -> None:
         """Keeps how many tokens per-step evictions left."""
+        live = np.asarray(report.live)
         for lane in np.flatnonzero(report.active < report.active_before):  # none of the lanes that pad the call
-            found = self._answers.get(entries[int(lane)].request.request_id)
-            if found is not None:
-                found[1].compression.kept_tokens = np.asarray(report.live)[:, lane]
+            answer = self._answer_of(entries[int(lane)].request)
+            if answer is not None:
+                answer.compression.kept_tokens = live[:, lane].copy()  # or it holds on to what all rows keep
 
     def _take_stored(self, results: Results) -> None:
         """Counts what chunks and full rings have compressed, of requests that are stored compressed."""
@@ -299,12 +302,17 @@ class Engine:
             if chunk.request.compression.compresses and limits.compresses(chunk.start, chunk.count)
         ]
         for each in (*chunks, *results.rings):
-            found = self._answers.get(each.request.request_id)
-            if found is None:  # it has ended
+            answer = self._answer_of(each.request)
+            if answer is None:
                 continue
-            found[1].compression.count += 1
+            answer.compression.count += 1
             if isinstance(each, FullRing):  # a chunk is compressed within the model's run
-                found[1].compression.seconds += results.seconds / len(results.rings)
+                answer.compression.seconds += results.seconds / len(results.rings)
+
+    def _answer_of(self, request: Request) -> Answer | None:
+        """None if it has ended; results come a step late, when another request may have its id."""
+        found = self._answers.get(request.request_id)
+        return found[1] if found is not None and found[1].request is request else None
 
     def _bytes_of(self, entries: Any) -> int:
         """Device memory of table entries, as the layout of the cache counts them; 0 of none."""

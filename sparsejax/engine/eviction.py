@@ -141,7 +141,7 @@ class EvictBatch:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["copied_bytes", "live", "pages", "active_before", "pages_before", "ok"],
+    data_fields=["copied_bytes", "live", "active", "pages", "active_before", "pages_before", "ok"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ class EvictReport:
     Attributes:
       copied_bytes: f32[], bytes of keys, values, scores and positions that were copied.
       live: i32[L, K, H], live tokens of each table afterwards.
-      pages: i32[K], pages of each row afterwards, summed over layers and heads.
+      active: i32[K], their sum over layers and heads.
+      pages: i32[K], pages of each row afterwards, likewise.
       active_before, pages_before: i32[K] each, live tokens and pages of each row before it, likewise: what the decode
         step attended to.
       ok: bool[K], False where the row may still be over budget: it had more than n tokens too many and the spec is not
@@ -162,15 +163,11 @@ class EvictReport:
 
     copied_bytes: jax.Array
     live: jax.Array
+    active: jax.Array
     pages: jax.Array
     active_before: jax.Array
     pages_before: jax.Array
     ok: jax.Array
-
-    @property
-    def active(self) -> jax.Array:
-        """i32[K], live tokens of each row afterwards, summed over layers and heads."""
-        return self.live.sum(axis=(0, 2))
 
 
 def evict_step(
@@ -242,9 +239,11 @@ def evict_step(
             next_hole = _lowest_dead(slots.pages > 0, after, page_size, *victims.moves(after))
 
     hole = hole.at[:, rows].set(jnp.where((rows > 0)[:, None], next_hole, -1))
+    live = jnp.sum(jnp.where(evicted[:, None, None], after.live, before.live), axis=-1, dtype=jnp.int32)
     report = EvictReport(
         copied_bytes=moved.astype(jnp.float32) * _bytes_per_slot(cache),
-        live=jnp.sum(jnp.where(evicted[:, None, None], after.live, before.live), axis=-1, dtype=jnp.int32),
+        live=live,
+        active=jnp.sum(live, axis=(0, 2), dtype=jnp.int32),
         pages=row_usage(cache, rows).held,
         active_before=jnp.sum(active, axis=(0, 2), dtype=jnp.int32),
         pages_before=pages_before,

@@ -127,7 +127,9 @@ class InFlight:
             compressed=[
                 Compressed(
                     entry=entry,
-                    kept=np.asarray(output.kept if isinstance(output, CompressOutput) else output.report.live)[:, lane],
+                    kept=np.asarray(output.kept if isinstance(output, CompressOutput) else output.report.live)[
+                        :, lane
+                    ].copy(),
                     entries_before=held(before, entry),
                     entries_after=held(output.usage, entry),
                     seconds=seconds / rows,

@@ -333,8 +333,10 @@ class LLM:
                     ended = _add_tokens(ended, done)
                     bar.update(len(done))
                     active = [each for each in active if not each.finished]
-                    if on_output is not None:
-                        for each in done:
+                    for each in done:
+                        if each.error is not None:  # a step of another call has met it
+                            raise each.error
+                        if on_output is not None:
                             on_output(index[each.request_id], each.output())
                     if now - shown >= SECONDS_BETWEEN_LOOKS or not active:
                         computed, generated = _add_tokens(ended, active)

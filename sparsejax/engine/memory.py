@@ -38,7 +38,7 @@ def explain_out_of_memory(what: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        piecemeal = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0")
+        piecemeal = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") in ("false", "False", "0")
         unset = "unset XLA_PYTHON_CLIENT_PREALLOCATE, which cuts memory into pieces, " if piecemeal else ""
         raise OutOfMemoryError(
             f"The device ran out of memory while {what}. Close other programs on it, {unset}raise "

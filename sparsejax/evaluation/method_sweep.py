@@ -360,7 +360,7 @@ def format_budget(budget: float | None) -> str:
 
 
 def format_methods(rows: Sequence[MethodRow]) -> str:
-    """Plain-text tables, one for each length and mode, the dense line first in each; scores in percent."""
+    """Plain-text tables, one for each length and mode, the dense line first in each; scores in percent, or "-"."""
     tasks = list(dict.fromkeys(row.task for row in rows))
     titles = {
         "aware": "query-aware: compressed with the question",
@@ -391,15 +391,16 @@ def format_methods(rows: Sequence[MethodRow]) -> str:
                     for each in at_length
                     if (each.name, each.mode, each.budget) == (row.name, row.mode, row.budget)
                 }
+                whole = all(task in scores for task in tasks)  # not if it was interrupted
                 low, high = row.interval
                 lines.append(
                     line(
                         row.name,
                         format_budget(row.budget),
                         (f"{row.kv_bytes / 2**20:.2f}", f"{100 * row.kept:.1f}%", f"{100 * row.read:.1f}%"),
-                        [f"{100 * scores[task]:.1f}" for task in tasks],
-                        f"{100 * row.score:.1f}",
-                        f"{100 * low:.1f} - {100 * high:.1f}",
+                        [f"{100 * scores[task]:.1f}" if task in scores else "-" for task in tasks],
+                        f"{100 * row.score:.1f}" if whole else "-",
+                        f"{100 * low:.1f} - {100 * high:.1f}" if whole else "-",
                     )
                 )
             tables.append("\n".join(lines))

@@ -83,10 +83,11 @@ def format_table(rows: Sequence[Row]) -> str:
         return f"{name:<{width}}{cells}"
 
     means = mean_scores(rows)
+    whole = {length: len(tasks) == sum(row.length == length for row in rows) for length in lengths}
     return "\n".join(
         [
             f"{'task':<{width}}" + "".join(f"{length:>9}" for length in lengths),
             *(line(task, [scores.get((task, length)) for length in lengths]) for task in tasks),
-            line("mean", [means[length] for length in lengths]),
+            line("mean", [means[length] if whole[length] else None for length in lengths]),
         ]
     )

@@ -187,6 +187,29 @@ def test_eval_scores_the_embedded_model(capsys, tmp_path):
     assert all(row["score"] == 1.0 for row in rows)
 
 
+def test_an_interrupted_eval_keeps_the_scores_it_has(capsys, monkeypatch, tmp_path):
+    scores, calls = tmp_path / "scores.json", []
+
+    def answering(llm, compression):
+        def answer(prompts):
+            calls.append(len(prompts))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return [[] for _ in prompts]
+
+        return answer
+
+    monkeypatch.setattr("sparsejax.cli.evaluate.answering", answering)
+    command = ["eval", "ruler", "--lengths", "256", "--tasks", "single,multi_key", "--samples", "16"]
+    assert main([*command, "--json", str(scores), *OPTIONS]) == 130
+    assert calls == [16, 16], "a task each"
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["task", "256"], ["single", "0.0"], ["mean", "0.0"],
+    ]  # fmt: skip
+    rows = json.loads(scores.read_text())
+    assert [(row["task"], row["samples"], row["score"]) for row in rows] == [("single", 16, 0.0)]
+
+
 def test_generate_tells_what_compression_freed(capsys):
     prompt = "The secret word of otter is topaz. " * 20
     command = ["generate", prompt, "--max-tokens", "2", "--method", "keydiff", *OPTIONS]

@@ -139,9 +139,14 @@ def test_a_context_longer_than_the_pool_is_shared(make_llm):
     asked = compression("keydiff", 12, context_tokens=len(context))
     answers = []
     for caching in (False, True):
-        llm = make_llm(**ENGINE | {"methods": ["keydiff"], "num_pages": 4 * 24, "enable_prefix_caching": caching})
+        options = {"methods": ["keydiff"], "num_pages": 4 * 24, "enable_prefix_caching": caching}
+        llm = make_llm(**ENGINE | options | {"max_num_batched_tokens": 32})
         outputs = [llm.generate(context + question, GREEDY, asked, use_tqdm=False)[0] for question in QUESTIONS[:2]]
         assert cached(outputs) == [0, len(context) if caching else 0]
+        first, second = (output.metrics for output in outputs)
+        assert first.num_compressions > 1
+        for told in ("kept_tokens", "kv_pages_before_compression", "kv_bytes_after_compression"):
+            assert getattr(first, told) == getattr(second, told)
         answers.append(tokens(outputs))
         assert_all_free(llm)
     assert answers[0] == answers[1]

@@ -197,6 +197,8 @@ def test_an_interrupted_comparison_hands_over_what_is_complete():
         )  # fmt: skip
     groups = len({(row.length, row.task) for row in complete})
     assert seen == [complete[: 2 * groups - 1]]
+    table = format_methods(seen[0]).splitlines()
+    assert [line.split()[-1] for line in table if line.startswith("snapkv")] == ["0.0", "-"], "one length is whole"
     model.interrupted_at, seen = SAMPLES["samples"] - 1, []  # before any group is complete
     with pytest.raises(KeyboardInterrupt):
         compare_methods(
