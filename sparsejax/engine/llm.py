@@ -320,6 +320,14 @@ class LLM:
         submissions = self._submit(prompts, sampling_params, compression_params)
         active, unfinished, shown, ended = submissions, self.engine.num_unfinished, 0.0, (0, 0)
         index = {each.request_id: i for i, each in enumerate(submissions)}
+
+        def hand_over(done: Iterable[Submission]) -> None:
+            for each in done:
+                if each.error is not None:  # a step of another call has met it
+                    raise each.error
+                if on_output is not None:
+                    on_output(index[each.request_id], each.output())
+
         bar = tqdm(total=len(submissions), desc="generating", unit="prompt", disable=not use_tqdm)
         try:
             with bar, quiet_collector():
@@ -333,15 +341,14 @@ class LLM:
                     ended = _add_tokens(ended, done)
                     bar.update(len(done))
                     active = [each for each in active if not each.finished]
-                    for each in done:
-                        if each.error is not None:  # a step of another call has met it
-                            raise each.error
-                        if on_output is not None:
-                            on_output(index[each.request_id], each.output())
+                    hand_over(done)
                     if now - shown >= SECONDS_BETWEEN_LOOKS or not active:
                         computed, generated = _add_tokens(ended, active)
                         bar.set_postfix({"cached tokens": computed, "generated": generated}, refresh=False)
                         shown = now
+        except BaseException:  # some may have ended in the very step that failed
+            hand_over(each for each in active if each.finished and each.error is None)
+            raise
         finally:  # an interrupted call leaves nothing behind in the engine
             for submission in submissions:
                 self.engine.cancel(submission)

@@ -212,6 +212,26 @@ def test_outputs_are_handed_over_as_they_end(llm):
     assert texts(llm.generate("The quiet otter", params[0], use_tqdm=False)) == texts(outputs)[:1]
 
 
+def test_an_answer_that_ends_in_an_interrupted_step_is_handed_over(llm, monkeypatch):
+    finish, calls, got = llm.engine.scheduler.finish, [], []
+
+    def interrupted(*work):
+        calls.append(work)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return finish(*work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.scheduler, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(
+                ["The quiet otter", "An owl"], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True),
+                use_tqdm=False, on_output=lambda index, output: got.append((index, output.finished)),
+            )  # fmt: skip
+    assert got == [(0, True)]
+    assert not llm.engine.scheduler.has_unfinished
+
+
 def test_a_batch_during_a_stream_changes_neither(llm, wild):
     expected = texts(llm.generate("The secret word of", GREEDY, use_tqdm=False))
     stream = llm.stream("The quiet otter saw ", WILD)
