@@ -71,7 +71,7 @@ def bootstrap_interval(
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Plain-text table: a line per task, a column per length, scores in percent, the mean over tasks last."""
+    """Plain-text table: a line per task, a column per length, scores in percent, the mean over all tasks last."""
     lengths = sorted({row.length for row in rows})
     tasks = list(dict.fromkeys(row.task for row in rows))
     scores = {(row.task, row.length): row.score for row in rows}

@@ -29,4 +29,4 @@ def test_mean_is_over_tasks_at_each_length():
 def test_table_has_a_line_per_task_and_a_column_per_length():
     rows = [Row("a", 64, 4, 1.0), Row("b", 64, 4, 0.5), Row("a", 128, 4, 0.25)]
     lines = [line.split() for line in format_table(rows).splitlines()]
-    assert lines == [["task", "64", "128"], ["a", "100.0", "25.0"], ["b", "50.0", "-"], ["mean", "75.0", "25.0"]]
+    assert lines == [["task", "64", "128"], ["a", "100.0", "25.0"], ["b", "50.0", "-"], ["mean", "75.0", "-"]]
