@@ -133,6 +133,11 @@ class EvictOutput:
     usage: RowUsage
     report: EvictReport
 
+    @property
+    def kept(self) -> jax.Array:
+        """As `CompressOutput` has it."""
+        return self.report.live
+
 
 def evict_rows(
     cache: KVCache, record: RecordState, batch: EvictBatch, *, spec: EvictSpec

@@ -284,11 +284,10 @@ class Engine:
 
     def _take_eviction(self, entries: Sequence[Evict], report: EvictReport) -> None:
         """Keeps how many tokens per-step evictions left."""
-        live = np.asarray(report.live)
         for lane in np.flatnonzero(report.active < report.active_before):  # none of the lanes that pad the call
             answer = self._answer_of(entries[int(lane)].request)
             if answer is not None:
-                answer.compression.kept_tokens = live[:, lane].copy()  # or it holds on to what all rows keep
+                answer.compression.kept_tokens = np.array(report.live[:, lane])  # a copy: see `InFlight.read`
 
     def _take_stored(self, results: Results) -> None:
         """Counts what chunks and full rings have compressed, of requests that are stored compressed."""

@@ -127,9 +127,7 @@ class InFlight:
             compressed=[
                 Compressed(
                     entry=entry,
-                    kept=np.asarray(output.kept if isinstance(output, CompressOutput) else output.report.live)[
-                        :, lane
-                    ].copy(),
+                    kept=np.array(output.kept[:, lane]),  # a copy, or it holds on to what all rows keep
                     entries_before=held(before, entry),
                     entries_after=held(output.usage, entry),
                     seconds=seconds / rows,
