@@ -1,6 +1,6 @@
-"""Operations on a paged KV cache: arrays in, arrays out. Most have a Pallas-Triton kernel, an XLA program and a
-reference; prefill attention has a Mosaic GPU kernel for Hopper, too. Nothing here knows of models, requests or sparse
-methods.
+"""Operations on a paged KV cache, and linear layers: arrays in, arrays out. Most have a Pallas-Triton kernel, an XLA
+program and a reference; prefill attention and linear layers have Mosaic GPU kernels for Hopper. Nothing here knows of
+models, requests or sparse methods.
 """
 
 from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm
@@ -31,6 +31,8 @@ from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.in_order import in_order, in_order_for_xla
 from pallas_kernels.invert_spd import invert_spd, invert_spd_reference
 from pallas_kernels.latents import LatentPages, dequantise, init_latents, quantise, store_latents
+from pallas_kernels.linear import add_linear, add_linear_reference, gated_linear, gated_linear_reference, linear
+from pallas_kernels.linear_mosaic import LinearTile
 from pallas_kernels.move_slots import move_slots, move_slots_reference
 from pallas_kernels.online_softmax import EMPTY_LSE
 from pallas_kernels.page_bounds import (
@@ -61,6 +63,7 @@ __all__ = [
     "DeltaTile",
     "Implementation",
     "LatentPages",
+    "LinearTile",
     "PageAddress",
     "PageScan",
     "Places",
@@ -70,6 +73,8 @@ __all__ = [
     "SearchTile",
     "SpanLimits",
     "WorkList",
+    "add_linear",
+    "add_linear_reference",
     "add_rms_norm",
     "add_rms_norm_reference",
     "attend_then_rank",
@@ -87,11 +92,14 @@ __all__ = [
     "delta_reconstruct",
     "delta_reconstruct_reference",
     "dequantise",
+    "gated_linear",
+    "gated_linear_reference",
     "in_order",
     "in_order_for_xla",
     "init_latents",
     "invert_spd",
     "invert_spd_reference",
+    "linear",
     "move_slots",
     "move_slots_reference",
     "page_upper_bounds",

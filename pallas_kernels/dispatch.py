@@ -40,6 +40,12 @@ def targets_hopper() -> bool:
     return getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
+def multiprocessors() -> int:
+    """Of the GPU that the program being traced is meant for."""
+    abstract = _abstract_device()
+    return jax.devices()[0].core_count if abstract is None else abstract.num_cores
+
+
 def hopper_refusal() -> str | None:
     """Why the program being traced cannot hold Mosaic kernels for Hopper; None if it can."""
     if not targets_gpu():

@@ -23,10 +23,12 @@ from pallas_kernels import (
     PrefillTile,
     RecordTile,
     SpanLimits,
+    add_linear,
     add_rms_norm,
     block_attention_mass,
     decode_attention,
     decode_work_list,
+    gated_linear,
     move_slots,
     prefill_attention,
     record_attention,
@@ -365,6 +367,32 @@ def _norm(tokens: int, dim: int) -> Program:
     return Program(lambda i: step(x, x), operations, 4 * x.nbytes)
 
 
+def _linear(tokens: int, inner: int, columns: int, gated: bool, **options: Any) -> Program:
+    """The product of gates and what they are for, gated; or one that is added."""
+    operations = 3  # weights of so many layers are more than the L2 cache holds
+    x, *weights = _random(1, tokens, inner), *(_random(2 + i, inner, columns) for i in range(operations))
+    total = None if gated else _random(9, tokens, columns)
+
+    @jax.jit
+    def step(x, total, weights):
+        if gated:
+            return [gated_linear(x, weight, **options) for weight in weights]
+        return [sum(y for y in add_linear(total, x, weight, **options) if y is not None) for weight in weights]
+
+    return Program(lambda i: step(x, total, weights), operations, 2 * tokens * inner * columns)
+
+
+def _linear_cases(tokens: int, inner: int, columns: int, gated: bool) -> list[Case]:
+    """By XLA, which is the yardstick, and by the kernel where there is one."""
+    name = f"{'gated' if gated else 'added'} product of {tokens} x {inner} x {columns}"
+    build = partial(_linear, tokens, inner, columns, gated)
+    kernel = "gated_linear" if gated else "add_linear"
+    return [
+        Case(f"{name}, XLA", "xla_linear", "matmul", partial(build, implementation="xla")),
+        Case(name, kernel, f"{name}, XLA", build),
+    ]
+
+
 def _move(moves: int, page: int, heads: Heads) -> Program:
     pages = -(-4 * moves // page)
     pool = [_random(seed, pages, page, heads.dim) for seed in (1, 2)]
@@ -448,6 +476,8 @@ def cases() -> list[Case]:
         Case("rotate_and_store 1 token", "rotate_and_store", "copy", partial(_rotate, 1, 32, LLAMA_8B)),
         Case("add_rms_norm 1 token", "add_rms_norm", "copy", partial(_norm, 1, 4096)),
         Case("add_rms_norm 8 tokens", "add_rms_norm", "copy", partial(_norm, 8, 4096)),
+        *(case for tokens in (128, 256, 512, 2048, 8192) for case in _linear_cases(tokens, 4096, 28672, True)),
+        *(case for tokens in (2048, 8192) for case in _linear_cases(tokens, 14336, 4096, False)),
         Case("move_slots 512k", "move_slots", "copy", partial(_move, 1 << 19, 32, LLAMA_8B)),
         Case("scan pages 64 x 2k, 32 layers", "scan_pages", "read", partial(_scan, 32, 64, 2048, 32, LLAMA_8B)),
     ]
@@ -468,6 +498,8 @@ def tiny_cases() -> list[Case]:
         Case("store_kv tiny", "store_kv", "copy", partial(_store, 16, 8, heads)),
         Case("rotate_and_store tiny", "rotate_and_store", "copy", partial(_rotate, 16, 8, heads)),
         Case("add_rms_norm tiny", "add_rms_norm", "copy", partial(_norm, 4, 16)),
+        *_linear_cases(8, 16, 32, True),
+        *_linear_cases(8, 16, 32, False),
         Case("move_slots tiny", "move_slots", "copy", partial(_move, 16, 8, heads)),
         Case("scan pages tiny", "scan_pages", "read", partial(_scan, 2, 2, 30, 8, heads)),
     ]

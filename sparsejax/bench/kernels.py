@@ -17,6 +17,7 @@ from pallas_kernels import (
     CompressTile,
     DecodeTile,
     DeltaTile,
+    LinearTile,
     PrefillTile,
     ReconstructTile,
     RecordTile,
@@ -194,6 +195,8 @@ _CANDIDATES: dict[str, list[dict[str, Any]]] = {
             (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (256, 64, 8, 2),
         )
     ],
+    "gated_linear": [{"tile": LinearTile(*tile)} for tile in ((256, 3), (256, 4), (128, 4), (128, 6))],
+    "add_linear": [{"tile": LinearTile(*tile)} for tile in ((256, 2), (256, 3), (128, 4), (128, 5))],
     "record_attention": [
         {"tile": RecordTile((128, few), (pairs, many), warps, stages)}
         for few, pairs, many, warps, stages in (
@@ -241,9 +244,9 @@ def tune(
     """Times the candidates of `kernel` and reports them.
 
     Args:
-      kernel: "decode_attention", "prefill_attention", "record_attention", "block_attention_mass", "delta_attention",
-        "delta_reconstruct", "delta_compress" or "reference_search" for their tiles, "decode_work" for the limits
-        of the spans of decode_attention.
+      kernel: "decode_attention", "prefill_attention", "gated_linear", "add_linear", "record_attention",
+        "block_attention_mass", "delta_attention", "delta_reconstruct", "delta_compress" or "reference_search" for their
+        tiles, "decode_work" for the limits of the spans of decode_attention.
       names: cases to weigh; None means all of this kernel.
       every: the cases to choose from; None means `cases()`.
       candidates: options of `Case.build`; None means the built-in ones.

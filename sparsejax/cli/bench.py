@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from sparsejax.bench.traces import Trace
 
 TUNE = (
-    "time the candidates of a kernel instead: decode_attention, decode_work, prefill_attention, record_attention, "
-    "block_attention_mass, delta_attention, delta_compress, delta_reconstruct or reference_search"
+    "time the candidates of a kernel instead: decode_attention, decode_work, prefill_attention, gated_linear, "
+    "add_linear, record_attention, block_attention_mass, delta_attention, delta_compress, delta_reconstruct or "
+    "reference_search"
 )
 
 

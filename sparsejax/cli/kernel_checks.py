@@ -86,10 +86,25 @@ def _move_slots() -> float:
     return error(kernels.move_slots(k, v, *moves), kernels.move_slots_reference(k, v, *moves))
 
 
+def _gated_linear() -> float:
+    rng = np.random.default_rng(20)
+    args = (draw(rng, 256, 128), draw(rng, 128, 512) / 8)
+    return error(kernels.gated_linear(*args), kernels.gated_linear_reference(*args))
+
+
+def _add_linear() -> float:
+    rng = np.random.default_rng(21)
+    args = (draw(rng, 1024, 256), draw(rng, 1024, 128), draw(rng, 128, 256) / 8)
+    sums = [y.astype(jnp.float32) for y in kernels.add_linear(*args) if y is not None]
+    return error(sum(sums), kernels.add_linear_reference(*args))
+
+
 CHECKS: dict[str, Callable[[], float]] = {
     "decode attention": _decode_attention,
     "prefill attention": _prefill_attention,
     "K/V store": _store_kv,
     "RoPE and store": _rotate_and_store,
     "slot moves": _move_slots,
+    "gated product": _gated_linear,
+    "product and residual": _add_linear,
 }

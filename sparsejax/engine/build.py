@@ -71,7 +71,9 @@ def build_engine(
             f"the model and its tokenizer name {len(eos_token_ids)} end tokens; at most {MAX_EOS_IDS} are supported."
         )
     max_resident_rows = _max_resident_rows(model_config, config, max_num_seqs)
-    decoder = Decoder(model_config, params["embed"].dtype)
+    # Other than "triton" or "xla" nothing can be asked for: products have no Triton kernel.
+    products = None if config.implementation is None else "xla"
+    decoder = Decoder(model_config, params["embed"].dtype, products)
     methods = tuple(methods)
     check_methods(methods)
     allowed = {name: methods_registry.get(name) for name in methods}

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import add_rms_norm, rms_norm
+from pallas_kernels import Implementation, add_linear, add_rms_norm, gated_linear, linear, rms_norm
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.rope import apply_rope, rope_cos_sin
 
@@ -67,16 +67,23 @@ class AttendFromProjection:
 
 
 class Decoder(nn.Module):
-    """The whole model. `dtype` is the type of parameters and activations; norms, RoPE and logits are float32."""
+    """The whole model.
+
+    Attributes:
+      dtype: of parameters and activations; norms, RoPE and logits are float32.
+      products: implementation of the linear layers. None is the best of the device, which may be neither differentiated
+        nor partitioned over several.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.bfloat16
+    products: Implementation | None = "xla"
 
     def setup(self) -> None:
         config = self.config
         shape = (config.vocab_size, config.hidden_size)
         self.embed = parameter(self, "embed", nn.initializers.normal(INIT_SCALE), shape, self.dtype)
-        self.layers = [DecoderLayer(config, self.dtype, index) for index in range(config.num_layers)]
+        self.layers = [DecoderLayer(config, self.dtype, index, self.products) for index in range(config.num_layers)]
         self.final_norm = parameter(self, "final_norm", nn.initializers.ones, (config.hidden_size,), self.dtype)
         if not config.tie_embeddings:
             self.lm_head = parameter(self, "lm_head", nn.initializers.normal(INIT_SCALE), shape[::-1], self.dtype)
@@ -135,17 +142,18 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and gated MLP, each after an RMSNorm and added to the residual stream."""
+    """Attention and gated MLP, each after an RMSNorm and added to the residual stream. `products`: as of `Decoder`."""
 
     config: ModelConfig
     dtype: Any
     index: int
+    products: Implementation | None = "xla"
 
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Any, attend: Attend | AttendFromProjection
     ) -> tuple[jax.Array, Any]:
         x, delta, cache = self.stream(x, None, cos, sin, cache, attend)
-        return x + delta, cache
+        return x if delta is None else x + delta, cache
 
     @nn.compact
     def stream(
@@ -156,8 +164,11 @@ class DecoderLayer(nn.Module):
         sin: jax.Array,
         cache: Any,
         attend: Attend | AttendFromProjection,
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        """The layer of x + delta, as (x, delta, cache): whoever norms the sum next does the addition, too."""
+    ) -> tuple[jax.Array, jax.Array | None, Any]:
+        """The layer of x + delta, as (x, delta, cache): whoever norms the sum next does the addition, too.
+
+        A delta of None is nothing to add.
+        """
         config, dtype = self.config, self.dtype
 
         def linear(name: str, inputs: int, outputs: int, bias: bool) -> Linear:
@@ -181,7 +192,7 @@ class DecoderLayer(nn.Module):
         else:
             q, k, v, k_pre_rope = _split_and_rotate(qkv, head_norms, cos, sin, config=config)
             out, cache = attend(self.index, q, k, v, k_pre_rope, cache)
-        return *_mlp(x, out, o, mlp_norm, gate_up, down, config=config), cache
+        return *_mlp(x, out, o, mlp_norm, gate_up, down, config=config, products=self.products), cache
 
 
 class LinearWeights(nn.Module):
@@ -227,7 +238,7 @@ def _project(
 ) -> tuple[jax.Array, jax.Array]:
     """x + delta, and queries, keys and values of its norm: [T, Hq + 2 * H, D]."""
     x, normed = add_rms_norm(x, delta, norm, eps=config.rms_norm_eps)
-    return x, _linear(normed, qkv).reshape(x.shape[0], -1, config.head_dim)
+    return x, linear(normed, *qkv).reshape(x.shape[0], -1, config.head_dim)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -246,7 +257,7 @@ def _split_and_rotate(
     return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, k
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "products"))
 def _mlp(
     x: jax.Array,
     out: jax.Array,
@@ -256,19 +267,13 @@ def _mlp(
     down: Linear,
     *,
     config: ModelConfig,
-) -> tuple[jax.Array, jax.Array]:
+    products: Implementation | None,
+) -> tuple[jax.Array, jax.Array | None]:
     """The layer behind attention: (x, delta) of its result x + delta. out: [T, Hq, D]."""
-    attended = _linear(out.reshape(x.shape[0], -1).astype(x.dtype), o)
-    x, normed = add_rms_norm(x, attended, norm, eps=config.rms_norm_eps)
-    gate, up = jnp.split(_linear(normed, gate_up), 2, axis=-1)  # [T, F] each
-    return x, _linear(jax.nn.silu(gate) * up, down)
-
-
-def _linear(x: jax.Array, weights: Linear) -> jax.Array:
-    """x [T, in] times kernel [in, out], plus bias, in x's dtype."""
-    kernel, bias = weights
-    y = jax.lax.dot_general(x, kernel.astype(x.dtype), (((1,), (0,)), ((), ())), precision=_precision(x.dtype))
-    return y if bias is None else y + bias[None].astype(x.dtype)
+    attended = out.reshape(x.shape[0], -1).astype(x.dtype)
+    x, delta = add_linear(x, attended, *o, implementation=products)
+    x, normed = add_rms_norm(x, delta, norm, eps=config.rms_norm_eps)
+    return add_linear(x, gated_linear(normed, *gate_up, implementation=products), *down, implementation=products)
 
 
 def abstract_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
