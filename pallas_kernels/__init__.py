@@ -31,7 +31,14 @@ from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.in_order import in_order, in_order_for_xla
 from pallas_kernels.invert_spd import invert_spd, invert_spd_reference
 from pallas_kernels.latents import LatentPages, dequantise, init_latents, quantise, store_latents
-from pallas_kernels.linear import add_linear, add_linear_reference, gated_linear, gated_linear_reference, linear
+from pallas_kernels.linear import (
+    add_linear,
+    add_linear_reference,
+    gated_linear,
+    gated_linear_reference,
+    linear,
+    matmul_precision,
+)
 from pallas_kernels.linear_mosaic import LinearTile
 from pallas_kernels.move_slots import move_slots, move_slots_reference
 from pallas_kernels.online_softmax import EMPTY_LSE
@@ -100,6 +107,7 @@ __all__ = [
     "invert_spd",
     "invert_spd_reference",
     "linear",
+    "matmul_precision",
     "move_slots",
     "move_slots_reference",
     "page_upper_bounds",

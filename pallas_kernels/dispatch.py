@@ -1,7 +1,7 @@
 """Which implementation of an operation runs: a Pallas kernel (Triton, or Mosaic GPU on Hopper) or the XLA program.
 
-Every public operation takes `implementation` and `interpret` and passes them through `resolve`. There is no silent
-fallback: asking for a kernel where it cannot run is an error.
+Public operations take `implementation` and, but for linear layers, `interpret`, and pass them through `resolve`. There
+is no silent fallback: asking for a kernel where it cannot run is an error.
 """
 
 import re

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import check_float, check_shape
 from pallas_kernels.dispatch import Implementation, hopper_refusal, multiprocessors, resolve
-from pallas_kernels.linear_mosaic import DEPTH, TOKENS, LinearTile, best_tile, linear_mosaic
+from pallas_kernels.linear_mosaic import COLUMNS, DEPTH, TOKENS, LinearTile, best_tile, linear_mosaic
 
 GATED_TOKENS = 128
 """From so many tokens on the gate is left to the kernel, where it can run."""
@@ -17,11 +17,14 @@ ADDED_TOKENS = 1024
 """Likewise a residual add. XLA's products of fewer tokens are as fast, and its norm adds while it reads."""
 
 
+def matmul_precision(dtype) -> jax.lax.Precision | None:
+    """Of XLA's products in a dtype: on a GPU float32 would otherwise be rounded to TF32 (10 bits)."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x [T, d] times weight [d, n], plus bias [n], in x's dtype; by XLA."""
-    # On a GPU float32 would otherwise be rounded to TF32 (10 bits).
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    y = jax.lax.dot_general(x, weight.astype(x.dtype), (((1,), (0,)), ((), ())), precision=precision)
+    y = jax.lax.dot_general(x, weight.astype(x.dtype), (((1,), (0,)), ((), ())), precision=matmul_precision(x.dtype))
     return y if bias is None else y + bias[None].astype(x.dtype)
 
 
@@ -39,8 +42,8 @@ def gated_linear(
       x: [T, d].
       weight: [d, 2F], the columns of gate and then those of up.
       bias: [2F], or None.
-      implementation: "mosaic", "xla", or None: the kernel on a Hopper GPU for GATED_TOKENS or more, where it can serve
-        the call, else XLA. The kernel rounds once, XLA the products as well.
+      implementation: "mosaic", "xla", or None: the kernel for GATED_TOKENS or more, where it can run and serve the call
+        and has tiles for half of the multiprocessors, else XLA. The kernel rounds once, XLA the products as well.
       tile: of the kernel; None: the best by `best_tile`.
 
     Returns:
@@ -117,25 +120,29 @@ def _check(x, weight, bias):
         check_float(bias=bias)
 
 
-def _refusal(x, weight, bias, gated) -> str | None:
+def _refusal(x, weight, bias) -> str | None:
     """Why the kernel cannot serve a call; None if it can."""
     if bias is not None:
         return "it adds no bias"
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it multiplies bfloat16 or float16, not {x.dtype}"
-    if x.shape[0] < TOKENS or x.shape[0] % TOKENS or x.shape[1] % DEPTH:
+    if x.dtype not in (jnp.bfloat16, jnp.float16) or weight.dtype != x.dtype:
+        return f"it multiplies bfloat16 or float16 of one kind, not {x.dtype} and {weight.dtype}"
+    if min(x.shape) < DEPTH or x.shape[0] % TOKENS or x.shape[1] % DEPTH:
         return f"x must be [a multiple of {TOKENS}, a multiple of {DEPTH}] for it, not {x.shape}"
-    if best_tile(x.shape[0], weight.shape[1], gated=gated, programs=1) is None:
-        return f"weight must have a multiple of 128 columns for it, not {weight.shape[1]}"
+    if weight.shape[1] < COLUMNS or weight.shape[1] % COLUMNS:
+        return f"weight must have a multiple of {COLUMNS} columns for it, not {weight.shape[1]}"
     return None
 
 
 def _chosen(implementation, x, weight, bias, *, gated, least) -> Implementation:
     """The implementation that runs."""
-    refusal = _refusal(x, weight, bias, gated)
+    refusal = _refusal(x, weight, bias)
     if implementation is None:
-        served = x.shape[0] >= least and refusal is None and hopper_refusal() is None
-        return "mosaic" if served else "xla"
+        if x.shape[0] < least or refusal is not None or hopper_refusal() is not None:
+            return "xla"
+        programs = multiprocessors()
+        tile = best_tile(x.shape[0], weight.shape[1], gated=gated, programs=programs)
+        tiles = x.shape[0] // TOKENS * (weight.shape[1] // tile.columns)
+        return "mosaic" if 2 * tiles >= programs else "xla"  # XLA may share an inner dimension out, too
     if implementation == "triton":
         raise ValueError("implementation must be 'mosaic', 'xla' or None: products have no Triton kernel")
     return resolve(implementation, None, mosaic_refusal=refusal)[0]
@@ -144,4 +151,6 @@ def _chosen(implementation, x, weight, bias, *, gated, least) -> Implementation:
 def _mosaic(x, weight, total, *, gated, tile):
     programs = multiprocessors()
     tile = tile or best_tile(x.shape[0], weight.shape[1], gated=gated, programs=programs)
-    return linear_mosaic(x, weight.astype(x.dtype), total, gated=gated, tile=tile, programs=programs)
+    if weight.shape[1] % tile.columns:
+        raise ValueError(f"tile.columns must divide the {weight.shape[1]} columns of weight, got {tile.columns}")
+    return linear_mosaic(x, weight, total, gated=gated, tile=tile, programs=programs)

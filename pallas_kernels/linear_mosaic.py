@@ -22,6 +22,8 @@ TOKENS = _WORKERS * _ROWS
 """Tokens of a tile; there must be a multiple of them."""
 DEPTH = 64
 """Inner dimension of a piece; likewise."""
+COLUMNS = 128
+"""Columns of the narrowest tile; likewise."""
 _BAND = 8  # tiles side by side that programs at work share, so that the L2 cache holds what they read
 _SWIZZLE = 128  # bytes
 # Of the 65,536 of a multiprocessor; the three warp groups may use 512 a thread together.
@@ -40,24 +42,28 @@ class LinearTile(NamedTuple):
     stages: int
 
 
-# As many stages as shared memory has room for beside a tile of the result.
-_TILES = {False: (LinearTile(256, 3), LinearTile(128, 5)), True: (LinearTile(256, 4), LinearTile(128, 6))}
-_NARROW = 1.1  # times as long a tile of 128 columns takes as half of one of 256
+# As many stages as shared memory has room for beside a tile of the result, but for the narrow tile without gates, which
+# a sixth makes slower.
+_TILES = {
+    False: (LinearTile(256, 3), LinearTile(COLUMNS, 5)),
+    True: (LinearTile(256, 4), LinearTile(COLUMNS, 6)),
+}
+_NARROW = 1.1  # times as long a tile of the narrow kind takes as half of a wide one
 
 
-def best_tile(tokens: int, columns: int, *, gated: bool, programs: int) -> LinearTile | None:
-    """The tile that takes the fewest rounds of all programs; None if none divides the columns.
+def best_tile(tokens: int, columns: int, *, gated: bool, programs: int) -> LinearTile:
+    """The tile that takes the fewest rounds of all programs.
 
     Args:
-      columns: of the weights.
+      columns: of the weights, a multiple of COLUMNS.
       programs: that run at once.
     """
 
     def cost(tile):
         rounds = -(-(tokens // TOKENS) * (columns // tile.columns) // programs)
-        return rounds * tile.columns * (1.0 if tile.columns > 128 else _NARROW)
+        return rounds * tile.columns * (_NARROW if tile.columns == COLUMNS else 1.0)
 
-    return min((tile for tile in _TILES[gated] if columns % tile.columns == 0), key=cost, default=None)
+    return min((tile for tile in _TILES[gated] if columns % tile.columns == 0), key=cost)
 
 
 def _kernel(x_ref, weight_ref, *refs, grid, interpreted):
@@ -153,9 +159,9 @@ def _kernel(x_ref, weight_ref, *refs, grid, interpreted):
             if add_ref:  # fetched meanwhile, to where the result will be
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.copy_gmem_to_smem(add_ref[0].at[here], my_out, add_ready.at[worker])
-            result, *gated = (products_interpreted if interpreted else products)(tile * steps)
-            if gated:
-                result = result / (1.0 + jnp.exp2(result * -LOG2_E)) * gated[0]
+            result, *up = (products_interpreted if interpreted else products)(tile * steps)
+            if up:
+                result = result / (1.0 + jnp.exp2(result * -LOG2_E)) * up[0]
             if add_ref:
                 plgpu.barrier_wait(add_ready.at[worker])
                 before = my_out[...] if interpreted else plgpu.layout_cast(my_out[...], plgpu.Layout.WGMMA)
@@ -173,8 +179,8 @@ def _kernel(x_ref, weight_ref, *refs, grid, interpreted):
 def linear_mosaic(x, weight, add, *, gated, tile, programs, interpret=None):
     """x @ weight, plus `add` if that is not None; if `gated`, silu of its first half of the columns times the second.
 
-    x [T, d] of a multiple of TOKENS and DEPTH, weight [d, n] of a multiple of the tile's columns, add [T, n], all
-    bfloat16 or float16. `programs`: of the grid. `interpret`: parameters of Pallas' GPU interpreter.
+    x [T, d] of a multiple of TOKENS and DEPTH, weight [d, n] of a multiple of the tile's columns, add [T, n], all of
+    one dtype, bfloat16 or float16. `programs`: of the grid. `interpret`: parameters of Pallas' GPU interpreter.
     """
     arrays = (x, weight) if add is None else (x, weight, add)
     options = (gated, tile, programs)

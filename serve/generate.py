@@ -26,7 +26,7 @@ from sparsejax.engine.sampling import NOT_FINITE
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.scheduler import Chunk
 from sparsejax.engine.state import DecodeState, PrefillBatch, init_state
-from sparsejax.engine.steps import StepOptions, decode_step, options_for, prefill_step
+from sparsejax.engine.steps import StepOptions, decode_step, options_for, prefill_step, serving_decoder
 from sparsejax.errors import InvalidArgumentError, NotFiniteError, PromptTooLongError
 from sparsejax.models import Decoder, ModelConfig
 
@@ -161,7 +161,7 @@ def generate(
         batch,
         end_tokens,
         limit,
-        decoder=Decoder(config, params["embed"].dtype),
+        decoder=serving_decoder(config, params["embed"].dtype, implementation),
         max_tokens=int(limit.max()),
         options=options_for(each, implementation=implementation),
     )

@@ -68,8 +68,8 @@ class EngineConfig:
       page_size: tokens in one page of the KV cache, a power of two.
       num_pages: physical pages in the pool (one KV head of one layer each). Default: what memory allows.
       table_granularity: "shared", "per_layer" or "per_head" slot tables. Default: the coarsest the methods allow.
-      implementation: "triton" or "xla" kernels. Default: xla on a CPU; on a GPU triton, and prefill attention's
-        Mosaic kernel on Hopper.
+      implementation: "triton" or "xla" kernels. Default: xla on a CPU; on a GPU triton, and on Hopper the Mosaic
+        kernels of prefill attention and of linear layers, which with "triton" are XLA's.
       warmup: compile every step variant when the engine is built rather than when first needed; "greedy" only those
         of requests that take the likeliest token. Of the programs that compress and evict it compiles those of
         `default_compression`; other methods' are compiled when they are first needed.

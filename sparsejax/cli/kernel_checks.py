@@ -88,13 +88,13 @@ def _move_slots() -> float:
 
 def _gated_linear() -> float:
     rng = np.random.default_rng(20)
-    args = (draw(rng, 256, 128), draw(rng, 128, 512) / 8)
+    args = (draw(rng, 256, 128), draw(rng, 128, 4352) / 48)  # as many tiles as the kernel is used for
     return error(kernels.gated_linear(*args), kernels.gated_linear_reference(*args))
 
 
 def _add_linear() -> float:
     rng = np.random.default_rng(21)
-    args = (draw(rng, 1024, 256), draw(rng, 1024, 128), draw(rng, 128, 256) / 8)
+    args = (draw(rng, 1024, 2304) / 4, draw(rng, 1024, 128), draw(rng, 128, 2304) / 32)
     sums = [y.astype(jnp.float32) for y in kernels.add_linear(*args) if y is not None]
     return error(sum(sums), kernels.add_linear_reference(*args))
 

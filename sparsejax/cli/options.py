@@ -18,8 +18,8 @@ TASKS = "single, multi_key, multi_value, multi_query, variable_tracking, common_
 BUDGET_RULES = "uniform, pyramid, adaptive, layer, global, global_pages"
 
 IMPLEMENTATION = (
-    "what runs attention and the cache (default: Pallas kernels on a GPU, on Hopper Mosaic for prompts, else Triton; "
-    "xla on a CPU)"
+    "what runs attention and the cache (default: Pallas kernels on a GPU, on Hopper Mosaic for prompts and linear "
+    "layers, else Triton; xla on a CPU)"
 )
 
 

@@ -19,12 +19,13 @@ from sparsejax.engine.runner import Runner
 from sparsejax.engine.sampling import MAX_EOS_IDS
 from sparsejax.engine.scheduler import Scheduler, SchedulerConfig
 from sparsejax.engine.state import init_state
+from sparsejax.engine.steps import serving_decoder
 from sparsejax.engine.variants import most_read
 from sparsejax.engine.warm_up import warm_up
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import DeltaKV, Method
 from sparsejax.methods.kvzip import FIRST_INSTRUCTION, NEXT_INSTRUCTION
-from sparsejax.models import Decoder, ModelConfig
+from sparsejax.models import ModelConfig
 
 MAX_HEAD_DIM = 256  # of the kernels on a GPU
 STRETCHING_ROPE = ("linear", "dynamic", "yarn")  # kinds whose factor reaches beyond max_position_embeddings
@@ -71,9 +72,7 @@ def build_engine(
             f"the model and its tokenizer name {len(eos_token_ids)} end tokens; at most {MAX_EOS_IDS} are supported."
         )
     max_resident_rows = _max_resident_rows(model_config, config, max_num_seqs)
-    # Other than "triton" or "xla" nothing can be asked for: products have no Triton kernel.
-    products = None if config.implementation is None else "xla"
-    decoder = Decoder(model_config, params["embed"].dtype, products)
+    decoder = serving_decoder(model_config, params["embed"].dtype, config.implementation)
     methods = tuple(methods)
     check_methods(methods)
     allowed = {name: methods_registry.get(name) for name in methods}

@@ -27,10 +27,18 @@ from sparsejax.engine.sampling import SampleOutput, greedy, sample, token_logpro
 from sparsejax.engine.sampling_params import SamplingParams
 from sparsejax.engine.selection import Selecting
 from sparsejax.engine.state import DecodeState, PrefillBatch, StepOutput, emit, start_rows
-from sparsejax.models import AttendFromProjection, Decoder
+from sparsejax.models import AttendFromProjection, Decoder, ModelConfig
 
 Cache = Any  # a KVCache, or a DeltaCache
 PROMPT_LOGPROB_BLOCK = 64  # prompt positions whose logits exist at once: [64, V] rather than [T, V]
+
+
+def serving_decoder(config: ModelConfig, dtype: Any, implementation: Implementation | None) -> Decoder:
+    """The decoder of steps that run on one device and are not differentiated.
+
+    implementation: of attention and the cache. Linear layers have no Triton kernel: asked for, it leaves them to XLA.
+    """
+    return Decoder(config, dtype, None if implementation is None else "xla")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Implementation, add_linear, add_rms_norm, gated_linear, linear, rms_norm
+from pallas_kernels import Implementation, add_linear, add_rms_norm, gated_linear, linear, matmul_precision, rms_norm
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.rope import apply_rope, rope_cos_sin
 
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
             x,
             weight.astype(self.dtype),
             (((1,), (contract,)), ((), ())),
-            precision=_precision(self.dtype),
+            precision=matmul_precision(self.dtype),
             preferred_element_type=jnp.float32,
         )
 
@@ -171,7 +171,7 @@ class DecoderLayer(nn.Module):
         """
         config, dtype = self.config, self.dtype
 
-        def linear(name: str, inputs: int, outputs: int, bias: bool) -> Linear:
+        def weights(name: str, inputs: int, outputs: int, bias: bool) -> Linear:
             return LinearWeights(outputs, use_bias=bias, dtype=dtype, name=name)(inputs)
 
         def norm(name: str, size: int) -> jax.Array:
@@ -179,10 +179,10 @@ class DecoderLayer(nn.Module):
 
         hidden, heads = config.hidden_size, config.num_heads + 2 * config.num_kv_heads
         attn_norm, mlp_norm = norm("attn_norm", hidden), norm("mlp_norm", hidden)
-        qkv_weights = linear("qkv", hidden, heads * config.head_dim, config.qkv_bias)
-        o = linear("o", config.num_heads * config.head_dim, hidden, config.o_bias)
-        gate_up = linear("gate_up", hidden, 2 * config.intermediate_size, config.mlp_bias)
-        down = linear("down", config.intermediate_size, hidden, config.mlp_bias)
+        qkv_weights = weights("qkv", hidden, heads * config.head_dim, config.qkv_bias)
+        o = weights("o", config.num_heads * config.head_dim, hidden, config.o_bias)
+        gate_up = weights("gate_up", hidden, 2 * config.intermediate_size, config.mlp_bias)
+        down = weights("down", config.intermediate_size, hidden, config.mlp_bias)
         head_norms = tuple(norm(name, config.head_dim) for name in ("q_norm", "k_norm")) if config.qk_norm else None
 
         x, qkv = _project(x, delta, attn_norm, qkv_weights, config=config)
@@ -310,8 +310,3 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any) -> dict[str, An
 @partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return (INIT_SCALE * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-
-
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    # On a GPU float32 would otherwise be rounded to TF32 (10 bits).
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None

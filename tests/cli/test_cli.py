@@ -12,6 +12,7 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from checkpoint_stubs import write_config
 from embedded import OPTIONS
@@ -22,7 +23,7 @@ from sparsejax.assets import tiny_model_path
 from sparsejax.bench import kernels
 from sparsejax.bench.presets import PRESETS
 from sparsejax.checkpoint import load_model
-from sparsejax.cli import COMMANDS, bench, bench_options, kernel_checks, kernel_checks_sparse, main, options
+from sparsejax.cli import COMMANDS, bench, bench_options, doctor, kernel_checks, kernel_checks_sparse, main, options
 from sparsejax.cli.outputs import check_outputs
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.evaluation import TASKS
@@ -257,6 +258,13 @@ def test_help_lists_the_names_there_are():
     assert sorted(options.BUDGET_RULES.split(", ")) == sorted(available_rules())
     assert tuple(PRESETS) == bench_options.RANDOM_MODELS
     assert all(kernel in bench.TUNE for kernel in kernels._CANDIDATES)
+
+
+def test_the_doctors_linear_layers_are_right_in_the_dtype_of_a_gpu(monkeypatch):
+    """Of XLA, too, which a GPU that is no Hopper takes: results are small enough for the tolerance."""
+    monkeypatch.setattr(kernel_checks, "_dtype", lambda: jnp.dtype(jnp.bfloat16))
+    for name in ("gated product", "product and residual"):
+        assert 0 < kernel_checks.CHECKS[name]() < doctor.TOLERANCE / 2
 
 
 def test_doctor_finds_every_kernel_in_order(capsys):

@@ -18,7 +18,7 @@ from sparsejax.engine.delta_parts import StoreOptions
 from sparsejax.engine.packing import pack
 from sparsejax.engine.selection import Selecting
 from sparsejax.engine.state import init_state
-from sparsejax.engine.steps import StepOptions, decode_step, mixed_step, prefill_step
+from sparsejax.engine.steps import StepOptions, decode_step, mixed_step, prefill_step, serving_decoder
 from sparsejax.methods import LayerRoles
 from sparsejax.models import Decoder
 from sparsejax.models.decoder import abstract_params as model_params
@@ -26,10 +26,10 @@ from sparsejax.models.decoder import abstract_params as model_params
 GREEDY = StepOptions(plain=True)
 
 
-def lowered(step, make_work, *, tokens, options=GREEDY, selects=False, products="xla", **layout_options):
+def lowered(step, make_work, *, tokens, options=GREEDY, selects=False, implementation=None, **layout_options):
     """(text, arguments to be donated) of a step of two layers of Llama-3.1-8B."""
     config = dataclasses.replace(model_config("llama-3.1-8b"), num_layers=2)
-    decoder = Decoder(config, jnp.bfloat16, products)
+    decoder = serving_decoder(config, jnp.bfloat16, implementation)
     layout = CacheLayout(
         num_layers=2, num_kv_heads=8, head_dim=128, num_pages=1 << 17, max_rows=8, max_slots=131072, page_size=32,
         granularity="shared", dtype=jnp.bfloat16, **layout_options,
@@ -49,20 +49,24 @@ def lowered(step, make_work, *, tokens, options=GREEDY, selects=False, products=
 
 def test_prefill_step_lowers_for_hopper_with_its_kernels_and_in_place():
     text, donated = lowered(prefill_step, lambda: pack([], size=512, segments=16, eos_token_ids=()), tokens=512)
-    # All layers share one lowered kernel for attention and one for the K/V store.
-    assert (mosaic_calls(text), triton_calls(text)) == (1, 1)
+    # All layers share one lowered kernel for attention, one for the gated product, and one for the K/V store.
+    assert (mosaic_calls(text), triton_calls(text)) == (2, 1)
     assert donated_arguments(text) == donated
 
 
 @pytest.mark.parametrize(
-    ("tokens", "kernels"),
+    ("tokens", "implementation", "kernels"),
     # Attention and the gated product; the products that are added to the residual stream, which differ in shape.
-    [(64, 1), (512, 2), (2048, 4)],
+    [(64, None, 1), (2048, None, 4), (2048, "triton", 1)],
 )
-def test_the_engines_products_of_many_tokens_are_kernels(tokens, kernels):
+def test_products_of_many_tokens_are_kernels(tokens, implementation, kernels):
     text, donated = lowered(
-        prefill_step, lambda: pack([], size=tokens, segments=16, eos_token_ids=()), tokens=tokens, products=None
+        prefill_step,
+        lambda: pack([], size=tokens, segments=16, eos_token_ids=()),
+        tokens=tokens,
+        implementation=implementation,
     )
+    # What comes out of an exported kernel belongs to the abstract device, and nothing else: two copies of one kernel.
     assert len({line for line in text.splitlines() if "custom_call @mosaic_gpu" in line}) == kernels
     assert donated_arguments(text) == donated
 

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import linear
 from sparsejax.models import Decoder, ModelConfig, RopeConfig, abstract_params, dense_causal_attend, init_params
+from sparsejax.models import decoder as decoder_module
+from sparsejax.models.decoder import DecoderLayer
+from sparsejax.models.rope import rope_cos_sin
 
 CONFIG = ModelConfig(
     architecture="qwen3",
@@ -56,6 +60,33 @@ def test_random_parameters_have_the_promised_distribution(params):
         np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.1)
     assert (kernels[1] != kernels[2]).any()
     assert init_params(CONFIG, jax.random.key(0), jnp.bfloat16)["embed"].dtype == jnp.bfloat16
+
+
+def test_products_that_add_the_residual_themselves_change_nothing(params, monkeypatch):
+    args = (TOKENS, POSITIONS, None, dense_causal_attend(1))
+    expected, _ = Decoder(CONFIG, jnp.float32).apply({"params": params}, *args)
+    x = jax.random.normal(jax.random.key(1), (8, 24))
+    rotation = rope_cos_sin(CONFIG.rope, CONFIG.head_dim, POSITIONS)
+
+    def layer():
+        layer = DecoderLayer(CONFIG, jnp.float32, 0, None)  # as no other decoder here: none of its parts is compiled
+        return layer.apply({"params": params["layers_0"]}, x, *rotation, None, dense_causal_attend(1))[0]
+
+    expected_layer = layer()
+    calls = []
+
+    def added(total, x, weight, bias=None, *, implementation):
+        calls.append(implementation)
+        return total + linear(x, weight, bias), None
+
+    monkeypatch.setattr(decoder_module, "add_linear", added)
+    jax.clear_caches()
+    got, _ = Decoder(CONFIG, jnp.float32, None).apply({"params": params}, *args)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    np.testing.assert_allclose(layer(), expected_layer, atol=1e-6)
+    assert set(calls) == {None}
+    monkeypatch.undo()
+    jax.clear_caches()  # of what was traced with the substitute
 
 
 def test_chosen_logits_are_those_of_all_tokens(params):

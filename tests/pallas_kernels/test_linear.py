@@ -80,9 +80,8 @@ def test_tiles_fill_the_rounds_of_all_programs():
     assert gated == {128: 256, 256: 256, 512: 128, 1024: 256, 2048: 256, 8192: 256}
     added = {tokens: tile(tokens, 4096, gated=False).columns for tokens in (128, 512, 1024, 2048)}
     assert added == {128: 128, 512: 128, 1024: 256, 2048: 256}
-    # Columns that only the narrower one divides, and none.
+    # Columns that only the narrower one divides.
     assert tile(2048, 128 * 3, gated=True) == _TILES[True][1]
-    assert tile(2048, 64, gated=False) is None
 
 
 SHAPES = {"llama-3.1-8b": (4096, 28672), "qwen2.5-7b": (3584, 37888), "llama-3.2-1b": (2048, 16384)}
@@ -118,8 +117,8 @@ def test_every_tile_fits_into_shared_memory(gated, tile):
         (128, 4096, 28672, jnp.bfloat16, False),
         (512, 3584, 37888, jnp.bfloat16, False),
         (2048, 14336, 4096, jnp.bfloat16, False),
-        # Rounds that some programs sit out, in tiles of both widths.
-        (1152, 192, 1280, jnp.float16, True),
+        # Several rounds, the last of which some programs sit out, in tiles of both widths.
+        (1152, 192, 5120, jnp.float16, True),
     ],
 )
 def test_native(tokens, inner, columns, dtype, every_tile):
@@ -157,13 +156,35 @@ def test_errors_name_the_argument():
         gated_linear(x, weight.astype(jnp.int32))
 
 
+def test_a_tile_must_divide_the_columns():
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+
+    call = functools.partial(gated_linear, implementation="mosaic", tile=LinearTile(256, 4))
+    with pytest.raises(ValueError, match="divide the 384 columns of weight, got 256"):
+        lower_for_h200(call, shape(TOKENS, DEPTH), shape(DEPTH, 384))
+
+
+def test_few_tiles_are_left_to_xla():
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+
+    def calls(columns):
+        return mosaic_calls(lower_for_h200(gated_linear, shape(256, 512), shape(512, columns)))
+
+    # 2 times 33 tiles of 128 columns are half of 132, and so is not one less.
+    assert (calls(33 * 128), calls(32 * 128)) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda x, weight: (x[1:], weight, None), "multiple of 128"),
+        (lambda x, weight: (x[:, :32], weight[:32], None), "multiple of 64"),
         (lambda x, weight: (x, weight[:, :64], None), "128 columns"),
         (lambda x, weight: (x, weight, weight[0]), "no bias"),
         (lambda x, weight: (x.astype(jnp.float32), weight, None), "float32"),
+        (lambda x, weight: (x, weight.astype(jnp.float16), None), "of one kind"),
     ],
 )
 def test_a_kernel_that_cannot_serve_the_call_is_an_error(change, reason):
