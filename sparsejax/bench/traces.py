@@ -19,7 +19,7 @@ import numpy as np
 
 from sparsejax.errors import InvalidArgumentError, nearest, unknown_key_error
 from sparsejax.text_files import numbered_lines, read_text
-from sparsejax.validation import whole
+from sparsejax.validation import number, whole
 
 BUILT_IN = ("mix600", "512x1024x256", "24x32k", "itl32k", "prefix64x8k")
 RANDOM = ("random", "lognormal")
@@ -48,12 +48,9 @@ class TraceRequest:
     shared_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not self.arrival >= 0:
-            raise InvalidArgumentError(f"arrival must be at least 0 seconds, got {self.arrival!r}.")
+        number("arrival", self.arrival, 0.0)
         for name in ("input_tokens", "output_tokens", "seed", "shared_tokens"):
-            value, least = getattr(self, name), 0 if name in ("seed", "shared_tokens") else 1
-            if not isinstance(value, int) or value < least:
-                raise InvalidArgumentError(f"{name} must be a whole number from {least} on, got {value!r}.")
+            whole(name, getattr(self, name), 0 if name in ("seed", "shared_tokens") else 1)
         if self.prompt_token_ids is not None and not all(
             isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in self.prompt_token_ids
         ):
@@ -239,11 +236,11 @@ def load(name: str) -> Trace:
 def read_jsonl(path: str | Path) -> Trace:
     """The trace of a file, see the module's docstring."""
     requests = []
-    for number, line in numbered_lines(read_text(path)):
+    for place, line in numbered_lines(read_text(path)):
         try:
-            requests.append(_request(json.loads(line), default_seed=number))
+            requests.append(_request(json.loads(line), default_seed=place))
         except (ValueError, TypeError) as error:  # InvalidArgumentError is a ValueError
-            raise InvalidArgumentError(f"{path}, line {number}: {error}") from error
+            raise InvalidArgumentError(f"{path}, line {place}: {error}") from error
     return Trace(Path(path).stem, tuple(requests))
 
 

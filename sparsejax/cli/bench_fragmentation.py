@@ -65,7 +65,9 @@ def add_parser(suites: Any) -> None:
         "--no-warmup", action="store_true", help="compile while serving rather than before: times are then too long"
     )
     fragmentation.add_argument(
-        "--quick", action="store_true", help="to try it: a sixteenth of all lengths, 12 requests"
+        "--quick",
+        action="store_true",
+        help="to try it: a sixteenth of all lengths and of --budgets, 12 requests and few steps, whatever is given",
     )
     add_outputs(fragmentation)
     add_model(fragmentation, page_size=PAGE_SIZE)

@@ -211,7 +211,7 @@ def check_methods(names: Iterable[str]) -> None:
     if stores and others:
         raise InvalidArgumentError(
             f"methods {stores[0]!r} and {others[0]!r} need different caches: an engine that stores requests compressed "
-            "serves dense ones beside them, and no others."
+            "serves dense ones beside them, and no others. (An engine keeps the methods that requests have named.)"
         )
 
 

@@ -23,13 +23,7 @@ def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Foo
       InvalidArgumentError: its method needs larger chunks than the engine's, or evicts more at once than may go.
     """
     length, pool = len(request.prompt_token_ids), config.pool
-    if length == 0:
-        raise EmptyPromptError(f"{name} is empty: give at least one token.")
-    if length + 1 > config.max_model_len:
-        raise PromptTooLongError(
-            f"{name} has {length} tokens; with at least one generated token it "
-            f"must fit into max_model_len={config.max_model_len}. Shorten the prompt or raise max_model_len."
-        )
+    check_length(length, config.max_model_len, name=name)
     params = request.compression
     if params.prefilled(length) < length:
         _check_decoded_prompt(request, name)
@@ -54,6 +48,21 @@ def check_limits(request: Request, config: SchedulerConfig, *, name: str) -> Foo
         raise PromptTooLongError(f"{_too_long(name, length, config)} Method {params.method!r} {why}")
     _check_alignment(footprint, config)
     return footprint
+
+
+def check_length(length: int, max_model_len: int, *, name: str) -> None:
+    """Raises unless a prompt of so many tokens leaves room for one that is generated.
+
+    Raises:
+      EmptyPromptError, PromptTooLongError: as `check_limits` says.
+    """
+    if length == 0:
+        raise EmptyPromptError(f"{name} is empty: give at least one token.")
+    if length + 1 > max_model_len:
+        raise PromptTooLongError(
+            f"{name} has {length} tokens; with at least one generated token it must fit into "
+            f"max_model_len={max_model_len}. Shorten the prompt or raise max_model_len."
+        )
 
 
 def _check_store(request: Request, store: StoreLimits, name: str) -> None:

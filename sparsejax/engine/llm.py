@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,10 @@ from sparsejax.engine.build_store import load_store
 from sparsejax.engine.engine import Engine
 from sparsejax.engine.garbage import quiet_collector
 from sparsejax.engine.inputs import Prompt, TokenizedPrompt
+from sparsejax.engine.limits import check_length
 from sparsejax.engine.outputs import RequestOutput
 from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.selection_plan import Selections
 from sparsejax.engine.submission import Submission
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.models import ModelConfig
@@ -296,6 +299,8 @@ class LLM:
                     f"compression_params {i} asks for method {each.method!r}; this engine was built with "
                     f"methods={', '.join(allowed)}."
                 )
+        if not {each.method for each in compression} <= self._methods:
+            self._check_before_rebuild(prompts, compression)
         self.enable_methods(each.method for each in compression)
         for i, request in enumerate(zip(prompts, params, compression, strict=True)):
             self.engine.check(*request, name=f"prompt {i}")
@@ -309,6 +314,13 @@ class LLM:
             self.engine.withdraw(names)
             raise
 
+    def _check_before_rebuild(self, prompts: Sequence[TokenizedPrompt], params: Sequence[CompressionParams]) -> None:
+        """Refuses what no engine of this model serves: to rebuild the cache for it would lose what is in there."""
+        for i, (prompt, compression) in enumerate(zip(prompts, params, strict=True)):
+            check_length(len(prompt.token_ids), self.engine.scheduler.config.max_model_len, name=f"prompt {i}")
+            if compression.selects:
+                Selections(self.model_config, max_slots=1, page_size=1).check(compression)
+
     def _run(
         self,
         prompts: Sequence[TokenizedPrompt],
@@ -317,14 +329,18 @@ class LLM:
         use_tqdm: bool,
         on_output: Callable[[int, RequestOutput], None] | None,
     ) -> list[RequestOutput]:
+        if on_output is not None and not callable(on_output):
+            raise InvalidArgumentError(f"on_output must be a function of an index and an output, got {on_output!r}.")
         submissions = self._submit(prompts, sampling_params, compression_params)
         active, unfinished, shown, ended = submissions, self.engine.num_unfinished, 0.0, (0, 0)
         index = {each.request_id: i for i, each in enumerate(submissions)}
 
+        ready: deque[Submission] = deque()  # ended, and not handed over yet
+
         def hand_over(done: Iterable[Submission]) -> None:
-            for each in done:
-                if each.error is not None:  # a step of another call has met it
-                    raise each.error
+            ready.extend(done)
+            while ready:
+                each = ready.popleft()
                 if on_output is not None:
                     on_output(index[each.request_id], each.output())
 
@@ -341,12 +357,15 @@ class LLM:
                     ended = _add_tokens(ended, done)
                     bar.update(len(done))
                     active = [each for each in active if not each.finished]
-                    hand_over(done)
+                    hand_over(each for each in done if each.error is None)
+                    for each in done:
+                        if each.error is not None:  # a step of another call has met it
+                            raise each.error
                     if now - shown >= SECONDS_BETWEEN_LOOKS or not active:
                         computed, generated = _add_tokens(ended, active)
                         bar.set_postfix({"cached tokens": computed, "generated": generated}, refresh=False)
                         shown = now
-        except BaseException:  # some may have ended in the very step that failed
+        except BaseException:  # some may have ended in the very step that failed, or not have been handed over yet
             hand_over(each for each in active if each.finished and each.error is None)
             raise
         finally:  # an interrupted call leaves nothing behind in the engine

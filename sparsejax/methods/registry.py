@@ -11,6 +11,15 @@ from sparsejax.methods.base import Method
 
 _METHODS: dict[str, type[Method]] = {}
 
+COMMON_ARGUMENTS = frozenset(
+    (
+        "method", "budget_tokens", "keep_fraction", "sink_tokens", "recent_tokens", "window_tokens", "compress_once",
+        "context_tokens", "interval_tokens", "strategy", "num_per_evict", "budget_rule", "budget_floor", "options",
+        "max_cache_tokens", "protected_window_size",
+    )
+)  # fmt: skip
+"""Arguments of `CompressionParams` for all methods: no option of a method may have such a name."""
+
 _AnyMethod = TypeVar("_AnyMethod", bound=type[Method])
 
 
@@ -18,8 +27,8 @@ def register(method: _AnyMethod) -> _AnyMethod:
     """Class decorator: makes a method available under its `name`. Put it above `@dataclass(frozen=True)`.
 
     Raises:
-      InvalidArgumentError: not a frozen dataclass derived from Method, no name, summary or scorer, or another class has
-        the name.
+      InvalidArgumentError: not a frozen dataclass derived from Method, no name, summary or scorer, another class has
+        the name, or an option has no default or the name of something else.
     """
     label = getattr(method, "__qualname__", repr(method))
     if not (isinstance(method, type) and issubclass(method, Method)):
@@ -33,6 +42,17 @@ def register(method: _AnyMethod) -> _AnyMethod:
     scored = method.layer_scores is not Method.layer_scores or method.scores is not Method.scores
     if method.family == "evict" and not scored:
         raise InvalidArgumentError(f"{label} must define layer_scores (or scores).")
+    for field in dataclasses.fields(method):
+        if hasattr(Method, field.name):
+            raise InvalidArgumentError(
+                f"{label} has an option {field.name!r}, which means something else for every method: name it otherwise."
+            )
+        if field.name in COMMON_ARGUMENTS:
+            raise InvalidArgumentError(
+                f"{label} has an option {field.name!r}, which is an argument of CompressionParams: name it otherwise."
+            )
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise InvalidArgumentError(f"{label} must give its option {field.name!r} a default.")
     known = _METHODS.get(method.name)
     if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise InvalidArgumentError(f"a method named {method.name!r} exists: {known.__module__}.{known.__qualname__}.")

@@ -10,7 +10,7 @@ import pytest
 from checkpoint_stubs import write_config
 from embedded import ENGINE, embedded_llm
 
-from sparsejax import LLM, SamplingParams, SparsejaxError
+from sparsejax import LLM, CompressionParams, SamplingParams, SparsejaxError
 from sparsejax.assets import tiny_model_path
 from sparsejax.checkpoint import CheckpointError, CheckpointNotFoundError
 from sparsejax.errors import EmptyPromptError, InvalidArgumentError, PromptTooLongError, UnknownArgumentError
@@ -210,6 +210,32 @@ def test_outputs_are_handed_over_as_they_end(llm):
         llm.generate(["The quiet otter"] * 3, params, use_tqdm=False, on_output=interrupt)
     assert not llm.engine.scheduler.has_unfinished
     assert texts(llm.generate("The quiet otter", params[0], use_tqdm=False)) == texts(outputs)[:1]
+
+
+def test_answers_that_end_together_are_all_handed_over_if_one_is_interrupted(llm):
+    got = []
+
+    def interrupt_first(index, output):
+        got.append(index)
+        if len(got) == 1:
+            raise KeyboardInterrupt
+
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["The quiet otter"] * 2, params, use_tqdm=False, on_output=interrupt_first)
+    assert sorted(got) == [0, 1]
+    with pytest.raises(InvalidArgumentError, match="on_output must be a function"):
+        llm.generate("The quiet otter", params, on_output=5)
+
+
+def test_a_refused_request_leaves_the_engine_as_it_is(llm):
+    engine = llm.engine
+    bad = CompressionParams(method="omnikv", full_attention_layers=(0, 99))
+    with pytest.raises(InvalidArgumentError, match="full_attention_layers"):
+        llm.generate("The quiet otter", GREEDY, bad, use_tqdm=False)
+    with pytest.raises(PromptTooLongError):
+        llm.generate([[5] * 100_000], GREEDY, CompressionParams(method="snapkv", keep_fraction=0.5), use_tqdm=False)
+    assert llm.engine is engine
 
 
 def test_an_answer_that_ends_in_an_interrupted_step_is_handed_over(llm, monkeypatch):

@@ -13,6 +13,7 @@ from method_cases import random_case
 
 from sparsejax import CompressionParams, methods
 from sparsejax.cli import main
+from sparsejax.engine import compression_params
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import registry
 
@@ -48,6 +49,36 @@ def test_a_new_file_scores_under_every_budget_rule(long_values, rule):
     kept = np.asarray(params.rule.keep(scores, case.slots(), jnp.full(2, params.budget(24))))
     assert np.all(kept[case.protected])
     np.testing.assert_array_equal(kept.sum(axis=(0, 2, 3)), 3 * 2 * 12)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"power": 2.0}, "'power', which means something else"),
+        ({"records": 1}, "'records', which means something else"),
+        ({"sink_tokens": 4}, "'sink_tokens', which is an argument of CompressionParams"),
+        ({"max_cache_tokens": 4}, "'max_cache_tokens', which is an argument of CompressionParams"),
+        ({"strength": dataclasses.MISSING}, "must give its option 'strength' a default"),
+    ],
+)
+def test_options_need_a_name_of_their_own_and_a_default(option, words):
+    ((name, default),) = option.items()
+    fields = [(name, float) if default is dataclasses.MISSING else (name, float, dataclasses.field(default=default))]
+    own = dataclasses.make_dataclass(
+        "Own",
+        fields,
+        bases=(methods.Method,),
+        namespace={"name": "own", "summary": "Own.", "layer_scores": lambda self, layer: layer.score},
+        frozen=True,
+    )
+    with pytest.raises(InvalidArgumentError, match=re.escape(words)):
+        methods.register(own)
+    assert "own" not in methods.available()
+
+
+def test_common_arguments_are_those_of_compression_params():
+    fields = {field.name for field in dataclasses.fields(CompressionParams)}
+    assert fields | set(compression_params._ALIASES) == registry.COMMON_ARGUMENTS
 
 
 def test_it_is_listed_and_described(long_values):
