@@ -6,8 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import EMPTY_LSE, PageAddress
+
+try:
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
+except ImportError:
+    InterpretGPUParams = getattr(plgpu, "InterpretGPUParams", None)
 
 LAYERS, LAYER = 2, 1
 GRANULARITIES = ("shared", "per_layer", "per_head")

@@ -6,18 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_cases import TOLERANCE, normal
+from kernel_cases import TOLERANCE, InterpretGPUParams, normal
 from lowering import lower_for_h200, mosaic_calls
 
 from pallas_kernels import LinearTile, add_linear, add_linear_reference, gated_linear, gated_linear_reference, linear
 from pallas_kernels.linear import ADDED_TOKENS, GATED_TOKENS
 from pallas_kernels.linear_mosaic import _TILES, DEPTH, TOKENS, best_tile, linear_mosaic
-
-try:
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
-except ImportError:
-    InterpretGPUParams = getattr(plgpu, "InterpretGPUParams", None)
 
 
 def operands(tokens, inner, columns, dtype=jnp.bfloat16):
@@ -28,6 +22,10 @@ def operands(tokens, inner, columns, dtype=jnp.bfloat16):
         normal(1, inner, columns, dtype=dtype) * scale,
         normal(2, tokens, columns, dtype=dtype),
     )
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
 
 
 def assert_close(got, expected):
@@ -92,9 +90,6 @@ SHAPES = {"llama-3.1-8b": (4096, 28672), "qwen2.5-7b": (3584, 37888), "llama-3.2
 def test_many_tokens_lower_to_the_kernel(model, tokens):
     hidden, columns = SHAPES[model]
 
-    def shape(*sizes):
-        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
-
     def mlp(x, gate_up, down):
         total, delta = add_linear(x, gated_linear(x, gate_up), down)
         return total if delta is None else total + delta
@@ -105,7 +100,7 @@ def test_many_tokens_lower_to_the_kernel(model, tokens):
 
 @pytest.mark.parametrize(("gated", "tile"), [(gated, tile) for gated, tiles in _TILES.items() for tile in tiles])
 def test_every_tile_fits_into_shared_memory(gated, tile):
-    x, weight, total = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((512, 256), (256, 512), (512, 512)))
+    x, weight, total = shape(512, 256), shape(256, 512), shape(512, 512)
     call = functools.partial(linear_mosaic, gated=gated, tile=tile, programs=132)
     assert mosaic_calls(lower_for_h200(call, x, weight, None if gated else total)) == 1
 
@@ -157,18 +152,12 @@ def test_errors_name_the_argument():
 
 
 def test_a_tile_must_divide_the_columns():
-    def shape(*sizes):
-        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
-
     call = functools.partial(gated_linear, implementation="mosaic", tile=LinearTile(256, 4))
     with pytest.raises(ValueError, match="divide the 384 columns of weight, got 256"):
         lower_for_h200(call, shape(TOKENS, DEPTH), shape(DEPTH, 384))
 
 
 def test_few_tiles_are_left_to_xla():
-    def shape(*sizes):
-        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
-
     def calls(columns):
         return mosaic_calls(lower_for_h200(gated_linear, shape(256, 512), shape(512, columns)))
 

@@ -8,19 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_cases import assert_same_attention, make_address, make_paged, normal, table_shape
+from kernel_cases import InterpretGPUParams, assert_same_attention, make_address, make_paged, normal, table_shape
 from lowering import lower_for_h200, mosaic_calls, triton_calls
 
 from pallas_kernels import PrefillTile, decode_attention, prefill_attention, prefill_attention_reference
 from pallas_kernels.lowered_once import _lowered
 from pallas_kernels.paging import PageAddress
 from pallas_kernels.prefill_attention_mosaic import BLOCK, _share, _Visit, best_parts, prefill_attention_mosaic
-
-try:
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
-except ImportError:
-    InterpretGPUParams = getattr(plgpu, "InterpretGPUParams", None)
 
 reference = jax.jit(prefill_attention_reference, static_argnames=("address", "scale"))
 
