@@ -14,7 +14,15 @@ from lowering import lower_for_h200, mosaic_calls, triton_calls
 from pallas_kernels import PrefillTile, decode_attention, prefill_attention, prefill_attention_reference
 from pallas_kernels.lowered_once import _lowered
 from pallas_kernels.paging import PageAddress
-from pallas_kernels.prefill_attention_mosaic import BLOCK, _share, _Visit, best_parts, prefill_attention_mosaic
+from pallas_kernels.prefill_attention_mosaic import (
+    BLOCK,
+    _heaviest_first,
+    _share,
+    _Visit,
+    best_parts,
+    prefill_attention_mosaic,
+)
+from pallas_kernels.segment_visits import segment_visits
 
 reference = jax.jit(prefill_attention_reference, static_argnames=("address", "scale"))
 
@@ -42,31 +50,31 @@ on_the_cpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="the inte
 
 @on_the_cpu
 @pytest.mark.parametrize(
-    ("parts", "lengths", "tokens", "rows", "starts"),
+    ("parts", "programs", "lengths", "tokens", "rows", "starts"),
     [
         # Two segments in one tile, the second one ending in the next; a history that ends inside a block, one of full
-        # blocks; padding. One case of four programs: the interpreter takes seconds for each.
-        (1, (0, 150, 2 * BLOCK), 155, (2, 3), (0, 20, 150)),
+        # blocks; padding. Four items, of which one program takes two: the interpreter takes seconds for each.
+        (1, 3, (0, 150, 2 * BLOCK), 155, (2, 3), (0, 20, 150)),
         # In one tile segments without history, with less than a block and with several: one of two parts has nothing to
-        # do for the first, the second's end of the history is the other's only block.
-        (2, (0, 40, 2 * BLOCK + 84), 128, (1, 2, 3), (0, 20, 50, 120)),
+        # do for the first, the second's end of the history is the other's only block. A program for each item.
+        (2, 132, (0, 40, 2 * BLOCK + 84), 128, (1, 2, 3), (0, 20, 50, 120)),
     ],
 )
-def test_interpreted(parts, lengths, tokens, rows, starts):
+def test_interpreted(parts, programs, lengths, tokens, rows, starts):
     case = make_paged(lengths=lengths, granularity="per_head", heads=2, dim=64, page=32, columns=12, dtype=jnp.bfloat16)
     args = arguments(case, tokens, 2, 1, rows, starts)
     assert InterpretGPUParams is not None
-    got = call_kernel(args, case, with_lse=True, parts=parts, interpret=InterpretGPUParams())
+    got = call_kernel(args, case, with_lse=True, parts=parts, programs=programs, interpret=InterpretGPUParams())
     assert_same_attention(got, expected(args, case), jnp.bfloat16)
 
 
 @on_the_cpu
-def test_a_part_without_steps_counts_for_nothing():
+def test_a_part_without_steps_counts_for_nothing_and_holds_nobody_up():
     case = make_paged(lengths=(0,), granularity="shared", heads=1, dim=64, page=32, columns=1, dtype=jnp.bfloat16)
     # A whole tile: the interpreter's threads can starve for those of XLA, which padding takes on a machine with few.
     args = arguments(case, BLOCK, 1, 2, (1,), (0, 7))
     assert InterpretGPUParams is not None
-    out, lse = call_kernel(args, case, with_lse=False, parts=2, interpret=InterpretGPUParams())
+    out, lse = call_kernel(args, case, with_lse=False, parts=2, programs=1, interpret=InterpretGPUParams())
     assert lse is None
     want = expected(args, case)
     assert_same_attention((out, want[1]), want, jnp.bfloat16)
@@ -97,12 +105,26 @@ def test_the_shares_of_a_visit_are_its_steps(parts):
 
 def test_few_programs_that_see_many_keys_share_them():
     heads, long = 32, 256  # blocks
-    parts = {tiles * BLOCK: best_parts(heads * tiles, long + tiles) for tiles in (1, 2, 4, 8, 16)}
+    parts = {tiles * BLOCK: best_parts(heads * tiles, long + tiles, 132) for tiles in (1, 2, 4, 8, 16)}
     assert parts == {128: 4, 256: 2, 512: 1, 1024: 1, 2048: 1}
-    assert best_parts(heads, 1 + 1) == 1
+    assert best_parts(heads, 1 + 1, 132) == 1
     # They all run at once: parts that find no keys cost little.
-    assert all(heads * best_parts(heads, 1 << 20) <= 132 for heads in range(1, 132))
-    assert best_parts(133, 1 << 20) == 1
+    assert all(heads * best_parts(heads, 1 << 20, 132) <= 132 for heads in range(1, 132))
+    assert best_parts(133, 1 << 20, 132) == 1
+
+
+def test_tiles_that_see_most_come_first():
+    # A long history before little; a segment without one over three tiles; tiles of padding.
+    rows, starts, history, tiles = (2, 1, 3), (0, 100, 400, 500), np.array([0, 0, 1000, 130]), 6
+    visits = segment_visits(jnp.array(rows), jnp.array(starts), tiles * BLOCK, BLOCK)
+    seen = np.zeros(tiles, int)  # blocks of keys
+    for row, first, last in zip(rows, starts[:-1], starts[1:], strict=True):
+        for tile in range(first // BLOCK, (last - 1) // BLOCK + 1):
+            seen[tile] += -(-history[row] // BLOCK) + tile + 1 - first // BLOCK
+    heads = np.stack([history // 2, history], axis=1)[None]
+    order = np.asarray(_heaviest_first(visits, jnp.array(heads), tiles))
+    assert sorted(order) == list(range(tiles))
+    assert seen[order].tolist() == sorted(seen, reverse=True)
 
 
 @pytest.mark.parametrize(("tokens", "parts"), [(256, 2), (2048, 1)])
@@ -174,11 +196,26 @@ def test_native_in_parts(parts, granularity, group, dim, page, dtype, tokens, ro
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("programs", [1, 5, 13])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "starts"), [(530, (2, 3, 4, 1), (0, 20, 270, 270, 520)), (1024, (0,), (0, 0))]
+)
+def test_programs_that_take_several_items(programs, parts, tokens, rows, starts):
+    case = native_case("per_head", 128, 32, jnp.bfloat16)
+    args = arguments(case, tokens, 2, 4, rows, starts)
+    got = call_kernel(args, case, with_lse=True, parts=parts, programs=programs)
+    for some, one_each in zip(got, call_kernel(args, case, with_lse=True, parts=parts, programs=1000), strict=True):
+        np.testing.assert_array_equal(some, one_each)
+    assert_same_attention(got, expected(args, case), jnp.bfloat16)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [128, 256])
 def test_a_short_chunk_after_a_long_history(tokens):
     case = make_paged(lengths=(7000,), granularity="shared", heads=8, dim=128, page=32, columns=256, dtype=jnp.bfloat16)
     args = arguments(case, tokens, 8, 4, (1,), (0, tokens))
-    assert best_parts(32 * tokens // BLOCK, 64) > 1
+    assert best_parts(32 * tokens // BLOCK, 64, 132) > 1
     got = call_kernel(args, case, with_lse=True)
     assert_same_attention(got, expected(args, case), jnp.bfloat16)
     assert_same_attention(got, call_kernel(args, case, with_lse=True, parts=1), jnp.bfloat16)
