@@ -82,7 +82,7 @@ class _Item(NamedTuple):
     part: jax.Array
     q_head: jax.Array
     head: jax.Array
-    table_head: jax.Array | int
+    table_head: jax.Array
     visits: tuple[jax.Array, jax.Array]
 
 
@@ -164,7 +164,9 @@ def _kernel(
     programs = jax.lax.axis_size("program")
     address = address.join_layer(layer_ref)
     q_heads, dim, page_size = q_ref.shape[1], q_ref.shape[2], k_pages_ref.shape[1]
-    rounds, rest = divmod(order_ref.shape[0] * parts * q_heads, programs)
+    table_heads = table_ref.shape[2]
+    sharing = q_heads // table_heads  # query heads that see as many keys as each other
+    rounds, rest = divmod(order_ref.shape[0] * parts * sharing, programs)
 
     def place(turn):
         """Of this program in a round of items: forth in one and back in the next, as items get lighter."""
@@ -173,16 +175,19 @@ def _kernel(
     turns = rounds + _flag(place(jnp.int32(rounds)) < rest)
 
     def item_of(turn):
-        index = turn * programs + place(turn)
-        share, q_head = jax.lax.div(index, jnp.int32(q_heads)), jax.lax.rem(index, jnp.int32(q_heads))
-        tile = order_ref[jax.lax.div(share, jnp.int32(parts))]
-        head = jax.lax.div(q_head, jnp.int32(group))
+        def split(index, size):
+            return jax.lax.div(index, jnp.int32(size)), jax.lax.rem(index, jnp.int32(size))
+
+        share, q_head = split(turn * programs + place(turn), sharing)
+        place_in_order, part = split(share, parts)
+        tile, table_head = split(order_ref[place_in_order], table_heads)
+        q_head += table_head * sharing
         return _Item(
             tile=tile,
-            part=jax.lax.rem(share, jnp.int32(parts)),
+            part=part,
             q_head=q_head,
-            head=head,
-            table_head=head if table_ref.shape[2] > 1 else 0,
+            head=jax.lax.div(q_head, jnp.int32(group)),
+            table_head=table_head,
             visits=(bounds_ref[tile], bounds_ref[tile + 1]),
         )
 
@@ -471,15 +476,17 @@ def _kernel(
 
 
 def _heaviest_first(visits: SegmentVisits, history: jax.Array, tiles: int) -> jax.Array:
-    """i32[tiles]: the tiles, those first that see the most keys.
+    """i32[tiles * Ht], of tile * Ht + head of the table: those first that see the most keys. Any order is right.
 
-    Histories are those of the first layer's fullest heads, so that all layers share one order. Any order is right.
+    Args:
+      history: i32[rows, Ht] of this layer, where it has a table of its own.
     """
-    held = history[0].max(axis=-1)[visits.row]
-    tile, visit = jnp.arange(tiles)[:, None], jnp.arange(visits.row.shape[0])
-    own = (visits.bounds[:-1, None] <= visit) & (visit < visits.bounds[1:, None])
-    blocks = -(-held // BLOCK) + tile + 1 - visits.key_first // BLOCK
-    return jnp.argsort(jnp.where(own, blocks, 0).sum(axis=1), descending=True).astype(jnp.int32)
+    held = history[visits.row]
+    tile, visit = jnp.arange(tiles)[:, None, None], jnp.arange(visits.row.shape[0])[:, None]
+    own = (visits.bounds[:-1, None, None] <= visit) & (visit < visits.bounds[1:, None, None])
+    blocks = -(-held // BLOCK) + tile + 1 - visits.key_first[:, None] // BLOCK
+    seen = jnp.where(own, blocks, 0).sum(axis=1)  # [tiles, Ht]
+    return jnp.argsort(seen.ravel(), descending=True).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("address", "scale", "with_lse", "parts", "programs", "interpret"))
@@ -503,9 +510,13 @@ def prefill_attention_mosaic(
     if parts is None:
         slots = page_table.shape[3] * k_pages.shape[1]
         parts = best_parts(q_heads * tiles, -(-slots // BLOCK) + tiles, programs)
-    order = _heaviest_first(visits, history, tiles)
+    items = q_heads * tiles * parts
+    if items <= programs:  # all at once
+        order = jnp.arange(tiles * page_table.shape[2], dtype=jnp.int32)
+    else:
+        order = _heaviest_first(visits, history[address.join_layer(layer, history.shape[0]).table_layer], tiles)
     arrays = (q, k, v, k_pages, v_pages, page_table, history, layer, *visits, order)
-    options = (address, scale, with_lse or parts > 1, parts, min(programs, q_heads * tiles * parts))
+    options = (address, scale, with_lse or parts > 1, parts, min(programs, items))
     if interpret is None:
         outs = lowered_once(_call, *arrays, options=options)
     else:

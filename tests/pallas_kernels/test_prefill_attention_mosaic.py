@@ -113,18 +113,19 @@ def test_few_programs_that_see_many_keys_share_them():
     assert best_parts(133, 1 << 20, 132) == 1
 
 
-def test_tiles_that_see_most_come_first():
+@pytest.mark.parametrize("heads", [1, 3])
+def test_what_sees_most_comes_first(heads):
     # A long history before little; a segment without one over three tiles; tiles of padding.
-    rows, starts, history, tiles = (2, 1, 3), (0, 100, 400, 500), np.array([0, 0, 1000, 130]), 6
+    rows, starts, tiles = (2, 1, 3), (0, 100, 400, 500), 6
+    history = np.stack([np.array([0, 0, 1000, 130]) // (head + 1) for head in range(heads)], axis=1)
     visits = segment_visits(jnp.array(rows), jnp.array(starts), tiles * BLOCK, BLOCK)
-    seen = np.zeros(tiles, int)  # blocks of keys
+    seen = np.zeros((tiles, heads), int)  # blocks of keys
     for row, first, last in zip(rows, starts[:-1], starts[1:], strict=True):
         for tile in range(first // BLOCK, (last - 1) // BLOCK + 1):
             seen[tile] += -(-history[row] // BLOCK) + tile + 1 - first // BLOCK
-    heads = np.stack([history // 2, history], axis=1)[None]
-    order = np.asarray(_heaviest_first(visits, jnp.array(heads), tiles))
-    assert sorted(order) == list(range(tiles))
-    assert seen[order].tolist() == sorted(seen, reverse=True)
+    order = np.asarray(_heaviest_first(visits, jnp.array(history), tiles))
+    assert sorted(order) == list(range(tiles * heads))
+    assert seen.ravel()[order].tolist() == sorted(seen.ravel(), reverse=True)
 
 
 @pytest.mark.parametrize(("tokens", "parts"), [(256, 2), (2048, 1)])
