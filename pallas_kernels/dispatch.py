@@ -92,9 +92,9 @@ def resolve(
     if implementation == "mosaic":
         if mosaic_refusal is not None or interpret:
             reason = mosaic_refusal or "it is not interpreted"
-            raise ValueError(f"implementation='mosaic' cannot serve this call: {reason}; pass 'triton', 'xla' or None")
+            raise ValueError(f"implementation='mosaic' cannot serve this call: {reason}; choose another one, or None")
         if (reason := hopper_refusal()) is not None:
-            raise RuntimeError(f"implementation='mosaic' cannot run: {reason}; pass 'triton', 'xla' or None")
+            raise RuntimeError(f"implementation='mosaic' cannot run: {reason}; choose another one, or None")
         return "mosaic", False
     if not targets_gpu() and not interpret:
         raise RuntimeError(

@@ -20,6 +20,7 @@ from pallas_kernels import Implementation
 from sparsejax.cache import KVCache, RowUsage, compact, free_entries, row_usage
 from sparsejax.engine.eviction import EvictBatch, EvictReport, EvictSpec, evict_step
 from sparsejax.engine.recording import RecordState
+from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import BudgetRule, Method, QueryMoments, Slots, gather_slots
 from sparsejax.models import Decoder
 from sparsejax.models.rope import rope_cos_sin
@@ -106,7 +107,7 @@ def compress_rows(
         max_slots=spec.max_slots,
         in_text_order=spec.in_text_order,
     )
-    keep = spec.rule.keep(spec.method.scores(slots), slots, jnp.asarray(batch.budget))
+    keep = choose_slots(spec.method, spec.rule, slots, jnp.asarray(batch.budget))
     cache, ok = compact(cache, rows, keep, max_keep=spec.max_keep, implementation=spec.implementation)
     return cache, CompressOutput(
         ok=ok,
@@ -114,6 +115,28 @@ def compress_rows(
         usage=row_usage(cache),
         kept=cache.table.length[:, rows],
     )
+
+
+def choose_slots(method: Method, rule: BudgetRule, slots: Slots, budget: jax.Array) -> jax.Array:
+    """bool[L, K, H, S]: what the rule keeps by the method's scores. budget: i32[K].
+
+    Raises:
+      InvalidArgumentError: the method's scores or the rule's choice have another shape or kind of dtype.
+    """
+    shape = slots.live.shape
+    scores = method.scores(slots)
+    if jnp.shape(scores) != shape or not jnp.issubdtype(jnp.result_type(scores), np.floating):
+        raise InvalidArgumentError(
+            f"layer_scores of method {method.name!r} must give a float for each slot of a layer, f32{list(shape[1:])} "
+            f"here; of {shape[0]} layers it gave {jnp.result_type(scores)}{list(jnp.shape(scores))}."
+        )
+    keep = rule.keep(scores, slots, budget)
+    if jnp.shape(keep) != shape or jnp.result_type(keep) != np.bool_:
+        raise InvalidArgumentError(
+            f"keep of budget rule {rule.name!r} must say of each slot whether it stays, bool{list(shape)} here; "
+            f"it gave {jnp.result_type(keep)}{list(jnp.shape(keep))}."
+        )
+    return keep
 
 
 @jax.tree_util.register_dataclass

@@ -318,6 +318,8 @@ class LLM:
         """Refuses what no engine of this model serves: to rebuild the cache for it would lose what is in there."""
         for i, (prompt, compression) in enumerate(zip(prompts, params, strict=True)):
             check_length(len(prompt.token_ids), self.engine.scheduler.config.max_model_len, name=f"prompt {i}")
+            if compression.evicts:
+                compression.rule.check_layers(self.model_config.num_layers)
             if compression.selects:
                 Selections(self.model_config, max_slots=1, page_size=1).check(compression)
 

@@ -197,6 +197,8 @@ class Runner:
                     f"full_attention_layers is {own.full_attention_layers}; the engine was built with {layers}, which "
                     "decide how its pools are laid out."
                 )
+        if compression.evicts:
+            compression.rule.check_layers(self.decoder.config.num_layers)
         if not compression.selects:
             return
         if self.selections is None:

@@ -111,7 +111,10 @@ class Method:
         return jax.lax.map(lambda index: self.layer_scores(slots.layer(index)), indices)
 
     def layer_scores(self, layer: LayerSlots) -> jax.Array:
-        """f32[K, H, S]: the importance of each slot of one layer; any value at slots that are not live."""
+        """f32[K, H, S]: the importance of each slot of one layer; any value at slots that are not live.
+
+        Infinite scores count as the largest finite ones, NaN ranks below all numbers.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no layer_scores.")
 
     @classmethod

@@ -41,6 +41,13 @@ class BudgetRule:
     equal_heads: ClassVar[bool] = False
     equal_layers: ClassVar[bool] = False
 
+    def check_layers(self, num_layers: int) -> None:
+        """Raises if the rule does not fit a model of so many layers.
+
+        Raises:
+          InvalidArgumentError: an option is about another number of layers.
+        """
+
     def keep(self, scores: jax.Array, slots: Slots, budget: jax.Array) -> jax.Array:
         """bool[L, K, H, S]: which slots to keep.
 
@@ -159,6 +166,9 @@ class Pyramid(BudgetRule):
             if not ratios:
                 raise InvalidArgumentError("layer_ratios must have one number a layer, got an empty list.")
             object.__setattr__(self, "layer_ratios", ratios)
+
+    def check_layers(self, num_layers: int) -> None:
+        self.shares(num_layers)
 
     def shares(self, num_layers: int) -> np.ndarray:
         """f32[L]: what each layer gets of the mean budget; the mean is 1.

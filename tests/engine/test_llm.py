@@ -235,6 +235,9 @@ def test_a_refused_request_leaves_the_engine_as_it_is(llm):
         llm.generate("The quiet otter", GREEDY, bad, use_tqdm=False)
     with pytest.raises(PromptTooLongError):
         llm.generate([[5] * 100_000], GREEDY, CompressionParams(method="snapkv", keep_fraction=0.5), use_tqdm=False)
+    bad = CompressionParams(method="pyramidkv", budget_tokens=4096, layer_ratios=(3, 2, 1))  # and nothing to evict
+    with pytest.raises(InvalidArgumentError, match=rf"each of the model's {llm.model_config.num_layers} layers, got 3"):
+        llm.generate("The quiet otter", GREEDY, bad, use_tqdm=False)
     assert llm.engine is engine
 
 

@@ -14,6 +14,7 @@ from method_cases import random_case
 from sparsejax import CompressionParams, methods
 from sparsejax.cli import main
 from sparsejax.engine import compression_params
+from sparsejax.engine.compression import choose_slots
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import registry
 
@@ -74,6 +75,39 @@ def test_options_need_a_name_of_their_own_and_a_default(option, words):
     with pytest.raises(InvalidArgumentError, match=re.escape(words)):
         methods.register(own)
     assert "own" not in methods.available()
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        (lambda layer: layer.score[0], r"method 'own' must give a float for each slot of a layer, f32\[2, 2, "),
+        (lambda layer: layer.live, "of 3 layers it gave bool"),
+        (lambda layer: layer.position, "of 3 layers it gave int32"),
+    ],
+)
+def test_scores_must_be_a_float_for_each_slot(scores, words):
+    own = dataclasses.make_dataclass(
+        "Own", [], bases=(methods.Method,), frozen=True,
+        namespace={"name": "own", "summary": "Own.", "layer_scores": lambda self, layer: scores(layer)},
+    )  # fmt: skip
+    with pytest.raises(InvalidArgumentError, match=words):
+        choose_slots(own(), methods.get_rule("uniform")(), random_case(0).slots(), jnp.full(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (lambda scores: scores, "budget rule 'own' must say of each slot whether it stays, bool.* it gave float32"),
+        (lambda scores: scores[0] > 0, "it gave bool"),
+    ],
+)
+def test_a_rule_must_say_of_each_slot_whether_it_stays(keep, words):
+    own = dataclasses.make_dataclass(
+        "Own", [], bases=(methods.BudgetRule,), frozen=True,
+        namespace={"name": "own", "summary": "Own.", "keep": lambda self, scores, slots, budget: keep(scores)},
+    )  # fmt: skip
+    with pytest.raises(InvalidArgumentError, match=words):
+        choose_slots(methods.get("keydiff")(), own(), random_case(0).slots(), jnp.full(2, 4))
 
 
 def test_common_arguments_are_those_of_compression_params():
