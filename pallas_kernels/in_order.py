@@ -4,7 +4,7 @@ A kernel that writes to a pool in place and a computation that reads the pool as
 own. Where XLA cannot tell that the reader comes first, it gives the writer a copy of the whole pool. Passing the pool
 and what was read from it through one barrier makes the pool's next version depend on the reading.
 `jax.lax.optimization_barrier` is gone before XLA:GPU decides about copies; a kernel that does nothing is not. On a CPU
-the barrier stays if XLA is told to keep it (`sparsejax.engine.compiled_steps`).
+the barrier stays if XLA is told to keep it (`sparsejax.engine.execution.compiled_steps`).
 """
 
 from typing import TypeVar

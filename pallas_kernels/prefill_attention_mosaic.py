@@ -8,8 +8,9 @@ keys lie on a grid over the packed chunk that does not move with the segments. W
 segment that has tokens in it, and masks the queries of the others.
 
 A tile and a query head are an item. Programs stay, one on each multiprocessor, and take items in turns, the heaviest
-first; what the next one needs is fetched while the last one ends. Where items are too few for the GPU, several share
-the keys of a tile, and what they found is merged behind the kernel (Flash-Decoding, Dao et al. 2023).
+first; what the next one needs is fetched while the last one ends. Where items are too few for the GPU, the keys of a
+tile are shared out as well, and what was found in the parts is merged behind the kernel (Flash-Decoding, Dao et al.
+2023).
 """
 
 import functools
@@ -169,7 +170,7 @@ def _kernel(
     rounds, rest = divmod(order_ref.shape[0] * parts * sharing, programs)
 
     def place(turn):
-        """Of this program in a round of items: forth in one and back in the next, as items get lighter."""
+        """This program's place in a round of items. Odd rounds run backwards, because items get lighter."""
         return jnp.where(jax.lax.rem(turn, jnp.int32(2)) == 0, program, programs - 1 - program)
 
     turns = rounds + _flag(place(jnp.int32(rounds)) < rest)
@@ -479,7 +480,7 @@ def _heaviest_first(visits: SegmentVisits, history: jax.Array, tiles: int) -> ja
     """i32[tiles * Ht], of tile * Ht + head of the table: those first that see the most keys. Any order is right.
 
     Args:
-      history: i32[rows, Ht] of this layer, where it has a table of its own.
+      history: i32[rows, Ht], for the table that this layer reads.
     """
     held = history[visits.row]
     tile, visit = jnp.arange(tiles)[:, None, None], jnp.arange(visits.row.shape[0])[:, None]
@@ -497,8 +498,8 @@ def prefill_attention_mosaic(
     """(out [T, Hq, D], lse f32[T, Hq] or None) of `prefill_attention`, where the arguments are described and checked.
 
     q, k, v have the pools' dtype, S > 0, and `refusal` is None. `parts`: into which the keys of a tile are shared out;
-    None lets `best_parts` decide. `programs`: that run at once; None means one for each multiprocessor. `interpret`:
-    parameters of Pallas' GPU interpreter.
+    None lets `best_parts` decide. `programs`: that run at once; None means one for each multiprocessor of the GPU.
+    `interpret`: parameters of Pallas' GPU interpreter, for which `programs` must be given.
     """
     real_tokens, q_heads = q.shape[:2]
     tiles = -(-real_tokens // BLOCK)
@@ -516,6 +517,7 @@ def prefill_attention_mosaic(
     else:
         order = _heaviest_first(visits, history[address.join_layer(layer, history.shape[0]).table_layer], tiles)
     arrays = (q, k, v, k_pages, v_pages, page_table, history, layer, *visits, order)
+    # No program is without an item: its workers would wait for each other for ever.
     options = (address, scale, with_lse or parts > 1, parts, min(programs, items))
     if interpret is None:
         outs = lowered_once(_call, *arrays, options=options)

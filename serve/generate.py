@@ -18,15 +18,15 @@ import numpy as np
 
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, Granularity, KVCache, init_cache
-from sparsejax.engine import inputs
 from sparsejax.engine.build import positions_reach
-from sparsejax.engine.packing import pack
-from sparsejax.engine.request import Request, derive_seed
-from sparsejax.engine.sampling import NOT_FINITE
-from sparsejax.engine.sampling_params import SamplingParams
-from sparsejax.engine.scheduler import Chunk
-from sparsejax.engine.state import DecodeState, PrefillBatch, init_state
-from sparsejax.engine.steps import StepOptions, decode_step, options_for, prefill_step, serving_decoder
+from sparsejax.engine.execution.packing import pack
+from sparsejax.engine.programs.sampling import NOT_FINITE
+from sparsejax.engine.programs.state import DecodeState, PrefillBatch, init_state
+from sparsejax.engine.programs.steps import StepOptions, decode_step, options_for, prefill_step, serving_decoder
+from sparsejax.engine.requests import inputs
+from sparsejax.engine.requests.request import Request, derive_seed
+from sparsejax.engine.requests.sampling_params import SamplingParams
+from sparsejax.engine.scheduling.scheduler import Chunk
 from sparsejax.errors import InvalidArgumentError, NotFiniteError, PromptTooLongError
 from sparsejax.models import Decoder, ModelConfig
 

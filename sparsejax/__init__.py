@@ -3,12 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparsejax.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from sparsejax.engine.requests.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sparsejax.errors import SparsejaxError
 
 if TYPE_CHECKING:
     from sparsejax.engine.llm import LLM
-    from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
+    from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -27,8 +27,8 @@ __all__ = [
 # What brings JAX, which `sparsejax --help` does not need, and the module that is imported on first use.
 _LAZY = {
     "LLM": "sparsejax.engine.llm",
-    "CompressionParams": "sparsejax.engine.sampling_params",
-    "SamplingParams": "sparsejax.engine.sampling_params",
+    "CompressionParams": "sparsejax.engine.requests.sampling_params",
+    "SamplingParams": "sparsejax.engine.requests.sampling_params",
 }
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # all bring JAX, which the command line's parser does not nee
     from pallas_kernels import Implementation
     from sparsejax.cache import Granularity
     from sparsejax.compressor import CompressorConfig
-    from sparsejax.engine.sampling_params import CompressionParams
+    from sparsejax.engine.requests.sampling_params import CompressionParams
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LATENT_DTYPES = ("bfloat16", "float32", "int4")
@@ -137,7 +137,7 @@ class EngineConfig:
             names = tuple(choice("methods", name, methods.available()) for name in self.methods)
             object.__setattr__(self, "methods", names)
         if self.default_compression is not None:
-            from sparsejax.engine.sampling_params import CompressionParams
+            from sparsejax.engine.requests.sampling_params import CompressionParams
 
             if not isinstance(self.default_compression, CompressionParams):
                 raise InvalidArgumentError(

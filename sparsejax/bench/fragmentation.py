@@ -1,8 +1,8 @@
 """How much of the pages that requests hold is empty when every decode step evicts, by memory strategy (SpvLLM).
 
 Conversations of mixed lengths are served all at once, dense and with a method that evicts at every step (H2O, or random
-victims), for several budgets and all four strategies of `sparsejax.engine.eviction`. After every step, over all
-requests that decode:
+victims), for several budgets and all four strategies of `sparsejax.engine.programs.eviction`. After every step, over
+all requests that decode:
 
     internal fragmentation = 1 - live tokens / (pages * page size)
 
@@ -27,11 +27,11 @@ import numpy as np
 
 from sparsejax.bench.throughput import Distribution, Throughput, prepare, serve
 from sparsejax.bench.traces import Trace, TraceRequest, uniform
-from sparsejax.engine.eviction import EvictReport, Strategy
 from sparsejax.engine.llm import LLM
-from sparsejax.engine.plan import Evict
-from sparsejax.engine.sampling_params import CompressionParams
-from sparsejax.engine.submission import Submission
+from sparsejax.engine.programs.eviction import EvictReport, Strategy
+from sparsejax.engine.requests.sampling_params import CompressionParams
+from sparsejax.engine.requests.submission import Submission
+from sparsejax.engine.scheduling.plan import Evict
 from sparsejax.errors import InvalidArgumentError
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)

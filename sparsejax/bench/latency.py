@@ -22,12 +22,12 @@ from sparsejax.bench.profile import Profile, profile
 from sparsejax.bench.table import Column, format_rows, number, percent
 from sparsejax.bench.timing import summary
 from sparsejax.cache import row_usage
-from sparsejax.engine.buckets import prompt_room
-from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.engine.execution.memory import tree_bytes
 from sparsejax.engine.llm import LLM
-from sparsejax.engine.memory import tree_bytes
-from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
-from sparsejax.engine.submission import Answer
+from sparsejax.engine.requests.inputs import TokenizedPrompt
+from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.submission import Answer
+from sparsejax.engine.scheduling.buckets import prompt_room
 from sparsejax.models import ModelConfig
 
 WARMUP_STEPS = 6  # decode steps before the clock starts

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 
 from sparsejax.bench.compilations import watch_compilations
-from sparsejax.engine.compile_ahead import compiler_threads
+from sparsejax.engine.execution.compile_ahead import compiler_threads
+from sparsejax.engine.execution.memory import tree_bytes
+from sparsejax.engine.execution.warm_up import warm_up
 from sparsejax.engine.llm import LLM
-from sparsejax.engine.memory import tree_bytes
-from sparsejax.engine.warm_up import warm_up
 from sparsejax.models import ModelConfig
 
 

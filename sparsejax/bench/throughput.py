@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from sparsejax.bench.compilations import watch_compilations
 from sparsejax.bench.traces import Trace
-from sparsejax.engine.garbage import quiet_collector
-from sparsejax.engine.inputs import TokenizedPrompt
-from sparsejax.engine.limits import check_limits, most_tokens
+from sparsejax.engine.execution.garbage import quiet_collector
+from sparsejax.engine.execution.warm_up import warm_up
 from sparsejax.engine.llm import LLM
-from sparsejax.engine.request import Request
-from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
-from sparsejax.engine.submission import Submission
-from sparsejax.engine.warm_up import warm_up
+from sparsejax.engine.requests.inputs import TokenizedPrompt
+from sparsejax.engine.requests.request import Request
+from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.submission import Submission
+from sparsejax.engine.scheduling.limits import check_limits, most_tokens
 from sparsejax.errors import InvalidArgumentError
 
 

@@ -190,7 +190,7 @@ def run_throughput(args: argparse.Namespace) -> int:
             raise InvalidArgumentError(f"--write-trace takes one trace, got {len(wanted)}.")
         traces.write_jsonl(wanted[0], args.write_trace)
         return 0
-    from sparsejax.engine.memory import reserve_device_memory
+    from sparsejax.engine.execution.memory import reserve_device_memory
 
     compression = compression_from(args)
     check_delta_options(args)
@@ -228,7 +228,7 @@ def run_throughput(args: argparse.Namespace) -> int:
 def run_startup(args: argparse.Namespace) -> int:
     check_outputs(args)
     check_model(args)
-    from sparsejax.engine.memory import reserve_device_memory
+    from sparsejax.engine.execution.memory import reserve_device_memory
 
     reserve_device_memory(args.gpu_memory_utilization)
     from sparsejax.bench import startup

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             raise InvalidArgumentError(
                 f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}."
             )
-    from sparsejax.engine.memory import reserve_device_memory
+    from sparsejax.engine.execution.memory import reserve_device_memory
 
     reserve_device_memory(args.gpu_memory_utilization)
     from sparsejax import LLM

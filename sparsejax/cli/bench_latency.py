@@ -31,7 +31,7 @@ from sparsejax.cli.outputs import check_outputs
 from sparsejax.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from sparsejax.engine.sampling_params import CompressionParams
+    from sparsejax.engine.requests.sampling_params import CompressionParams
 
 PREFILLS = 2  # timed of one prompt
 
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     (kind,) = kinds
     _check(args, kind)
     from sparsejax.bench.profile import format_profile, keep_command_buffers
-    from sparsejax.engine.memory import reserve_device_memory
+    from sparsejax.engine.execution.memory import reserve_device_memory
 
     reserve_device_memory(args.gpu_memory_utilization)
     if args.profile is not None:

@@ -11,7 +11,7 @@ from sparsejax.cli.options import BUDGET_RULES
 from sparsejax.errors import InvalidArgumentError
 
 if TYPE_CHECKING:  # brings JAX, which the command line's parser does not need
-    from sparsejax.engine.compression_params import CompressionParams
+    from sparsejax.engine.requests.compression_params import CompressionParams
 
 ARGUMENTS = (
     "budget_tokens",
@@ -122,7 +122,7 @@ def compression_from(args: argparse.Namespace, **overrides: Any) -> CompressionP
     Raises:
       InvalidArgumentError: a value that is not allowed, or an --option without a name.
     """
-    from sparsejax.engine.compression_params import CompressionParams
+    from sparsejax.engine.requests.compression_params import CompressionParams
 
     given: dict[str, Any] = (
         {"method": args.method} | {name: getattr(args, name, None) for name in ARGUMENTS} | overrides

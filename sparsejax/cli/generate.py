@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sparsejax.cli import options
 from sparsejax.cli.compression_options import ARGUMENTS, SELECTION_ARGUMENTS, add_compression_options, compression_from
-from sparsejax.engine.outputs import RequestMetrics, RequestOutput
+from sparsejax.engine.requests.outputs import RequestMetrics, RequestOutput
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.text_files import numbered_lines, read_text
 

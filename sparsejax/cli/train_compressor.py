@@ -256,7 +256,7 @@ def _distribute(args: argparse.Namespace) -> None:
 
 
 def _reserve() -> None:
-    from sparsejax.engine.memory import reserve_device_memory
+    from sparsejax.engine.execution.memory import reserve_device_memory
 
     reserve_device_memory(0.92)
 

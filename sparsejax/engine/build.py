@@ -11,17 +11,17 @@ from tqdm import tqdm
 from sparsejax import methods as methods_registry
 from sparsejax.cache import CacheLayout, DeltaCacheLayout, Entries, Granularity
 from sparsejax.config import EngineConfig
-from sparsejax.engine import memory
 from sparsejax.engine.build_store import load_store
 from sparsejax.engine.engine import Engine
-from sparsejax.engine.recording import CHUNK_RECORDS, idle_record
-from sparsejax.engine.runner import Runner
-from sparsejax.engine.sampling import MAX_EOS_IDS
-from sparsejax.engine.scheduler import Scheduler, SchedulerConfig
-from sparsejax.engine.state import init_state
-from sparsejax.engine.steps import serving_decoder
-from sparsejax.engine.variants import most_read
-from sparsejax.engine.warm_up import warm_up
+from sparsejax.engine.execution import memory
+from sparsejax.engine.execution.runner import Runner
+from sparsejax.engine.execution.variants import most_read
+from sparsejax.engine.execution.warm_up import warm_up
+from sparsejax.engine.programs.recording import CHUNK_RECORDS, idle_record
+from sparsejax.engine.programs.sampling import MAX_EOS_IDS
+from sparsejax.engine.programs.state import init_state
+from sparsejax.engine.programs.steps import serving_decoder
+from sparsejax.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import DeltaKV, Method
 from sparsejax.methods.kvzip import FIRST_INSTRUCTION, NEXT_INSTRUCTION

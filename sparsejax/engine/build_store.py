@@ -15,8 +15,8 @@ from sparsejax.cache import DeltaCacheLayout, Entries
 from sparsejax.checkpoint.compressor import load_compressor
 from sparsejax.compressor import CompressorConfig, StoreGeometry
 from sparsejax.config import EngineConfig
-from sparsejax.engine.delta_ops import StoreSpec
-from sparsejax.engine.store_limits import StoreLimits, cell_size
+from sparsejax.engine.programs.delta_ops import StoreSpec
+from sparsejax.engine.scheduling.store_limits import StoreLimits, cell_size
 from sparsejax.errors import InvalidArgumentError, OutOfMemoryError
 from sparsejax.methods import DeltaKV
 from sparsejax.methods.known_layers import known_layers, spread_layers

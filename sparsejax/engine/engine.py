@@ -20,22 +20,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsejax.engine.blame import blame, blamed_requests, blaming
-from sparsejax.engine.detokenizer import Detokenizer, decode_function
-from sparsejax.engine.eviction import EvictReport
+from sparsejax.engine.execution.memory import explain_out_of_memory
+from sparsejax.engine.execution.runner import Runner
 from sparsejax.engine.in_flight import Compressed, InFlight, Results, dispatch
-from sparsejax.engine.inputs import TokenizedPrompt
-from sparsejax.engine.memory import explain_out_of_memory
-from sparsejax.engine.outputs import Logprob, logprobs_of_token
-from sparsejax.engine.plan import Chunk, Evict, FullRing
-from sparsejax.engine.prefix_cache import PrefixCacheStats
-from sparsejax.engine.request import CompressionRecord, Request, derive_seed, expand
-from sparsejax.engine.runner import Runner
-from sparsejax.engine.sampling import NOT_FINITE, SampleOutput
-from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
-from sparsejax.engine.scheduler import Scheduler
-from sparsejax.engine.stopping import check_stop, detokenizer_for
-from sparsejax.engine.submission import Answer, Submission
+from sparsejax.engine.programs.eviction import EvictReport
+from sparsejax.engine.programs.sampling import NOT_FINITE, SampleOutput
+from sparsejax.engine.requests.blame import blame, blamed_requests, blaming
+from sparsejax.engine.requests.detokenizer import Detokenizer, decode_function
+from sparsejax.engine.requests.inputs import TokenizedPrompt
+from sparsejax.engine.requests.outputs import Logprob, logprobs_of_token
+from sparsejax.engine.requests.request import CompressionRecord, Request, derive_seed, expand
+from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.stopping import check_stop, detokenizer_for
+from sparsejax.engine.requests.submission import Answer, Submission
+from sparsejax.engine.scheduling.plan import Chunk, Evict, FullRing
+from sparsejax.engine.scheduling.prefix_cache import PrefixCacheStats
+from sparsejax.engine.scheduling.scheduler import Scheduler
 from sparsejax.errors import DuplicateRequestError, NotFiniteError, SchedulingError
 
 PROBE = "\0probe"  # id of a request that is only checked, never added

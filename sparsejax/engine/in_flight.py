@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 from sparsejax.cache import RowUsage
-from sparsejax.engine.compression import CompressOutput, EvictOutput, Measured
-from sparsejax.engine.delta_compress import StoreOutput
-from sparsejax.engine.plan import Chunk, Compress, Evict, Fork, FullRing, Plan, Release
-from sparsejax.engine.readback import Output, Readback
-from sparsejax.engine.request import Request
-from sparsejax.engine.runner import Runner
-from sparsejax.engine.state import StepOutput
-from sparsejax.engine.usage import Balance
+from sparsejax.engine.execution.runner import Runner
+from sparsejax.engine.programs.compression import CompressOutput, EvictOutput, Measured
+from sparsejax.engine.programs.delta_compress import StoreOutput
+from sparsejax.engine.programs.readback import Output, Readback
+from sparsejax.engine.programs.state import StepOutput
+from sparsejax.engine.requests.request import Request
+from sparsejax.engine.scheduling.plan import Chunk, Compress, Evict, Fork, FullRing, Plan, Release
+from sparsejax.engine.scheduling.usage import Balance
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,19 @@ from sparsejax import methods
 from sparsejax.assets import tiny_compressor_path, tiny_model_path
 from sparsejax.checkpoint import load_config, load_model, load_tokenizer, resolve
 from sparsejax.config import EngineConfig
-from sparsejax.engine import inputs, memory
-from sparsejax.engine.blame import blamed_requests
 from sparsejax.engine.build import build_engine, check_methods, named_methods
 from sparsejax.engine.build_store import load_store
 from sparsejax.engine.engine import Engine
-from sparsejax.engine.garbage import quiet_collector
-from sparsejax.engine.inputs import Prompt, TokenizedPrompt
-from sparsejax.engine.limits import check_length
-from sparsejax.engine.outputs import RequestOutput
-from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
-from sparsejax.engine.selection_plan import Selections
-from sparsejax.engine.submission import Submission
+from sparsejax.engine.execution import memory
+from sparsejax.engine.execution.garbage import quiet_collector
+from sparsejax.engine.execution.selection_plan import Selections
+from sparsejax.engine.requests import inputs
+from sparsejax.engine.requests.blame import blamed_requests
+from sparsejax.engine.requests.inputs import Prompt, TokenizedPrompt
+from sparsejax.engine.requests.outputs import RequestOutput
+from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.submission import Submission
+from sparsejax.engine.scheduling.limits import check_length
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.models import ModelConfig
 

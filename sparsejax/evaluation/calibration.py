@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsejax.engine.llm import LLM
-from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.evaluation.calibration_texts import CalibrationText
 from sparsejax.methods.calibrated_ratio import CalibratedRatio

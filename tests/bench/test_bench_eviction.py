@@ -18,7 +18,7 @@ from sparsejax.bench.compare import compare
 from sparsejax.bench.fragmentation import Workload
 from sparsejax.cli import main
 from sparsejax.cli.compression_options import add_compression_options, compression_from
-from sparsejax.engine.sampling_params import CompressionParams
+from sparsejax.engine.requests.sampling_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError, UnknownArgumentError
 from sparsejax.models import ModelConfig, init_params
 

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import scheduler_simulation as dense
 from scheduler_simulation import FakeClock, config
 
-from sparsejax.engine.plan import ALL, Fork
-from sparsejax.engine.request import Request, Status, derive_seed
-from sparsejax.engine.sampling_params import SamplingParams
-from sparsejax.engine.scheduler import Scheduler
+from sparsejax.engine.requests.request import Request, Status, derive_seed
+from sparsejax.engine.requests.sampling_params import SamplingParams
+from sparsejax.engine.scheduling.plan import ALL, Fork
+from sparsejax.engine.scheduling.scheduler import Scheduler
 
 
 @dataclass(frozen=True)

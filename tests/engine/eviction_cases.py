@@ -9,7 +9,7 @@ import numpy as np
 from tiny_engine import VOCAB
 
 from sparsejax import LLM, CompressionParams, SamplingParams, methods
-from sparsejax.engine.scheduler import Scheduler
+from sparsejax.engine.scheduling.scheduler import Scheduler
 
 SMALL_CHUNKS = {"max_num_batched_tokens": 32, "max_mixed_tokens": 32}  # for `limited`
 METHODS = tuple(name for name in methods.available() if methods.get(name).family == "evict")

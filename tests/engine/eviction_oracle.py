@@ -14,8 +14,8 @@ import numpy as np
 from tiny_engine import CONFIG
 
 from sparsejax import LLM, CompressionParams, SamplingParams
-from sparsejax.engine.inputs import TokenizedPrompt
-from sparsejax.engine.outputs import RequestOutput
+from sparsejax.engine.requests.inputs import TokenizedPrompt
+from sparsejax.engine.requests.outputs import RequestOutput
 from sparsejax.models import Decoder
 
 LONGEST = 160  # tokens of a text, padding included: one shape for everything

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from sparsejax.engine.plan import Fork
-from sparsejax.engine.request import Request, Status, derive_seed
-from sparsejax.engine.sampling_params import SamplingParams
-from sparsejax.engine.scheduler import Scheduler, SchedulerConfig
+from sparsejax.engine.requests.request import Request, Status, derive_seed
+from sparsejax.engine.requests.sampling_params import SamplingParams
+from sparsejax.engine.scheduling.plan import Fork
+from sparsejax.engine.scheduling.scheduler import Scheduler, SchedulerConfig
 
 EOS = 0
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.engine.buckets import (
+from sparsejax.engine.scheduling.buckets import (
     SMALLEST_PREFILL,
     bucket,
     decode_buckets,

@@ -10,7 +10,7 @@ from tiny_engine import CONFIG, ENGINE
 
 from sparsejax import LLM, SamplingParams
 from sparsejax.bench.compilations import Compilations, watch_compilations
-from sparsejax.engine.compile_ahead import compile_ahead, compiler_threads
+from sparsejax.engine.execution.compile_ahead import compile_ahead, compiler_threads
 from sparsejax.models import init_params
 
 

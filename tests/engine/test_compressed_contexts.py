@@ -9,7 +9,7 @@ from eviction_oracle import assert_greedy, forward, held, serve
 from tiny_engine import VOCAB
 
 from sparsejax import SamplingParams
-from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.engine.requests.inputs import TokenizedPrompt
 
 CONTEXT = PROMPTS[0][:50]
 QUESTIONS = [RNG.integers(3, VOCAB, size).tolist() for size in (9, 4, 13)]

@@ -7,8 +7,8 @@ import pytest
 
 import sparsejax
 from sparsejax import methods
-from sparsejax.engine import sampling_params
-from sparsejax.engine.compression_params import CompressionParams
+from sparsejax.engine.requests import sampling_params
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError, UnknownArgumentError
 from sparsejax.methods.budgets import Adaptive, Pyramid, Uniform
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsejax import methods
-from sparsejax.engine.sampling_params import CompressionParams
+from sparsejax.engine.requests.sampling_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError, PromptTooLongError, SchedulingError
 
 

@@ -29,17 +29,17 @@ from sparsejax import LLM, CompressionParams, SamplingParams
 from sparsejax.cache import Entries, allocate_delta, init_delta_cache
 from sparsejax.compressor import CompressorMismatchError, init_params, reconstruct
 from sparsejax.config import EngineConfig
-from sparsejax.engine import delta_ops
 from sparsejax.engine.build_store import load_store
-from sparsejax.engine.compiled_steps import compiler_options
-from sparsejax.engine.delta_compress import compress_chunk, compress_full_rings
-from sparsejax.engine.delta_ops import SparseLayer
-from sparsejax.engine.delta_parts import StoreOptions
-from sparsejax.engine.packing import pack
-from sparsejax.engine.plan import Chunk
-from sparsejax.engine.request import Request
-from sparsejax.engine.state import init_state
-from sparsejax.engine.steps import StepOptions, mixed_step, prefill_step
+from sparsejax.engine.execution.compiled_steps import compiler_options
+from sparsejax.engine.execution.packing import pack
+from sparsejax.engine.programs import delta_ops
+from sparsejax.engine.programs.delta_compress import compress_chunk, compress_full_rings
+from sparsejax.engine.programs.delta_ops import SparseLayer
+from sparsejax.engine.programs.delta_parts import StoreOptions
+from sparsejax.engine.programs.state import init_state
+from sparsejax.engine.programs.steps import StepOptions, mixed_step, prefill_step
+from sparsejax.engine.requests.request import Request
+from sparsejax.engine.scheduling.plan import Chunk
 from sparsejax.errors import InvalidArgumentError, PromptTooLongError
 from sparsejax.models import Decoder
 from sparsejax.models.rope import apply_rope, rope_cos_sin
@@ -110,7 +110,7 @@ def test_a_restarted_request_yields_what_it_would_have(coarse, alone, steps):
 
 
 def coarse_prompt(text):
-    from sparsejax.engine.inputs import TokenizedPrompt
+    from sparsejax.engine.requests.inputs import TokenizedPrompt
 
     return TokenizedPrompt(None, text)
 

@@ -13,10 +13,10 @@ from sparsejax.assets import tiny_model_path
 from sparsejax.checkpoint import load_config, resolve
 from sparsejax.compressor import CompressorConfig
 from sparsejax.compressor.config import kv_dim_of
-from sparsejax.engine.delta_compress import compress_full_rings
-from sparsejax.engine.delta_parts import StoreOptions
-from sparsejax.engine.packing import pack
-from sparsejax.engine.steps import StepOptions, decode_step, prefill_step
+from sparsejax.engine.execution.packing import pack
+from sparsejax.engine.programs.delta_compress import compress_full_rings
+from sparsejax.engine.programs.delta_parts import StoreOptions
+from sparsejax.engine.programs.steps import StepOptions, decode_step, prefill_step
 from sparsejax.evaluation import ANSWER_TOKENS, build_samples, encode_sample, exact_match
 
 pytestmark = pytest.mark.gpu

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sparsejax.engine.detokenizer import UNFINISHED, Detokenizer, decode_function
+from sparsejax.engine.requests.detokenizer import UNFINISHED, Detokenizer, decode_function
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "stop here and go on there", "naïve café 日本語 日本"] * 5
 TEXTS = [

@@ -13,7 +13,7 @@ from tiny_engine import CONFIG, ENGINE, VOCAB
 
 from serve.generate import generate
 from sparsejax import LLM, CompressionParams, SamplingParams
-from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.engine.requests.inputs import TokenizedPrompt
 from sparsejax.errors import InvalidArgumentError, PromptTooLongError, UnknownArgumentError
 from sparsejax.models import Decoder, dense_causal_attend
 
@@ -269,7 +269,7 @@ def test_steps_hold_no_copy_of_the_pool(make_llm):
     pool = runner.cache.pool.k.nbytes
     batch = runner._pack([], size=16)
     analyses = []
-    from sparsejax.engine.steps import StepOptions
+    from sparsejax.engine.programs.steps import StepOptions
 
     rows = jnp.zeros(2, jnp.int32)
     steps = runner.steps

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from sparsejax import LLM, SamplingParams
-from sparsejax.engine.steps import StepOptions
+from sparsejax.engine.programs.steps import StepOptions
 from sparsejax.evaluation import ANSWER_TOKENS, TASKS, build_samples, encode_sample, exact_match
 
 pytestmark = pytest.mark.gpu

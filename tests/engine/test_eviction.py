@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparsejax.cache import CacheLayout, allocate, append, fork, init_cache, release, repack, slots_at, stamp
-from sparsejax.engine.eviction import EvictBatch, EvictLane, EvictSpec, evict_step
+from sparsejax.engine.programs.eviction import EvictBatch, EvictLane, EvictSpec, evict_step
 from sparsejax.methods import get
 from sparsejax.methods.base import Method
 
@@ -258,7 +258,7 @@ def check_step(cache, hole, report, batch, strategy, pages_before):
 @pytest.fixture
 def many_are_two(monkeypatch):
     """Victims are marked, not named, where a step may take more than one."""
-    monkeypatch.setattr("sparsejax.engine.eviction.MOST_FEW", 1)
+    monkeypatch.setattr("sparsejax.engine.programs.eviction.MOST_FEW", 1)
     compiled.cache_clear()
     yield
     compiled.cache_clear()

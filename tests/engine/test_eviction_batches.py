@@ -9,16 +9,16 @@ import pytest
 
 from sparsejax import CompressionParams, SamplingParams
 from sparsejax.cache import CacheLayout
-from sparsejax.engine.compression_schedule import CompressionSchedule
-from sparsejax.engine.eviction_batches import (
+from sparsejax.engine.execution.eviction_batches import (
     EvictionShapes,
     compress_calls,
     evict_calls,
     idle_compress_calls,
     idle_evict_calls,
 )
-from sparsejax.engine.plan import Compress, Evict
-from sparsejax.engine.request import Request
+from sparsejax.engine.requests.compression_schedule import CompressionSchedule
+from sparsejax.engine.requests.request import Request
+from sparsejax.engine.scheduling.plan import Compress, Evict
 
 LONGEST = 1500
 SHAPES = EvictionShapes(

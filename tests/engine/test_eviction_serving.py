@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tiny_engine import CONFIG, VOCAB
 
 from sparsejax import CompressionParams, SamplingParams, methods
-from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.engine.requests.inputs import TokenizedPrompt
 from sparsejax.errors import InvalidArgumentError, PromptTooLongError
 
 SCARCE = SMALL_CHUNKS | {"num_free_entries": 4 * 23}  # 23 table columns of 4 tokens, for prompts of up to 110

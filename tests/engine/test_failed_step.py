@@ -16,7 +16,7 @@ from tiny_engine import CONFIG, ENGINE, VOCAB
 
 from sparsejax import LLM, CompressionParams, SamplingParams
 from sparsejax.engine import engine as engine_module
-from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.engine.requests.inputs import TokenizedPrompt
 from sparsejax.errors import DuplicateRequestError, NotFiniteError, OutOfMemoryError
 from sparsejax.methods import Method, registry
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from sparsejax.engine.garbage import FROZEN_AT_START, no_collection, quiet_collector
+from sparsejax.engine.execution.garbage import FROZEN_AT_START, no_collection, quiet_collector
 
 
 class Cycle:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from sparsejax import SamplingParams
-from sparsejax.engine.inputs import as_conversations, as_prompts, is_conversation, one_each, render_chat, tokenize
+from sparsejax.engine.requests.inputs import (
+    as_conversations,
+    as_prompts,
+    is_conversation,
+    one_each,
+    render_chat,
+    tokenize,
+)
 from sparsejax.errors import EmptyPromptError, InvalidArgumentError
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejax.cache import CacheLayout, init_cache
-from sparsejax.engine import memory
+from sparsejax.engine.execution import memory
 from sparsejax.errors import OutOfMemoryError
 
 LAYOUT = CacheLayout(

@@ -16,12 +16,12 @@ from tiny_engine import CONFIG, VOCAB
 
 from sparsejax import SamplingParams
 from sparsejax.cache import CacheLayout, init_cache
-from sparsejax.engine.compiled_steps import compiled_steps
-from sparsejax.engine.packing import pack
-from sparsejax.engine.plan import Chunk
-from sparsejax.engine.request import Request
-from sparsejax.engine.state import init_state
-from sparsejax.engine.steps import StepOptions, mixed_step
+from sparsejax.engine.execution.compiled_steps import compiled_steps
+from sparsejax.engine.execution.packing import pack
+from sparsejax.engine.programs.state import init_state
+from sparsejax.engine.programs.steps import StepOptions, mixed_step
+from sparsejax.engine.requests.request import Request
+from sparsejax.engine.scheduling.plan import Chunk
 from sparsejax.models import Decoder, ModelConfig, abstract_params
 
 SIZE, SEGMENTS, LANES, ROWS = 32, 4, 4, 8

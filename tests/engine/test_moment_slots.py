@@ -2,11 +2,11 @@
 
 import pytest
 
-from sparsejax.engine.compression_params import CompressionParams
-from sparsejax.engine.moment_slots import MomentSlots
-from sparsejax.engine.plan import Chunk
-from sparsejax.engine.request import Request
-from sparsejax.engine.sampling_params import SamplingParams
+from sparsejax.engine.execution.moment_slots import MomentSlots
+from sparsejax.engine.requests.compression_params import CompressionParams
+from sparsejax.engine.requests.request import Request
+from sparsejax.engine.requests.sampling_params import SamplingParams
+from sparsejax.engine.scheduling.plan import Chunk
 
 
 def chunk(name: str, start: int = 0, method: str = "expected_attention") -> Chunk:

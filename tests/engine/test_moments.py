@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.engine import recording
-from sparsejax.engine.recording import ChunkRecord, add_moments
+from sparsejax.engine.programs import recording
+from sparsejax.engine.programs.recording import ChunkRecord, add_moments
 
 
 def chunk_record(**changes):

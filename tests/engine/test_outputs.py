@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparsejax.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, logprobs_of_token
+from sparsejax.engine.requests.outputs import (
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    logprobs_of_token,
+)
 
 TOP_IDS = np.array([7, 3, 9, -1], np.int32)
 TOP = np.array([-0.5, -1.5, -2.5, -np.inf], np.float32)

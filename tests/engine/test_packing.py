@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejax import SamplingParams
-from sparsejax.engine.packing import pack
-from sparsejax.engine.request import Request
-from sparsejax.engine.scheduler import Chunk
+from sparsejax.engine.execution.packing import pack
+from sparsejax.engine.requests.request import Request
+from sparsejax.engine.scheduling.scheduler import Chunk
 
 
 @st.composite

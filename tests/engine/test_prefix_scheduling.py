@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_simulation import answer_alone, engine, request
 
-from sparsejax.engine.request import Status
+from sparsejax.engine.requests.request import Status
 
 
 def run_one(run, each):

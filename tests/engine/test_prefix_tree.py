@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.engine.prefix_tree import PrefixTree
+from sparsejax.engine.scheduling.prefix_tree import PrefixTree
 
 TEXTS = st.lists(st.integers(0, 1), max_size=14)  # two tokens: prefixes are shared all the time
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.engine.readback import Readback
-from sparsejax.engine.sampling import SampleOutput
+from sparsejax.engine.programs.readback import Readback
+from sparsejax.engine.programs.sampling import SampleOutput
 
 
 def test_a_tree_comes_back_as_it_was():

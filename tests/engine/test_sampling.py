@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.engine.sampling import (
+from sparsejax.engine.programs.sampling import (
     MAX_EOS_IDS,
     MAX_STOP_IDS,
     NOT_FINITE,
@@ -20,7 +20,7 @@ from sparsejax.engine.sampling import (
     to_rows,
     token_logprobs,
 )
-from sparsejax.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from sparsejax.engine.requests.sampling_params import MAX_LOGPROBS, SamplingParams
 
 V = 40
 LANES = 12  # small batches are padded to this many rows, to compile once

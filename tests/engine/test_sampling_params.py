@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparsejax import methods
-from sparsejax.engine.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
 from sparsejax.errors import InvalidArgumentError, SparsejaxError, UnknownArgumentError
 
 BAD = [

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_simulation import FakeClock, answer_alone, config, ends, engine, request
 
-from sparsejax.engine.request import Status, derive_seed, expand
-from sparsejax.engine.sampling_params import SamplingParams
-from sparsejax.engine.scheduler import Scheduler
+from sparsejax.engine.requests.request import Status, derive_seed, expand
+from sparsejax.engine.requests.sampling_params import SamplingParams
+from sparsejax.engine.scheduling.scheduler import Scheduler
 from sparsejax.errors import (
     DuplicateRequestError,
     EmptyPromptError,

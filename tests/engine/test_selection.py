@@ -20,7 +20,7 @@ from eviction_oracle import GROUP, HEADS, LONGEST, Forward, Run, assert_logprobs
 from tiny_engine import VOCAB
 
 from sparsejax import CompressionParams, SamplingParams
-from sparsejax.engine.inputs import TokenizedPrompt
+from sparsejax.engine.requests.inputs import TokenizedPrompt
 from sparsejax.errors import InvalidArgumentError
 
 PAGE = 4

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from sparsejax import CompressionParams, SamplingParams
-from sparsejax.engine.request import Request
-from sparsejax.engine.selection_plan import MOST_CHOICES, Selections, view_widths
+from sparsejax.engine.execution.selection_plan import MOST_CHOICES, Selections, view_widths
+from sparsejax.engine.requests.request import Request
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.models import ModelConfig
 

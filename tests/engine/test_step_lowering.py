@@ -12,13 +12,13 @@ from sparsejax.bench.presets import model_config
 from sparsejax.cache import CacheLayout, Entries, init_cache, init_delta_cache
 from sparsejax.compressor import CompressorConfig, StoreGeometry, abstract_params
 from sparsejax.engine.build_store import Store
-from sparsejax.engine.delta_compress import compress_full_rings
-from sparsejax.engine.delta_ops import StoreSpec
-from sparsejax.engine.delta_parts import StoreOptions
-from sparsejax.engine.packing import pack
-from sparsejax.engine.selection import Selecting
-from sparsejax.engine.state import init_state
-from sparsejax.engine.steps import StepOptions, decode_step, mixed_step, prefill_step, serving_decoder
+from sparsejax.engine.execution.packing import pack
+from sparsejax.engine.programs.delta_compress import compress_full_rings
+from sparsejax.engine.programs.delta_ops import StoreSpec
+from sparsejax.engine.programs.delta_parts import StoreOptions
+from sparsejax.engine.programs.selection import Selecting
+from sparsejax.engine.programs.state import init_state
+from sparsejax.engine.programs.steps import StepOptions, decode_step, mixed_step, prefill_step, serving_decoder
 from sparsejax.methods import LayerRoles
 from sparsejax.models import Decoder
 from sparsejax.models.decoder import abstract_params as model_params

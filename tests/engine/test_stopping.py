@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sparsejax.engine.detokenizer import Detokenizer
-from sparsejax.engine.request import Request
-from sparsejax.engine.sampling_params import SamplingParams
-from sparsejax.engine.stopping import Stop, check_stop, detokenizer_for
+from sparsejax.engine.requests.detokenizer import Detokenizer
+from sparsejax.engine.requests.request import Request
+from sparsejax.engine.requests.sampling_params import SamplingParams
+from sparsejax.engine.requests.stopping import Stop, check_stop, detokenizer_for
 
 EOS = 0
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from sparsejax import CompressionParams, SamplingParams
 from sparsejax.cache import Entries
 from sparsejax.compressor import StoreGeometry
-from sparsejax.engine.request import Request, Status
-from sparsejax.engine.scheduler import Scheduler, SchedulerConfig
-from sparsejax.engine.store_limits import StoreLimits, cell_size, minus, within
+from sparsejax.engine.requests.request import Request, Status
+from sparsejax.engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from sparsejax.engine.scheduling.store_limits import StoreLimits, cell_size, minus, within
 from sparsejax.errors import InvalidArgumentError, PromptTooLongError
 
 PAGE = 4

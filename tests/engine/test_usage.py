@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.engine.usage import Usage
+from sparsejax.engine.scheduling.usage import Usage
 
 
 @given(st.sampled_from([1, 2, 4, 8]), st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 30))

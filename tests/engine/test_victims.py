@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import scan_pages
-from sparsejax.engine.victims import count_pages, evict_few, evict_many
+from sparsejax.engine.programs.victims import count_pages, evict_few, evict_many
 from sparsejax.methods.protection import priorities
 
 SHAPE, PAGE = (2, 3, 2, 24), 4

@@ -13,8 +13,8 @@ from method_cases import random_case
 
 from sparsejax import CompressionParams, methods
 from sparsejax.cli import main
-from sparsejax.engine import compression_params
-from sparsejax.engine.compression import choose_slots
+from sparsejax.engine.programs.compression import choose_slots
+from sparsejax.engine.requests import compression_params
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import registry
 

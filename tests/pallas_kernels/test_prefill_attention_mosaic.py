@@ -202,13 +202,18 @@ def test_native_in_parts(parts, granularity, group, dim, page, dtype, tokens, ro
 @pytest.mark.parametrize(
     ("tokens", "rows", "starts"), [(530, (2, 3, 4, 1), (0, 20, 270, 270, 520)), (1024, (0,), (0, 0))]
 )
-def test_programs_that_take_several_items(programs, parts, tokens, rows, starts):
-    case = native_case("per_head", 128, 32, jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("granularity", "dim", "dtype"), [("per_head", 128, jnp.bfloat16), ("shared", 64, jnp.float16)]
+)
+def test_programs_that_take_several_items(programs, parts, tokens, rows, starts, granularity, dim, dtype):
+    case = native_case(granularity, dim, 32, dtype)
     args = arguments(case, tokens, 2, 4, rows, starts)
     got = call_kernel(args, case, with_lse=True, parts=parts, programs=programs)
+    if parts == 1:
+        np.testing.assert_array_equal(call_kernel(args, case, with_lse=False, programs=programs, parts=1)[0], got[0])
     for some, one_each in zip(got, call_kernel(args, case, with_lse=True, parts=parts, programs=1000), strict=True):
         np.testing.assert_array_equal(some, one_each)
-    assert_same_attention(got, expected(args, case), jnp.bfloat16)
+    assert_same_attention(got, expected(args, case), dtype)
 
 
 @pytest.mark.gpu

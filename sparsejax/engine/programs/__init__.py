@@ -1,0 +1,1 @@
+"""Programs, on the device: the model's steps, and those that compress, evict and record, as pure functions."""

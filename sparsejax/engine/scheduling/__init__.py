@@ -1,0 +1,1 @@
+"""Scheduling, on the host: who computes what in the next step, over exact counts of what the device holds."""
