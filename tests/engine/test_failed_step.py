@@ -208,9 +208,10 @@ def test_an_id_is_taken_until_all_of_its_answers_have_ended(llm):
 
 
 HOST_CODE = [
-    str(Path(engine_module.__file__).with_name(f"{name}.py"))
+    str(Path(engine_module.__file__).parent / f"{name}.py")
     for name in (
-        "engine", "scheduler", "rows", "blocks", "prefix_cache", "prefix_tree", "contexts", "request", "in_flight",
+        "engine", "in_flight", "requests/request", "scheduling/scheduler", "scheduling/rows", "scheduling/blocks",
+        "scheduling/prefix_cache", "scheduling/prefix_tree", "scheduling/contexts",
     )
 ]  # fmt: skip
 
@@ -287,7 +288,7 @@ def test_a_fault_is_told_to_its_owner(params):
     assert isinstance(submission.error, NotFiniteError)
 
 
-@pytest.mark.parametrize("place", ["engine", "scheduler"])
+@pytest.mark.parametrize("place", ["engine", "scheduling.scheduler"])
 def test_an_interrupt_while_prompts_are_queued_leaves_none_behind(llm, expected, place):
     module = sys.modules[f"sparsejax.engine.{place}"].__file__
     for number in range(20, 60, 3):
