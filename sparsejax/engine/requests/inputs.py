@@ -126,7 +126,8 @@ def render_chat(messages: Sequence[dict], tokenizer: Any, *, index: int, **templ
     """A conversation as prompt text, through the tokenizer's chat template.
 
     Args:
-      messages: dicts with "role" and "content".
+      messages: dicts with "role" and "content", a text or a list of {"type": "text", "text": ...}, whose texts become
+        lines.
       template: handed to `apply_chat_template` (chat_template, add_generation_prompt, tools, ...).
     """
     if tokenizer is None:
@@ -142,11 +143,24 @@ def render_chat(messages: Sequence[dict], tokenizer: Any, *, index: int, **templ
         raise InvalidArgumentError(
             "this model's tokenizer has no chat template: use generate, or pass chat_template=..."
         )
+    messages = [{**message, "content": _text(message["content"], index)} for message in messages]
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **template)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **template)
     except Exception as error:
         # Templates are programs: they refuse what their model was not trained on, such as a role, or trip over it.
         raise InvalidArgumentError(f"conversation {index}: the chat template refuses it: {error}") from error
+
+
+def _text(content: Any, index: int) -> Any:
+    """The content of a message, a list of parts as one text: templates of models that read only text expect that."""
+    if not isinstance(content, list | tuple):
+        return content
+    for part in content:
+        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise InvalidArgumentError(
+                f'conversation {index}: parts of a message must be {{"type": "text", "text": ...}}, got {part!r:.80}.'
+            )
+    return "\n".join(part["text"] for part in content)
 
 
 def _items(value: Any) -> list | None:

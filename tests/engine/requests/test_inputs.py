@@ -114,3 +114,20 @@ def test_conversations():
         render_chat([{"role": "user"}], Tokenizer(), index=3, chat_template="a")
     with pytest.raises(InvalidArgumentError, match="needs a tokenizer"):
         render_chat([message], None, index=0)
+
+
+def test_parts_of_a_message_become_lines():
+    class Tokenizer:
+        chat_template = "{{ messages }}"
+
+        def apply_chat_template(self, messages, *, tokenize):
+            assert not tokenize
+            return "|".join(message["content"] for message in messages)
+
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    messages = [{"role": "user", "content": parts}, {"role": "user", "content": "three"}]
+    assert render_chat(messages, Tokenizer(), index=0) == "one\ntwo|three"
+    assert messages[0]["content"] is parts
+    for wrong in ({"type": "image_url", "image_url": "x"}, {"type": "text"}, "one"):
+        with pytest.raises(InvalidArgumentError, match=r'conversation 3: parts of a message must be {"type": "text"'):
+            render_chat([{"role": "user", "content": [wrong]}], Tokenizer(), index=3)
