@@ -406,8 +406,9 @@ class Engine:
     ) -> None:
         request = answer.request
         held = [self.scheduler.held_entries(request)]
-        if request.num_preemptions:
-            # While it waits to be replayed it holds nothing, but it did hold its whole replay.
+        if request.num_preemptions and not request.compression.evicts:
+            # While it waits to be replayed it holds nothing, but it did hold its whole replay. What a request held that
+            # evicts was measured at each compression.
             held.append(self.scheduler.replayed_entries(request))
         answer.kv_bytes = max(answer.kv_bytes, *map(self._bytes_of, held))
         answer.read_tokens = self.runner.read_tokens(request)

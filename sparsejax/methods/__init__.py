@@ -19,6 +19,7 @@ from sparsejax.methods.h2o import H2O
 from sparsejax.methods.keydiff import KeyDiff
 from sparsejax.methods.kv_compress import KVCompress
 from sparsejax.methods.kvzip import KVzip
+from sparsejax.methods.observed import ObservedQueries
 from sparsejax.methods.omnikv import OmniKV
 from sparsejax.methods.pyramidkv import PyramidKV
 from sparsejax.methods.quest import Quest
@@ -46,6 +47,7 @@ __all__ = [
     "LayerSlots",
     "Method",
     "MethodDescription",
+    "ObservedQueries",
     "OmniKV",
     "PyramidKV",
     "QueryMoments",

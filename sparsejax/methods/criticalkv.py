@@ -8,6 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from sparsejax.methods.budgets import share_of
 from sparsejax.methods.protection import priorities
 from sparsejax.methods.registry import register
 from sparsejax.methods.select import top_slots
@@ -52,7 +53,7 @@ class CriticalKV(SnapKV):
         if slots.budget is None:
             raise ValueError("the view was gathered without budgets; this method needs them.")
         attention = super().scores(slots)
-        first = jnp.floor(slots.budget * jnp.float32(self.first_stage_ratio)).astype(jnp.int32)[:, None]
+        first = share_of(slots.budget, self.first_stage_ratio)[:, None]
         chosen = top_slots(priorities(attention, slots.live, slots.protected), slots.position, first)
         norms = jnp.stack([projected_norms(slots.layer(index)) for index in range(slots.num_layers)])
         return jnp.where(chosen, jnp.inf, (attention + self.epsilon) * norms)

@@ -79,11 +79,17 @@ class KVCompress(Method):
     def scores(self, slots: Slots) -> jax.Array:
         scores = slots.score
         if self.aggregation == "avg":
-            lane = (slice(None), None, None)
-            # The observed queries are the last ones of the text; a token sees none before itself.
-            seen = jnp.minimum(slots.recorded[lane], slots.text_length[lane] - slots.position)
-            scores = scores / jnp.maximum(seen, 1)
+            scores = scores / jnp.maximum(_queries_behind(slots), 1)
         size = self.kernel_size or (1 if self.full_range else _POOLED_TOKENS)
         return pool_along_text(
             scores, slots.position, slots.live, size=size, pooling="max", in_text_order=slots.in_text_order
         )
+
+
+def _queries_behind(slots: Slots) -> jax.Array:
+    """i32[L, K, H, S]: the observed queries that could see each token, those at its position or behind it."""
+    if slots.observed is None:
+        lane = (slice(None), None, None)
+        return jnp.minimum(slots.recorded[lane], slots.text_length[lane] - slots.position)
+    observed, text_length = slots.observed, slots.text_length
+    return jax.vmap(lambda position: observed.behind(position, text_length))(slots.position)

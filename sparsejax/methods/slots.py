@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.cache import KVCache
+from sparsejax.methods.observed import ObservedQueries
 from sparsejax.methods.protection import protected_slots
 
 # positions i32[K, ...] -> (cos, sin), each f32[K, ..., D / 2], as the keys were rotated, scale included.
@@ -143,6 +144,7 @@ class LayerSlots:
         "v_pages",
         "moments",
         "budget",
+        "observed",
     ],
     meta_fields=["num_query_heads", "in_text_order", "rope", "output_kernel"],
 )
@@ -161,6 +163,7 @@ class Slots:
       k_pages, v_pages: dtype[P, page_size, D], the cache's pool.
       moments: sums over the queries, or None.
       budget: i32[K], tokens to keep per layer and head, on average; for methods that choose in stages, or None.
+      observed: where the `recorded` queries stand; None: they are the last ones of the text.
       num_query_heads: Hq, static.
       in_text_order: static; the live slots are known to lie at the front, in the order of their positions, as they do
         until something is evicted.
@@ -185,6 +188,7 @@ class Slots:
     rope: RopeAngles | None = None
     output_kernel: OutputKernel | None = None
     budget: jax.Array | None = None
+    observed: ObservedQueries | None = None
 
     @property
     def num_layers(self) -> int:
@@ -244,6 +248,7 @@ def gather_slots(
     in_text_order: bool = False,
     moments: QueryMoments | None = None,
     budget: jax.Array | None = None,
+    observed: ObservedQueries | None = None,
     rope: RopeAngles | None = None,
     output_kernel: OutputKernel | None = None,
 ) -> Slots:
@@ -264,6 +269,7 @@ def gather_slots(
       in_text_order: nothing was ever evicted from these rows, so their slots lie in the order of the text.
       moments: sums over the queries of these rows, for methods that record them.
       budget: i32[K], tokens to keep per layer and head, on average, for methods that choose in stages.
+      observed: where the recorded queries stand, if they are not the last ones.
       rope: rotation angles by position, for methods that undo the rotation.
       output_kernel: output projection by layer, for methods that weigh values with it.
 
@@ -298,6 +304,7 @@ def gather_slots(
         v_pages=pool.v,
         moments=moments,
         budget=budget,
+        observed=observed,
         num_query_heads=num_query_heads,
         in_text_order=in_text_order,
         rope=rope,

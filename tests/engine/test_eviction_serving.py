@@ -188,6 +188,8 @@ def test_preempted_equals_uninterrupted(scarce, asked):
     greedy = [SamplingParams(temperature=0.0, max_tokens=46, ignore_eos=True), params]
     dense, evicted = run(scarce, [(PROMPTS[1], FULL), (PROMPTS[2], asked)], greedy)
     assert (dense.metrics.num_preemptions, evicted.metrics.num_preemptions) == (0, 1)
+    pool = scarce.engine.runner.layout.bytes_of(scarce.engine.scheduler.config.num_free_entries)
+    assert 0 < evicted.metrics.kv_bytes <= pool
     assert tokens([evicted]) == alone
     assert_all_free(scarce)
 
@@ -222,6 +224,15 @@ def test_prompts_longer_than_the_pool(scarce, params, method):
     else:
         with pytest.raises(PromptTooLongError, match=r"110 tokens.*holds 92.*does not compress between the chunks"):
             scarce.generate(LONG_PROMPT, GREEDY, asked, use_tqdm=False)
+    assert_all_free(scarce)
+
+
+@pytest.mark.parametrize("method", STEPPING)
+def test_strategies_agree_about_prompts_longer_than_the_pool(scarce, method):
+    first, *others = run(scarce, [(LONG_PROMPT, compression(method, 16, strategy=each)) for each in STRATEGIES])
+    assert first.metrics.num_compressions > 2
+    assert [each.metrics.num_compressions for each in others] == [first.metrics.num_compressions] * len(others)
+    assert tokens(others) == tokens([first]) * len(others)
     assert_all_free(scarce)
 
 

@@ -1,5 +1,7 @@
 """Budget rules: exact totals, protection, floors, and independence from the order of slots and from other rows."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from method_cases import Case, keep, random_case, random_order
 
 from sparsejax import methods
 from sparsejax.errors import InvalidArgumentError, UnknownArgumentError
-from sparsejax.methods.budgets import Adaptive, Global, Layer, Pyramid, Uniform
+from sparsejax.methods.budgets import Adaptive, Global, Layer, Pyramid, Uniform, share_of
 
 LAYERS, HEADS, SLOTS = 3, 2, 24
 RULES = [
@@ -237,3 +239,11 @@ def test_bad_rules_are_refused():
         @methods.register_rule
         class Other(Uniform):
             pass
+
+
+@pytest.mark.parametrize("share", [0.0, 0.07, 0.2, 0.28, 0.53, 0.59, 1 / 3, 0.9999, 1.0])
+def test_shares_are_those_that_are_written(share):
+    counts = np.array([0, 1, 7, 25, 100, 200, 1000, 10_000, 2**30, 2**31 - 1])
+    exact = Fraction(repr(share)).limit_denominator(10_000)
+    got = share_of(jnp.asarray(counts, jnp.int32), share)
+    np.testing.assert_array_equal(got, [int(count * exact) for count in counts.tolist()])

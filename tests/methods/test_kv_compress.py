@@ -1,5 +1,7 @@
 """KV-Compress's metric against its definition, and what it asks of the engine."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from method_cases import attention_sums, random_case, random_order
 
 from sparsejax.errors import InvalidArgumentError
-from sparsejax.methods import get
+from sparsejax.methods import ObservedQueries, get
 from sparsejax.methods.kv_compress import KVCompress
 
 TEXT = 20
@@ -54,6 +56,17 @@ def test_avg_divides_by_the_queries_that_could_see_a_token():
     case, metric = observed_case(2, 14)
     got = scores(KVCompress(aggregation="avg", kernel_size=1), case.slots())[0, 0, :, :TEXT]
     seen = np.minimum(6, TEXT - np.arange(TEXT))
+    np.testing.assert_allclose(got, metric / seen, rtol=1e-6)
+
+
+def test_avg_knows_of_gaps_between_observed_queries():
+    case, metric = observed_case(2, 14)
+    # The last two of the first twelve, the last two of the prompt's other five, and three decoded ones.
+    observed = ObservedQueries(*(jnp.array([value]) for value in (12, 2, 12, 17)))
+    slots = dataclasses.replace(case.slots(), observed=observed)
+    got = scores(KVCompress(aggregation="avg", kernel_size=1), slots)[0, 0, :, :TEXT]
+    standing = np.isin(np.arange(TEXT), [10, 11, 15, 16, 17, 18, 19])
+    seen = np.cumsum(standing[::-1])[::-1]
     np.testing.assert_allclose(got, metric / seen, rtol=1e-6)
 
 

@@ -16,8 +16,10 @@ from sparsejax.engine.programs.compression import CompressBatch, CompressSpec
 from sparsejax.engine.programs.eviction import EvictBatch, EvictLane, EvictSpec
 from sparsejax.engine.requests.blame import blaming
 from sparsejax.engine.requests.compression_params import CompressionParams
+from sparsejax.engine.requests.compression_schedule import CompressionSchedule
 from sparsejax.engine.scheduling import buckets
 from sparsejax.engine.scheduling.plan import Compress, Evict
+from sparsejax.methods import ObservedQueries
 
 Members = tuple[Compress, ...]
 
@@ -156,6 +158,7 @@ def compress_batch(entries: Sequence[Compress], size: int, moment_slots: Mapping
         recorded=_lanes((_recorded(entry) for entry in entries), size),
         seed=_lanes((request.seed for request in requests), size, np.uint32),
         moment_slot=_lanes((moment_slots.get(request.request_id, 0) for request in requests), size),
+        observed=_observed([_schedule(entry) for entry in entries], size),
     )
 
 
@@ -232,9 +235,23 @@ def _bounds(shapes: EvictionShapes, texts: tuple[int, int] | None) -> Iterator[t
 
 def _recorded(entry: Compress) -> int:
     """Queries of the text whose attention the scores sum up."""
+    return _schedule(entry).recorded(entry.text_length)
+
+
+def _observed(schedules: Sequence[CompressionSchedule], size: int) -> ObservedQueries:
+    """Where these queries stand, in `size` lanes."""
+    return ObservedQueries(
+        stride=_lanes((each.stride or each.context for each in schedules), size),
+        width=_lanes((each.observed_width for each in schedules), size),
+        context=_lanes((each.context for each in schedules), size),
+        prompt=_lanes((each.prompt_length for each in schedules), size),
+    )
+
+
+def _schedule(entry: Compress) -> CompressionSchedule:
     footprint = entry.request.footprint
     assert footprint is not None, "only requests that evict are compressed"
-    return footprint.schedule.recorded(entry.text_length)
+    return footprint.schedule
 
 
 def _lanes(values: Iterable[int], size: int, dtype: type = np.int32) -> Any:

@@ -21,7 +21,7 @@ from sparsejax.cache import KVCache, RowUsage, compact, free_entries, row_usage
 from sparsejax.engine.programs.eviction import EvictBatch, EvictReport, EvictSpec, evict_step
 from sparsejax.engine.programs.recording import RecordState
 from sparsejax.errors import InvalidArgumentError
-from sparsejax.methods import BudgetRule, Method, QueryMoments, Slots, gather_slots
+from sparsejax.methods import BudgetRule, Method, ObservedQueries, QueryMoments, Slots, gather_slots
 from sparsejax.models import Decoder
 from sparsejax.models.rope import rope_cos_sin
 
@@ -61,6 +61,7 @@ class CompressBatch:
       recorded: queries whose attention the scores sum up.
       seed: u32[K], of the request.
       moment_slot: where the moments of the row's queries are; 0: nowhere.
+      observed: where the recorded queries stand.
     """
 
     rows: jax.Array | np.ndarray
@@ -73,6 +74,7 @@ class CompressBatch:
     recorded: jax.Array | np.ndarray
     seed: jax.Array | np.ndarray
     moment_slot: jax.Array | np.ndarray
+    observed: ObservedQueries
 
 
 @jax.tree_util.register_dataclass
@@ -236,6 +238,7 @@ def view_slots(
         num_query_heads=config.num_heads,
         in_text_order=in_text_order,
         moments=moments,
+        observed=batch.observed,
         budget=jnp.asarray(batch.budget),
         rope=rope,
         output_kernel=output_kernel,

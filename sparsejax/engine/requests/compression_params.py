@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -119,6 +119,10 @@ class CompressionParams:
                 raise InvalidArgumentError(f"{name} is given twice, in options and by name; give one of them.")
         own |= keywords
         for name in own:
+            if name in given or name in _ALIASES:
+                raise InvalidArgumentError(
+                    f"{name} is no option of a method or a rule: give it by name, not in options."
+                )
             if name not in _own_options(policy, rule):
                 raise _unknown_option(name, [*given, *_ALIASES], policy, rule)
         for name, value in given.items():
@@ -189,8 +193,14 @@ class CompressionParams:
             return text_length
         if self.budget_tokens is not None:
             return self.budget_tokens
+        part, whole = self._keep_ratio
+        return max(-(-text_length * part // whole), self.sinks + self._least_recent, 1)
+
+    @cached_property
+    def _keep_ratio(self) -> tuple[int, int]:
+        """`keep_fraction` as it is written: 0.07 of 100 tokens are 7, where the product of floats is more than 7."""
         assert self.keep_fraction is not None
-        return max(math.ceil(self.keep_fraction * text_length), self.sinks + self._least_recent, 1)
+        return Fraction(repr(self.keep_fraction)).as_integer_ratio()
 
     def recent(self, text_length: int) -> int:
         """Last tokens that are protected in a text of `text_length` tokens."""
@@ -353,7 +363,8 @@ class CompressionParams:
             )
 
     def _check_budget(self, budget: int) -> None:
-        if self.window > budget:
+        looks_at_all = self.policy.power > 0 and self.policy.record_from(budget + self.window, self.window) == 0
+        if self.window > budget and not looks_at_all:
             raise InvalidArgumentError(f"window_tokens ({self.window}) must be at most budget_tokens ({budget}).")
         protected = self.sinks + self._least_recent
         if protected > budget:

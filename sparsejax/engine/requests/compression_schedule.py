@@ -106,18 +106,28 @@ class CompressionSchedule:
         return interval is not None and decoded % interval == 0
 
     def recorded(self, length: int) -> int:
-        """Queries of a text of `length` whose attention the scores sum up."""
-        if length < self.context:
-            return self._recorded_of(length)
-        behind = 0 if self.params.once else length - self.context
-        return self._recorded_of_context + behind
+        """Queries of a text of `length`, at which it is compressed, whose attention the scores sum up."""
+        if length < self.prompt_length:
+            return self._recorded_until(length)
+        decoded = length - self.prompt_length if "decode" in self.params.policy.records and not self.params.once else 0
+        return self._recorded_of_prompt + decoded
 
     @cached_property
-    def _recorded_of_context(self) -> int:
-        return self._recorded_of(self.context)
+    def _recorded_of_prompt(self) -> int:
+        return self._recorded_until(self.prompt_length)
 
-    def _recorded_of(self, shown: int) -> int:
-        return max(shown - self.params.record_from(shown), 0)
+    def _recorded_until(self, length: int) -> int:
+        """Before each place, and before the prompt's end if there is more to come, the last queries since the place
+        before."""
+        ends = [place for place in self.places if place <= length]
+        if self.changes_while_decoding and length == self.prompt_length:
+            ends = [*dict.fromkeys([*ends, length])]
+        return sum(max(end - max(self.params.record_from(end), begin), 0) for begin, end in pairwise((0, *ends)))
+
+    @property
+    def observed_width(self) -> int:
+        """Queries that are recorded before a place, as far as they lie behind the place before."""
+        return self.prompt_length - self.params.record_from(self.prompt_length)
 
     def evicts(self, length: int) -> bool:
         """Whether it is the per-step eviction that acts on a text of `length`, not a compression."""

@@ -76,10 +76,12 @@ class Footprint:
         Args:
           decoded: tokens decoded by then, at most.
         """
+        return self._copies(decoded) if self.schedule.params.evict_strategy == "sparse_copy" else 0
+
+    def _copies(self, decoded: int) -> int:
+        """Entries of copies of all survivors."""
         params = self.schedule.params
-        if not (params.per_step and params.evict_strategy == "sparse_copy"):
-            return 0
-        return self.pool.uniform(params.budget(self.schedule.prompt_length + decoded))
+        return self.pool.uniform(params.budget(self.schedule.prompt_length + decoded)) if params.per_step else 0
 
     def prompt_peak(self, start: int = 0) -> int:
         """Most entries while the prompt is computed, from its place `start` on."""
@@ -130,6 +132,10 @@ class Footprint:
         """Whether the empty pool holds it until so many tokens are decoded."""
         return self.peak(decoded=decoded) + self.transient(decoded) <= self.pool.num_entries
 
+    def fits_with_copies(self) -> bool:
+        """Whether the empty pool holds the prompt, and beside it what "sparse_copy" needs, whatever the strategy is."""
+        return self.prompt_peak() + self._copies(0) <= self.pool.num_entries and self.fits()
+
     def most_decoded(self, limit: int) -> int:
         """Most tokens, up to `limit`, that it can decode in the empty pool; its prompt must fit."""
         return bisect.bisect_left(range(1, limit + 1), True, key=lambda decoded: not self.fits(decoded))
@@ -169,7 +175,13 @@ def footprint_of(schedule: CompressionSchedule, pool: Pool, *, max_chunk: int) -
     if pool.uniform(schedule.context) <= pool.num_entries or not schedule.params.policy.between_chunks:
         return footprint if footprint.fits() else None
     alignment = schedule.params.policy.chunk_alignment
-    # Fewer compressions see more of the text at once, so the largest distance that fits.
+    # Fewer compressions see more of the text at once, so the largest distance that fits: one for all strategies, which
+    # are to keep the same tokens, unless that of the hungriest does not fit at all.
     steps = range(alignment, min(max_chunk, schedule.context - 1) + 1, alignment)
-    count = bisect.bisect_left(steps, True, key=lambda stride: not Footprint(schedule.with_stride(stride), pool).fits())
-    return Footprint(schedule.with_stride(steps[count - 1]), pool) if count else None
+    for fits in (Footprint.fits_with_copies, Footprint.fits):
+        count = bisect.bisect_left(
+            steps, True, key=lambda stride: not fits(Footprint(schedule.with_stride(stride), pool))
+        )
+        if count:
+            return Footprint(schedule.with_stride(steps[count - 1]), pool)
+    return None

@@ -221,3 +221,22 @@ def test_unknown_names_get_the_nearest_and_the_options():
     assert CompressionParams(method="snapkv", budget_tokens=64, budget_rule="pyramid", beta=3).rule == Pyramid(beta=3)
     with pytest.raises(UnknownArgumentError, match="budget_rule must be one of"):
         CompressionParams(method="snapkv", budget_tokens=64, budget_rule="even")
+
+
+@pytest.mark.parametrize(
+    ("fraction", "length", "budget"), [(0.07, 100, 7), (0.28, 25, 7), (0.28, 200, 56), (0.1, 3, 1)]
+)
+def test_fractions_are_those_that_are_written(fraction, length, budget):
+    assert CompressionParams(method="keydiff", keep_fraction=fraction).budget(length) == budget
+
+
+def test_a_window_that_is_not_looked_at_may_be_of_any_size():
+    assert CompressionParams(method="kv_compress", budget_tokens=20, full_range=True).budget(100) == 20
+    with pytest.raises(InvalidArgumentError, match=r"window_tokens \(32\) must be at most budget_tokens \(20\)"):
+        CompressionParams(method="kv_compress", budget_tokens=20)
+
+
+@pytest.mark.parametrize("name", ["budget_rule", "sink_tokens", "max_cache_tokens"])
+def test_arguments_are_no_options(name):
+    with pytest.raises(InvalidArgumentError, match=f"{name} is no option of a method or a rule: give it by name"):
+        CompressionParams(method="h2o", budget_tokens=5, options={name: 1})
