@@ -3,8 +3,8 @@
 #
 #     docs/performance.sh FOLDER [PART ...]
 #
-# FOLDER/PART.txt gets what a part prints; parts that have ended well are not run again. Without PART all of them run: on an
-# H200 that takes about half an hour. SPARSEJAX is the command to use (default: sparsejax).
+# FOLDER/PART.txt gets what a part prints; parts that have ended well are not run again. Without PART all of them run.
+# SPARSEJAX is the command to use (default: sparsejax).
 set -u
 parts() {
   cat <<'PARTS'

@@ -121,7 +121,7 @@ class CompressionSchedule:
         before."""
         ends = [place for place in self.places if place <= length]
         if self.changes_while_decoding and length == self.prompt_length:
-            ends = [*dict.fromkeys([*ends, length])]
+            ends.append(length)
         return sum(max(end - max(self.params.record_from(end), begin), 0) for begin, end in pairwise((0, *ends)))
 
     @property
