@@ -17,12 +17,13 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsejax import LLM
+from sparsejax import LLM, SparsejaxError
 from sparsejax.assets import tiny_model_path
 from sparsejax.evaluation.method_sweep import MethodRow, compare_methods, make_settings, over_tasks
 from train.compressor.log import read_metrics
@@ -259,4 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (SparsejaxError, OSError) as error:
+        sys.exit(f"compressor_ablation: {error}")

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 
-from sparsejax import LLM, CompressionParams, SamplingParams
+from sparsejax import LLM, CompressionParams, SamplingParams, SparsejaxError
 from sparsejax.evaluation.tasks import Deck, compose, needles
 
 
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
         "--max-num-batched-tokens", type=int, default=512, help="most prompt tokens in one step (default: %(default)s)"
     )
     args = parser.parse_args(argv)
+    if args.questions < 1:
+        parser.error(f"--questions must be at least 1, got {args.questions}")
 
     rng = random.Random(args.seed)
     material = needles(Deck(rng), keys=args.questions)  # "The secret word of otter is topaz."
@@ -86,4 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (SparsejaxError, OSError) as error:
+        sys.exit(f"many_questions: {error}")

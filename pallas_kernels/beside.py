@@ -1,7 +1,7 @@
 """Work that nobody waits for yet: beside what is computed in the meantime.
 
 XLA runs the kernels of a program one after the other, however little of the GPU each of them takes, unless its graphs
-are to keep no order but that of their buffers (`COMPILER_OPTIONS` of the engine). Even then, whatever it computes later
+are to keep no order but that of their buffers (the engine's `compiler_options`). Even then, whatever it computes later
 may be given memory of what is marked here, and has to wait for it. A mark keeps the memory apart.
 """
 

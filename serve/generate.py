@@ -18,6 +18,7 @@ import numpy as np
 
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, Granularity, KVCache, init_cache
+from sparsejax.config import GRANULARITIES, IMPLEMENTATIONS
 from sparsejax.engine.build import positions_reach
 from sparsejax.engine.execution.packing import pack
 from sparsejax.engine.programs.sampling import NOT_FINITE
@@ -26,9 +27,10 @@ from sparsejax.engine.programs.steps import StepOptions, decode_step, options_fo
 from sparsejax.engine.requests import inputs
 from sparsejax.engine.requests.request import Request, derive_seed
 from sparsejax.engine.requests.sampling_params import SamplingParams
-from sparsejax.engine.scheduling.scheduler import Chunk
+from sparsejax.engine.scheduling.plan import Chunk
 from sparsejax.errors import InvalidArgumentError, NotFiniteError, PromptTooLongError
 from sparsejax.models import Decoder, ModelConfig
+from sparsejax.validation import choice, whole
 
 
 @jax.tree_util.register_dataclass
@@ -111,18 +113,27 @@ def generate(
     Args:
       prompts: token ids of each prompt, none empty.
       sampling: parameters, one for all or one per prompt; n = 1. Stop strings need text and are refused.
+      page_size, table_granularity, implementation: as `LLM` takes them.
 
     Returns:
       Each prompt's generated ids, the end token included.
 
     Raises:
-      InvalidArgumentError: an empty prompt, ids outside the vocabulary, or parameters that need the engine.
+      InvalidArgumentError: a prompt that is text or empty, ids outside the vocabulary, parameters that need the engine,
+        or a bad argument.
       NotFiniteError: a prompt has no next token.
     """
-    prompts = [
-        inputs.tokenize(prompt, None, config.vocab_size, index=i).token_ids
-        for i, prompt in enumerate(inputs.as_prompts(prompts))
-    ]
+    page_size = whole("page_size", page_size, 1)
+    if page_size & (page_size - 1):
+        raise InvalidArgumentError(f"page_size must be a power of two (1, 2, 4, ...), got {page_size}.")
+    choice("table_granularity", table_granularity, GRANULARITIES)
+    if implementation is not None:
+        choice("implementation", implementation, IMPLEMENTATIONS)
+    forms = inputs.as_prompts(prompts)
+    for i, prompt in enumerate(forms):
+        if isinstance(prompt, str):
+            raise InvalidArgumentError(f"prompt {i} is text: this loop takes token ids, LLM.generate takes both.")
+    prompts = [inputs.tokenize(prompt, None, config.vocab_size, index=i).token_ids for i, prompt in enumerate(forms)]
     each = inputs.one_each("sampling", sampling, SamplingParams, SamplingParams(), len(prompts))
     if any(p.stop_strings or p.n != 1 or p.logprobs is not None or p.prompt_logprobs is not None for p in each):
         raise InvalidArgumentError("stop strings, n > 1 and log-probabilities need the engine: use LLM.generate.")

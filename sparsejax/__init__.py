@@ -8,7 +8,8 @@ from sparsejax.errors import SparsejaxError
 
 if TYPE_CHECKING:
     from sparsejax.engine.llm import LLM
-    from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+    from sparsejax.engine.requests.compression_params import CompressionParams
+    from sparsejax.engine.requests.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,7 @@ __all__ = [
 # What brings JAX, which `sparsejax --help` does not need, and the module that is imported on first use.
 _LAZY = {
     "LLM": "sparsejax.engine.llm",
-    "CompressionParams": "sparsejax.engine.requests.sampling_params",
+    "CompressionParams": "sparsejax.engine.requests.compression_params",
     "SamplingParams": "sparsejax.engine.requests.sampling_params",
 }
 

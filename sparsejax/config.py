@@ -15,11 +15,12 @@ if TYPE_CHECKING:  # all bring JAX, which the command line's parser does not nee
     from pallas_kernels import Implementation
     from sparsejax.cache import Granularity
     from sparsejax.compressor import CompressorConfig
-    from sparsejax.engine.requests.sampling_params import CompressionParams
+    from sparsejax.engine.requests.compression_params import CompressionParams
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LATENT_DTYPES = ("bfloat16", "float32", "int4")
 GRANULARITIES = ("shared", "per_layer", "per_head")
+IMPLEMENTATIONS = ("triton", "xla")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,8 @@ class EngineConfig:
         the first request that evicts, when it is built anew (`LLM.enable_methods`).
       default_compression: the method of requests that name none.
       compressor: for method "deltakv": folder or Hugging Face id of the compressor that was trained for the model, or a
-        pair (CompressorConfig, parameters) that is loaded already. Default: the embedded model's own, for that model.
+        pair (CompressorConfig, parameters) that is loaded already. It is loaded when the method is first used, or at
+        once if `methods` names it. Default: the embedded model's own, for that model.
       full_attention_layers: for method "deltakv": layers that keep every token as it is; each one that is followed by
         another layer chooses for the layers behind it what they read. Layer 0 must be among them. Default: those known
         for the model, or every sixth.
@@ -114,7 +116,7 @@ class EngineConfig:
         self._check("seed", whole, 0)
         self._check("dtype", choice, DTYPES)
         self._check("table_granularity", choice, GRANULARITIES)
-        self._check("implementation", choice, ("triton", "xla"))
+        self._check("implementation", choice, IMPLEMENTATIONS)
         self._check("latent_dtype", choice, LATENT_DTYPES)
         self._check("enable_prefix_caching", flag)
         self._check("skip_tokenizer_init", flag)
@@ -125,6 +127,7 @@ class EngineConfig:
                 f"tensor_parallel_size must be 1: tensor parallelism is not available yet, got "
                 f"{self.tensor_parallel_size!r}. Run one engine a GPU instead."
             )
+        self._check_compressor()
         if self.full_attention_layers is not None:
             from sparsejax.methods.selection import full_layers
 
@@ -137,12 +140,23 @@ class EngineConfig:
             names = tuple(choice("methods", name, methods.available()) for name in self.methods)
             object.__setattr__(self, "methods", names)
         if self.default_compression is not None:
-            from sparsejax.engine.requests.sampling_params import CompressionParams
+            from sparsejax.engine.requests.compression_params import CompressionParams
 
             if not isinstance(self.default_compression, CompressionParams):
                 raise InvalidArgumentError(
                     f"default_compression must be CompressionParams, got {self.default_compression!r}."
                 )
+
+    def _check_compressor(self) -> None:
+        given = self.compressor
+        if given is None or isinstance(given, str | Path):
+            return
+        from sparsejax.compressor import CompressorConfig
+
+        if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], CompressorConfig):
+            raise InvalidArgumentError(
+                f"compressor must be a folder, a Hugging Face id or (CompressorConfig, parameters), got {given!r:.80}."
+            )
 
     def _check(self, name: str, check: Callable[..., Any], *allowed: Any) -> None:
         """Normalises an argument by a check of `sparsejax.validation`; None passes where it is the default."""

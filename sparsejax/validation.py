@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +17,15 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
       InvalidArgumentError: it is not; the message says what is allowed.
     """
     allowed = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        result = operator.index(value)  # arrays have it, and raise, unless they are one whole number
+    except TypeError:
+        raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}.") from None
+    if result < low or (high is not None and result > high):
         raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}.")
-    value = value.__index__()
-    if value < low or (high is not None and value > high):
-        raise InvalidArgumentError(f"{name} must be {allowed}, got {value!r}.")
-    return value
+    return result
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> float:

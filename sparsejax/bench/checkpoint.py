@@ -19,6 +19,7 @@ from sparsejax import LLM, SamplingParams
 from sparsejax.models import ModelConfig
 
 SHARD_BYTES = 4 << 30
+PROMPT_TOKENS = 1000
 # Converts argv[1] to argv[2] and prints the process's peak resident memory in KiB.
 CONVERT = """
 import re, sys
@@ -91,8 +92,10 @@ def write_random_checkpoint(folder: Path, raw_config: dict[str, Any], *, seed: i
     return total
 
 
-def run(raw_config: dict[str, Any], folder: Path, *, prompt_tokens: int = 1000) -> dict[str, Any]:
+def run(raw_config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Writes, converts, loads both layouts and generates; `folder` receives "hf" and "orbax".
+
+    The prompt has `PROMPT_TOKENS`, or as many as the model's positions allow.
 
     Returns:
       Seconds of each stage, checkpoint bytes, peak host memory of the conversion and whether both loads generate alike.
@@ -104,6 +107,9 @@ def run(raw_config: dict[str, Any], folder: Path, *, prompt_tokens: int = 1000) 
     peak = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     report["convert_seconds"] = time.perf_counter() - start
     report["convert_peak_host_bytes"] = 1024 * int(peak)
+    max_model_len = min(2048, ModelConfig.from_hf(raw_config).max_position_embeddings)
+    answer_tokens = min(16, max_model_len // 2)
+    prompt_tokens = min(PROMPT_TOKENS, max_model_len - answer_tokens)
     prompt = np.random.default_rng(1).integers(0, raw_config["vocab_size"], prompt_tokens).tolist()
     answers = []
     for layout in ("hf", "orbax"):
@@ -112,12 +118,13 @@ def run(raw_config: dict[str, Any], folder: Path, *, prompt_tokens: int = 1000) 
             folder / layout,
             skip_tokenizer_init=True,
             max_num_seqs=4,
-            max_model_len=min(2048, ModelConfig.from_hf(raw_config).max_position_embeddings),
+            max_model_len=max_model_len,
             num_pages=1 << 16,
         )
         jax.block_until_ready(llm.engine.runner.params)
         report[f"load_{layout}_seconds"] = time.perf_counter() - start
-        output = llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True), use_tqdm=False)
+        params = SamplingParams(temperature=0.0, max_tokens=answer_tokens, ignore_eos=True)
+        output = llm.generate(prompt, params, use_tqdm=False)
         answers.append(output[0].outputs[0].token_ids)
         del llm
     report["layouts_agree"] = answers[0] == answers[1]

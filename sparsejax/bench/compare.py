@@ -12,6 +12,7 @@ from sparsejax.errors import InvalidArgumentError
 from sparsejax.text_files import read_text
 
 KINDS = ("kernels", "latency", "throughput", "fragmentation", "startup")
+ASKED = ("method", "compression", "requests", "input_tokens", "interrupted")  # of a row, where it says so
 NEUTRAL = 0.01  # relative change that is not called better or worse
 
 # Figures of merit by name (of a distribution: the part before the dot); all others are shown without a verdict.
@@ -20,7 +21,7 @@ LOWER_IS_BETTER = (
     "wall_seconds", "compress_seconds", "compress_share", "added_share", "compression_seconds", "evict_seconds",
     "idle_share", "trace_idle_share", "ttft", "tpot", "itl", "e2e", "ttft_p99", "tpot_p99", "itl_p99", "p99",
     "preemptions", "compilations", "programs_compiled", "peak_bytes", "copied_bytes", "ttft_hit", "itl_prefill",
-    "itl_decode", "seconds", "build_seconds", "compile_seconds", "mean_step_seconds", "relative", "kv_share",
+    "itl_decode", "mean", "seconds", "build_seconds", "compile_seconds", "mean_step_seconds", "relative", "kv_share",
 )  # fmt: skip
 HIGHER_IS_BETTER = (
     "rate", "fraction", "speedup", "prefill_rate", "prefill_fraction", "step_fraction", "output_rate", "total_rate",
@@ -62,12 +63,15 @@ class Result:
     Attributes:
       kind: the benchmark that wrote it.
       rows: the metrics of each of its rows.
-      made_by: what it was measured on and with: "model", "device", "jax", where the file says so.
+      made_by: what it was measured on and with: "model", "device", "jax", "method", "page_size", "ceilings", where the
+        file says so.
+      asked: what was asked for in each of its rows beside its name: the compression, and how many requests.
     """
 
     kind: str
     rows: dict[str, dict[str, float]]
     made_by: dict[str, str]
+    asked: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,11 @@ def compare(a: str | Path, b: str | Path) -> Compared:
     for row, metrics in first.rows.items():
         if row not in second.rows:
             continue
+        notes += [
+            f"{row}: {name} {value} and {second.asked[row][name]}"
+            for name, value in first.asked[row].items()
+            if second.asked[row].get(name, value) != value
+        ]
         others = second.rows[row]
         counted = [name for name in others if name.startswith("compilations.") and name not in metrics]
         for metric in [*metrics, *counted]:
@@ -144,24 +153,39 @@ def _result(data: Any, path: str | Path) -> Result:
     rows = data.get("rows") if isinstance(data, dict) else None
     kind = data.get("kind") if isinstance(data, dict) else None
     if kind == "kernels" and rows is not None:
-        named = {row["name"]: _metrics(row) for row in rows}
+        named = [(row["name"], row) for row in rows]
     elif kind == "latency" and rows is not None:
-        named = {_batch(row): _metrics(row) for row in rows}
+        named = [(_batch(row), row) for row in rows]
     elif kind == "fragmentation" and rows is not None:
-        named = {f"{row['strategy']} {row['budget'] or ''}".strip(): _metrics(row) for row in rows}
+        named = [(f"{row['strategy']} {row['budget'] or ''}".strip(), row) for row in rows]
     elif kind == "throughput":
-        named = {data["trace"]: _metrics(data)}
+        named = [(data["trace"], data)]
     elif kind == "startup":
-        named = {"startup": _metrics(data)}
+        named = [("startup", data)]
     else:
         raise InvalidArgumentError(f"{path} is not a result of bench {', bench '.join(KINDS)} (their --json).")
-    return Result(kind, named, _made_by(data))
+    # A shape that was measured twice is two rows.
+    names = [name for name, _ in named]
+    before = [names[:i].count(name) for i, name in enumerate(names)]
+    labels = [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
+    rows_of = dict(zip(labels, (row for _, row in named), strict=True))
+    return Result(
+        kind,
+        {name: _metrics(row) for name, row in rows_of.items()},
+        _made_by(data),
+        {name: {key: str(row[key]) for key in ASKED if key in row} for name, row in rows_of.items()},
+    )
 
 
 def _made_by(data: Mapping[str, Any]) -> dict[str, str]:
-    found = {"device": (data.get("ceilings") or {}).get("device")} | {
-        name: data[name] for name in ("model", "device", "jax") if name in data
+    ceilings = data.get("ceilings") or {}
+    # Fractions are of these: they change if only the card does.
+    measured = ", ".join(f"{name} {value / 1e12:.4g}" for name, value in _metrics(ceilings).items())
+    found = {"device": ceilings.get("device"), "ceilings (TB/s, TFLOP/s)": measured or None} | {
+        name: str(data[name]) for name in ("model", "device", "jax", "page_size") if name in data
     }
+    if data.get("kind") == "fragmentation" and "method" in data:
+        found["method"] = data["method"]
     return {name: value for name, value in found.items() if value is not None}
 
 

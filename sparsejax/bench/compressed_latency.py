@@ -39,7 +39,7 @@ from sparsejax.bench.profile import Profile
 from sparsejax.bench.table import Column, format_rows, number, percent
 from sparsejax.bench.timing import summary
 from sparsejax.engine.llm import LLM
-from sparsejax.engine.requests.sampling_params import CompressionParams
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError
 
 

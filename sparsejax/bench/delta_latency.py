@@ -36,7 +36,7 @@ from sparsejax.bench.table import Column, format_rows, number, percent
 from sparsejax.bench.timing import summary
 from sparsejax.cache import DeltaCacheLayout
 from sparsejax.engine.llm import LLM
-from sparsejax.engine.requests.sampling_params import CompressionParams
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.methods import DeltaKV
 
@@ -49,7 +49,7 @@ class DeltaLatency:
 
     Attributes:
       batch, context: requests at once, and tokens of each prompt.
-      compression: all that was asked for.
+      method, compression: its name, and all that was asked for.
       full_layers: how many layers keep everything.
       latent: type and size of a latent.
       prompt_seconds: of one prompt alone, until its first token: read back, compressed and all.
@@ -73,6 +73,7 @@ class DeltaLatency:
 
     batch: int
     context: int
+    method: str
     compression: str
     full_layers: int
     latent: str
@@ -159,6 +160,7 @@ def measure(
     return DeltaLatency(
         batch=batch,
         context=context,
+        method=compression.method,
         compression=str(compression),
         full_layers=len(layout.full_layers),
         latent=f"{layout.latent_dtype} x {layout.latent.head_dim}",

@@ -29,7 +29,7 @@ from sparsejax.bench.throughput import Distribution, Throughput, prepare, serve
 from sparsejax.bench.traces import Trace, TraceRequest, uniform
 from sparsejax.engine.llm import LLM
 from sparsejax.engine.programs.eviction import EvictReport, Strategy
-from sparsejax.engine.requests.sampling_params import CompressionParams
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.engine.requests.submission import Submission
 from sparsejax.engine.scheduling.plan import Evict
 from sparsejax.errors import InvalidArgumentError
@@ -276,9 +276,12 @@ def _watched(
 ) -> tuple[Throughput, _Watch]:
     watch = _Watch(llm)
     try:
-        return serve(llm, trace, compression, observe=watch.observe, use_tqdm=use_tqdm), watch
+        served = serve(llm, trace, compression, observe=watch.observe, use_tqdm=use_tqdm)
     finally:
         watch.close()
+    if served.interrupted:  # a part of a trace fragments otherwise than the whole
+        raise KeyboardInterrupt
+    return served, watch
 
 
 def _p99(distribution: Distribution | None) -> float | None:
@@ -350,13 +353,16 @@ def format_steady(row: Steady) -> str:
     )
 
 
-def as_dict(rows: Sequence[Fragmentation], steady: Sequence[Steady], *, model: str, page_size: int) -> dict[str, Any]:
+def as_dict(
+    rows: Sequence[Fragmentation], steady: Sequence[Steady], *, model: str, method: str, page_size: int
+) -> dict[str, Any]:
     """For JSON, and for `sparsejax.bench.compare`."""
     return {
         "kind": "fragmentation",
         "model": model,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
+        "method": method,
         "page_size": page_size,
         "rows": [asdict(row) for row in rows],
         "steady": [asdict(row) for row in steady],

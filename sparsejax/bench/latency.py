@@ -24,8 +24,9 @@ from sparsejax.bench.timing import summary
 from sparsejax.cache import row_usage
 from sparsejax.engine.execution.memory import tree_bytes
 from sparsejax.engine.llm import LLM
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.engine.requests.inputs import TokenizedPrompt
-from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.sampling_params import SamplingParams
 from sparsejax.engine.requests.submission import Answer
 from sparsejax.engine.scheduling.buckets import prompt_room
 from sparsejax.models import ModelConfig
@@ -149,8 +150,17 @@ def measure(
     total = batch * context
     # Compiles what the timed prefill needs: a full chunk, a last one of the same size, the release of rows.
     rehearsal = min(total, chunk + total % chunk)
-    run_batch(llm, [prompt[:rehearsal] for prompt in prompts[: -(-rehearsal // context)]], num_tokens=1, steps=0)
+    starts = range(0, rehearsal, context)
+    run_batch(
+        llm,
+        [prompt[: rehearsal - start] for prompt, start in zip(prompts, starts, strict=False)],
+        num_tokens=1,
+        steps=0,
+    )
+    before = runner.compilations
     prefill_seconds = run_batch(llm, prompts, num_tokens=1, steps=0).first_tokens
+    if runner.compilations != before:  # chunks of few tokens, which many short prompts make, needed other steps
+        prefill_seconds = run_batch(llm, prompts, num_tokens=1, steps=0).first_tokens
     num_tokens = tokens_decoded(steps, batch=batch, context=context, chunk=llm.engine.scheduler.config.max_mixed_tokens)
     decode = run_batch(llm, prompts, num_tokens=num_tokens, steps=steps, profiled=profiled, trace_folder=trace_folder)
     step = summary(decode.steps)

@@ -29,7 +29,7 @@ from sparsejax.bench.table import Column, format_rows, number
 from sparsejax.bench.timing import summary
 from sparsejax.cache import CacheLayout
 from sparsejax.engine.llm import LLM
-from sparsejax.engine.requests.sampling_params import CompressionParams
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError
 
 

@@ -20,9 +20,10 @@ from sparsejax.bench.traces import Trace
 from sparsejax.engine.execution.garbage import quiet_collector
 from sparsejax.engine.execution.warm_up import warm_up
 from sparsejax.engine.llm import LLM
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.engine.requests.inputs import TokenizedPrompt
 from sparsejax.engine.requests.request import Request
-from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.sampling_params import SamplingParams
 from sparsejax.engine.requests.submission import Submission
 from sparsejax.engine.scheduling.limits import check_limits, most_tokens
 from sparsejax.errors import InvalidArgumentError
@@ -109,6 +110,7 @@ class Throughput:
       records: by arrival.
       timeline: by step.
       itls: every time between successive tokens, for plots.
+      interrupted: by Ctrl-C; all of this is about the requests that had ended, then.
     """
 
     trace: str
@@ -144,6 +146,38 @@ class Throughput:
     records: list[Record]
     timeline: Timeline
     itls: list[float]
+    interrupted: bool = False
+
+
+def check(llm: LLM, trace: Trace, compression: CompressionParams | None = None) -> None:
+    """Refuses what `serve` would refuse, before anything is compiled for it.
+
+    Raises:
+      InvalidArgumentError: a request that the engine can never serve in full.
+    """
+    engine, limits = llm.engine, llm.engine.scheduler.config
+    compression = compression or CompressionParams()
+    for i, (request, (prompt, params)) in enumerate(zip(trace.requests, _work(llm, trace), strict=True)):
+        name = f"request {i} of trace {trace.name!r}"
+        engine.check(prompt, params, compression, name=name)
+        probe = Request("", prompt.token_ids, params, compression)
+        most = most_tokens(probe, check_limits(probe, limits, name=name), limits)
+        if most < request.output_tokens:
+            raise InvalidArgumentError(
+                f"{name} has {request.input_tokens} tokens and asks for {request.output_tokens} more; max_model_len "
+                f"and the cache allow {request.input_tokens + most} together."
+            )
+
+
+def _work(llm: LLM, trace: Trace) -> list[tuple[TokenizedPrompt, SamplingParams]]:
+    """What the engine is given of each request."""
+    return [
+        (
+            TokenizedPrompt(None, request.prompt(llm.model_config.vocab_size)),
+            SamplingParams(temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True),
+        )
+        for request in trace.requests
+    ]
 
 
 def prepare(
@@ -189,52 +223,47 @@ def serve(
       compression: of all requests; None: dense.
       observe: called after every step with the unfinished requests.
 
+    Returns:
+      What was measured. After Ctrl-C that is about the requests that had ended, and says so.
+
     Raises:
       InvalidArgumentError: a request that the engine can never serve in full.
+      KeyboardInterrupt: before any request had ended.
     """
     engine, runner = llm.engine, llm.engine.runner
-    work = [
-        (
-            TokenizedPrompt(None, request.prompt(llm.model_config.vocab_size)),
-            SamplingParams(temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True),
-        )
-        for request in trace.requests
-    ]
-    limits = engine.scheduler.config
     compression = compression or CompressionParams()
-    for i, (request, (prompt, params)) in enumerate(zip(trace.requests, work, strict=True)):
-        name = f"request {i} of trace {trace.name!r}"
-        engine.check(prompt, params, compression, name=name)
-        probe = Request("", prompt.token_ids, params, compression)
-        most = most_tokens(probe, check_limits(probe, limits, name=name), limits)
-        if most < request.output_tokens:
-            raise InvalidArgumentError(
-                f"{name} has {request.input_tokens} tokens and asks for {request.output_tokens} more; max_model_len "
-                f"and the cache allow {request.input_tokens + most} together."
-            )
+    check(llm, trace, compression)
     engine.reset_prefix_cache()
     before, waited, preempted = runner.compilations, engine.wait_seconds, engine.scheduler.num_preemptions
-    with watch_compilations() as compiled:
-        served = _Server(llm, trace, work, compression, observe).run(use_tqdm)
+    served = _Server(llm, trace, compression, observe)
+    try:
+        with watch_compilations() as watched:
+            served.run(use_tqdm)
+        # Of what was served: not of the steps that only clear away behind it.
+        compilations, programs_compiled = dict(runner.compilations - before), len(watched.programs)
+        waited, preempted = engine.wait_seconds - waited, engine.scheduler.num_preemptions - preempted
+    finally:
+        served.clear_away()
+    if not served.ended:
+        raise KeyboardInterrupt
     seconds = served.seconds
-    records = [
-        _record(request.arrival, submission, times)
-        for request, submission, times in zip(trace.requests, served.submissions, served.times, strict=True)
-    ]
-    itls = np.concatenate([np.diff(times) for times in served.times])
-    windows = [(request.arrival, times[0]) for request, times in zip(trace.requests, served.times, strict=True)]
-    beside = np.concatenate([_in_prefill(times[1:], windows) for times in served.times])
+    records = [_record(trace.requests[i].arrival, served.submissions[i], served.times[i]) for i in served.ended]
+    itls = np.concatenate([np.diff(served.times[i]) for i in served.ended])
+    arrivals = (request.arrival for request in trace.requests)
+    windows = [(arrival, times[0]) for arrival, times in zip(arrivals, served.times, strict=False) if times]
+    beside = np.concatenate([_in_prefill(served.times[i][1:], windows) for i in served.ended])
+    input_tokens = sum(record.input_tokens for record in records)
     output_tokens = sum(record.output_tokens for record in records)
     stats = jax.devices()[0].memory_stats() or {}
-    compressed = [answer.compression for each in served.submissions for answer in each.answers]
+    compressed = [answer.compression for i in served.ended for answer in served.submissions[i].answers]
     return Throughput(
         trace=trace.name,
         requests=len(records),
-        input_tokens=trace.input_tokens,
+        input_tokens=input_tokens,
         output_tokens=output_tokens,
         wall_seconds=seconds,
         output_rate=output_tokens / seconds,
-        total_rate=(trace.input_tokens + output_tokens) / seconds,
+        total_rate=(input_tokens + output_tokens) / seconds,
         cached_tokens=sum(record.cached_tokens for record in records),
         ttft=Distribution.of([record.ttft for record in records]),
         ttft_hit=Distribution.of([record.ttft for record in records if record.cached_tokens]),
@@ -243,14 +272,14 @@ def serve(
         itl_prefill=Distribution.of(itls[beside]),
         itl_decode=Distribution.of(itls[~beside]),
         e2e=Distribution.of([record.e2e for record in records]),
-        host_seconds=seconds - (engine.wait_seconds - waited) - served.slept,
+        host_seconds=seconds - waited - served.slept,
         steps=len(served.timeline.seconds),
         max_running=max(served.timeline.running),
         max_pages=max(served.timeline.pages),
         pool_pages=runner.layout.pages_of(engine.scheduler.pool_entries),
-        preemptions=engine.scheduler.num_preemptions - preempted,
-        compilations=dict(runner.compilations - before),
-        programs_compiled=len(compiled.programs),
+        preemptions=preempted,
+        compilations=compilations,
+        programs_compiled=programs_compiled,
         peak_bytes=stats.get("peak_bytes_in_use", 0),
         method=compression.method,
         compression=str(compression),
@@ -261,6 +290,7 @@ def serve(
         records=records,
         timeline=served.timeline,
         itls=itls.tolist(),
+        interrupted=served.interrupted,
     )
 
 
@@ -271,19 +301,20 @@ class _Server:
       seconds: from the start to the last token.
       slept: of these, waiting for arrivals with nothing to do.
       submissions, times: of each request of the trace, and the seconds at which its tokens were there.
+      ended: requests that have ended, by number.
+      interrupted: by Ctrl-C.
     """
 
     def __init__(
         self,
         llm: LLM,
         trace: Trace,
-        work: list[tuple[TokenizedPrompt, SamplingParams]],
         compression: CompressionParams,
         observe: Callable[[Sequence[Submission]], None] | None,
     ) -> None:
         self.engine = llm.engine
         self.requests = trace.requests
-        self.work = work
+        self.work = _work(llm, trace)
         self.compression = compression
         self.observe = observe
         self.submissions: list[Submission] = []
@@ -291,9 +322,11 @@ class _Server:
         self.timeline = Timeline([], [], [], [])
         self.seconds = 0.0
         self.slept = 0.0
+        self.ended: list[int] = []
+        self.interrupted = False
         self._active: list[int] = []
 
-    def run(self, use_tqdm: bool) -> _Server:
+    def run(self, use_tqdm: bool) -> None:
         start = time.perf_counter()
         total = len(self.requests)
         try:
@@ -312,13 +345,18 @@ class _Server:
                         tokens = sum(map(len, self.times))
                         bar.set_postfix_str(f"{tokens / self.seconds:.0f} tok/s", refresh=False)
                         bar.update(ended)
-        finally:  # leaves an idle engine behind, whatever happened
-            for submission in self.submissions:
-                self.engine.cancel(submission)
-            while self.engine.has_unfinished:
-                self.engine.step()
-            self.engine.step()  # releases the last rows
-        return self
+        except KeyboardInterrupt:
+            self.interrupted = True
+        # Before any is cancelled.
+        self.ended = [i for i, each in enumerate(self.submissions) if each.finished and self.times[i]]
+
+    def clear_away(self) -> None:
+        """Leaves an idle engine behind, whatever happened."""
+        for submission in self.submissions:
+            self.engine.cancel(submission)
+        while self.engine.has_unfinished:
+            self.engine.step()
+        self.engine.step()  # releases the last rows
 
     def _add_arrived(self, now: float) -> None:
         while len(self.submissions) < len(self.requests):
@@ -383,6 +421,7 @@ def format_report(result: Throughput) -> str:
     """What a person wants to know."""
     compiled = ", ".join(f"{name} {count}" for name, count in result.compilations.items()) or "none"
     lines = [
+        *(["interrupted; of the requests that had ended:"] if result.interrupted else []),
         f"{result.trace}: {result.requests} requests, {result.input_tokens} tokens in, {result.output_tokens} out, "
         f"{result.wall_seconds:.2f} s",
         f"output {result.output_rate:.0f} tok/s, total {result.total_rate:.0f} tok/s",

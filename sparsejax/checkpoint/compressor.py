@@ -67,7 +67,7 @@ def read_compressor_config(source: str | Path, *, references: str | None = None)
       TensorMismatchError: tensors of one compressor that do not fit each other or config.json.
       CompressorConfigError: an option that is not allowed.
     """
-    folder = find_folder(source)
+    folder = find_folder(source, kind="compressor")
     try:
         return _read_config(folder, references)
     except SparsejaxError:
@@ -116,7 +116,7 @@ def load_compressor(
       CheckpointError, TensorMismatchError, CompressorConfigError: as `read_compressor_config`.
     """
     config = read_compressor_config(source, references=references)
-    folder = find_folder(source)
+    folder = find_folder(source, kind="compressor")
     if model is not None:
         config.require_model(model, where=f"The compressor in {folder}")
     groups = compressor_groups(config)

@@ -19,6 +19,7 @@ from sparsejax.checkpoint.orbax_store import read_manifest, restore_group, save_
 from sparsejax.checkpoint.progress import group_bytes, progress_bar
 from sparsejax.checkpoint.safetensors_files import SafetensorsReader, SafetensorsWriter
 from sparsejax.checkpoint.source import INDEX, MANIFEST, load_config, read_json, resolve
+from sparsejax.folders import check_can_make
 
 # Config and tokenizer, as their writers name them.
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -119,10 +120,16 @@ def convert_to_hf(
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` if the block succeeds and is removed if it raises."""
+    """A temporary sibling of `out` that becomes `out` if the block succeeds and is removed if it raises.
+
+    Raises:
+      OutputExistsError: `out` is a file or a folder that is not empty.
+      InvalidArgumentError: it cannot be made.
+    """
     out = out.expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(f"{out} exists already and is not an empty folder; remove it or choose another name.")
+    check_can_make(out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)

@@ -51,13 +51,16 @@ def resolve(source: str | Path) -> Checkpoint:
     return Checkpoint(folder, "huggingface")
 
 
-def find_folder(source: str | Path) -> Path:
+def find_folder(source: str | Path, *, kind: str = "checkpoint") -> Path:
     """The folder that a path or a Hugging Face id means, whatever it holds. An id is downloaded unless cached.
+
+    Args:
+      kind: what messages call what is looked for.
 
     Raises:
       CheckpointNotFoundError: no such folder or id, or offline and not in the cache.
     """
-    return _local_folder(source) or _snapshot(str(source), ["*.safetensors", *_TOKENIZER_PATTERNS])
+    return _local_folder(source, kind) or _snapshot(str(source), ["*.safetensors", *_TOKENIZER_PATTERNS])
 
 
 def load_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -80,7 +83,7 @@ def load_tokenizer(source: str | Path) -> Any:
       CheckpointNotFoundError: no such folder or id, or offline and not in the cache.
       CheckpointError: there are no tokenizer files that transformers can read.
     """
-    folder = _local_folder(source)
+    folder = _local_folder(source, "tokenizer")
     if folder is None:
         folder = _snapshot(str(source), _TOKENIZER_PATTERNS)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
@@ -131,17 +134,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _local_folder(source: str | Path) -> Path | None:
+def _local_folder(source: str | Path, kind: str) -> Path | None:
     """The folder that source names, or None if it can only be a Hugging Face id."""
     if not isinstance(source, str | Path) or not str(source):
-        raise CheckpointNotFoundError(f"A model is named by a folder or a Hugging Face id, got {source!r}.")
+        raise CheckpointNotFoundError(f"A {kind} is named by a folder or a Hugging Face id, got {source!r}.")
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointNotFoundError(f"{path} is a file; give the folder that holds the checkpoint.")
+        raise CheckpointNotFoundError(f"{path} is a file; give the folder that holds the {kind}.")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise CheckpointNotFoundError(f"There is no checkpoint folder {source}.")
+        raise CheckpointNotFoundError(f"There is no {kind} folder {source}.")
     return None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparsejax.cli import (
     bench,
-    calibrate_layers,
+    calibrate,
     chat,
     convert,
     demo,
@@ -31,7 +31,7 @@ COMMANDS = (
     pack_data,
     train_compressor,
     methods,
-    calibrate_layers,
+    calibrate,
     evaluate,
     bench,
     demo,

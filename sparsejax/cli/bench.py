@@ -188,6 +188,10 @@ def run_throughput(args: argparse.Namespace) -> int:
     if args.write_trace is not None:
         if len(wanted) > 1:
             raise InvalidArgumentError(f"--write-trace takes one trace, got {len(wanted)}.")
+        if args.json is not None or args.plot is not None:
+            raise InvalidArgumentError("--write-trace serves nothing: --json and --plot have nothing to tell of.")
+        if not args.write_trace.parent.is_dir():
+            raise InvalidArgumentError(f"--write-trace: there is no folder {args.write_trace.parent}.")
         traces.write_jsonl(wanted[0], args.write_trace)
         return 0
     from sparsejax.engine.execution.memory import reserve_device_memory
@@ -213,6 +217,8 @@ def run_throughput(args: argparse.Namespace) -> int:
         **engine_options(args, config, params) | {"enable_prefix_caching": shares},
         **delta_engine_options(args, config, params),
     )
+    for trace in wanted:  # what cannot be served is refused before anything is compiled
+        throughput.check(llm, trace, compression)
     if not args.no_warmup:
         throughput.prepare(llm, wanted, compression, progress=compiling)
     for trace in wanted:
@@ -222,6 +228,8 @@ def run_throughput(args: argparse.Namespace) -> int:
             write_json(_named(args.json, trace.name, wanted), throughput.as_dict(result, model=name))
         if args.plot is not None:
             plots.plot_throughput(result, _named(args.plot, trace.name, wanted))
+        if result.interrupted:
+            raise KeyboardInterrupt
     return 0
 
 

@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     page_size = llm.engine.runner.layout.page_size
 
     def keep(rows, steady_rows):
-        write_json(args.json, fragmentation.as_dict(rows, steady_rows, model=name, page_size=page_size))
+        setting = {"model": name, "method": args.method, "page_size": page_size}
+        write_json(args.json, fragmentation.as_dict(rows, steady_rows, **setting))
 
     results = fragmentation.measure(
         llm,

@@ -29,9 +29,10 @@ from sparsejax.cli.bench_options import (
 from sparsejax.cli.compression_options import add_compression_options, compression_from
 from sparsejax.cli.outputs import check_outputs
 from sparsejax.errors import InvalidArgumentError
+from sparsejax.folders import check_can_make
 
 if TYPE_CHECKING:
-    from sparsejax.engine.requests.sampling_params import CompressionParams
+    from sparsejax.engine.requests.compression_params import CompressionParams
 
 PREFILLS = 2  # timed of one prompt
 
@@ -121,6 +122,14 @@ def run(args: argparse.Namespace) -> int:
         )
     (kind,) = kinds
     _check(args, kind)
+    for compression in asked if kind == "evict" else ():
+        short = next((context for _, context in wanted if compression.budget(context) >= context), None)
+        if short is not None:
+            raise InvalidArgumentError(
+                f"method {compression.method!r} evicts nothing of prompts of {short} tokens: give a budget below that."
+            )
+    if args.profile:
+        check_can_make(Path(args.profile), name="--profile")
     from sparsejax.bench.profile import format_profile, keep_command_buffers
     from sparsejax.engine.execution.memory import reserve_device_memory
 

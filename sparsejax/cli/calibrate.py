@@ -1,4 +1,4 @@
-"""`sparsejax eval calibrate`: fit how much of a context a method must keep for a given quality."""
+"""`sparsejax calibrate`: choose the layers that read everything, for methods whose other layers follow them."""
 
 from __future__ import annotations
 
@@ -6,125 +6,118 @@ import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sparsejax.cli import compression_options, options
+from sparsejax.cli.evaluate import numbers
+from sparsejax.cli.options import refuse_given
 from sparsejax.cli.outputs import check_outputs
+from sparsejax.config import DTYPES
 from sparsejax.errors import InvalidArgumentError
+from sparsejax.validation import whole
 
-if TYPE_CHECKING:
-    from sparsejax.evaluation.calibration_texts import CalibrationText
-
-DESCRIPTION = """Asks about contexts of which a method, before it saw the question, kept different fractions,
-and fits how the likelihood of the right answers depends on the fraction and on how well the model predicts the
-context. The fit, saved with --json, then says how much of another context to keep:
-  sparsejax generate --calibration FILE --quality-target 0.95 ...
-It holds for this model and method, and for contexts like those measured. They are retrieval tasks, or --file: a .jsonl
-with one {"context": ..., "question": ..., "answer": ...} or {"text": ...} a line, or any text, taken in pieces."""
+DESCRIPTION = """Measures how much of each layer's attention goes to the tokens that another layer would choose, and
+finds the full-attention layers that leave the most to those that follow them (method omnikv, and deltakv). The queries
+are the last tokens of sample texts: retrieval tasks, or --data, a text, a .jsonl with one {"text": ...} (or "context",
+"question" and "answer") a line, or a folder of such files."""
 
 EXAMPLES = """examples:
-  sparsejax eval calibrate --json compactor.json --plot compactor.png
-  sparsejax eval calibrate --method snapkv --file book.txt --lengths 2048,4096 --target 0.9 --json snapkv.json
+  sparsejax calibrate
+  sparsejax calibrate --model Qwen/Qwen2.5-7B-Instruct --data book.txt --count 6 --json layers.json --plot layers.png
 """
 
 
-def add_parser(suites) -> None:
-    parser = suites.add_parser(
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
         "calibrate",
-        help="fit how much of a context must be kept for a given quality",
+        help="choose the full-attention layers of a model",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--model", metavar="NAME", help="folder or Hugging Face id (default: the embedded tiny model)")
     parser.add_argument(
-        "--method", default="compactor", metavar="NAME", help="a method that evicts (default: %(default)s)"
+        "--dtype", choices=DTYPES[1:], help="compute dtype (default: the checkpoint's; float32 on a CPU)"
     )
-    compression_options.add_common_arguments(parser)
+    parser.add_argument("--data", type=Path, metavar="PATH", help="texts (default: retrieval tasks)")
+    parser.add_argument("--lengths", default="1024,4096", metavar="N,N", help="tokens of a text (default: %(default)s)")
     parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the method or the budget rule's own, e.g. pooling=avg (repeatable)",
+        "--samples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="texts of each length, and of each task (default: %(default)s)",
     )
-    parser.add_argument(
-        "--target", type=float, default=0.95, metavar="Q", help="quality to report for, in (0, 1] (default: 0.95)"
-    )
-    parser.add_argument(
-        "--fractions", default="0.05,0.1,0.2,0.3,0.5,0.75", metavar="F,F", help="fractions kept (default: %(default)s)"
-    )
-    parser.add_argument("--lengths", default="1024,4096", metavar="N,N", help="prompt tokens (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=8, metavar="N", help="per task and length (default: 8)")
-    parser.add_argument("--tasks", metavar="A,B", help=f"retrieval tasks (default: {options.TASKS})")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the tasks (default: 0)")
-    parser.add_argument("--file", type=Path, metavar="FILE", help="texts to measure on instead of the tasks")
+    parser.add_argument("--count", type=int, metavar="N", help="full-attention layers (default: one in six, and one)")
     parser.add_argument(
-        "--answer-tokens", type=int, default=64, metavar="N", help="end of a text, to be predicted (default: 64)"
+        "--top-tokens", default="0.05", metavar="N", help="tokens to choose, or their fraction (default: %(default)s)"
     )
     parser.add_argument(
-        "--smoothing", type=float, default=0.05, metavar="S", help="nats a token that hardly count (default: 0.05)"
+        "--sink-tokens", type=int, default=4, metavar="N", help="first tokens, always read (default: 4)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save the fit there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what was measured and the fit")
-    options.add_model_options(parser, dense=True)
+    parser.add_argument("--recent-tokens", type=int, default=32, metavar="N", help="last tokens likewise (default: 32)")
+    parser.add_argument("--queries", type=int, default=16, metavar="N", help="last tokens that ask (default: 16)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write layers and matrix there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the matrix (needs matplotlib)")
     parser.set_defaults(run=functools.partial(run, default_of=parser.get_default))
 
 
 def run(args: argparse.Namespace, *, default_of: Callable[[str], Any]) -> int:
-    """Measures and fits. default_of: what an option is when it is not given."""
-    from sparsejax.cli.evaluate import numbers, task_names
-    from sparsejax.evaluation import calibration
-    from sparsejax.evaluation.plots import plot_calibration
-    from sparsejax.validation import number, whole
+    """Measures and chooses. default_of: what an option is when it is not given."""
+    from sparsejax.cli.compression_options import selection_options
+    from sparsejax.methods.selection import top_tokens
 
-    target = number("--target", args.target, 0.0, 1.0, above=True)
-    fractions = _fractions(args.fractions)
-    lengths, tasks = numbers("--lengths", args.lengths), task_names(args.tasks)
-    if args.samples < 1:
-        raise InvalidArgumentError(f"--samples must be at least 1, got {args.samples}.")
-    whole("--answer-tokens", args.answer_tokens, 1)
-    if args.file is not None:
-        options.refuse_given(args, default_of, ("tasks", "seed"), "--file")
-        if args.file.suffix == ".jsonl":
-            options.refuse_given(args, default_of, ("lengths", "samples"), "a .jsonl, whose texts are taken whole")
-    else:
-        options.refuse_given(args, default_of, ("answer_tokens",), "tasks, which have answers of their own")
+    lengths = numbers("--lengths", args.lengths)
+    for name in ("samples", "queries"):
+        if getattr(args, name) < 1:
+            raise InvalidArgumentError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if args.data is not None:
+        refuse_given(args, default_of, ("seed",), "--data")
+        if args.data.suffix == ".jsonl":
+            refuse_given(args, default_of, ("lengths", "samples"), "a .jsonl, whose texts are taken whole")
     check_outputs(args)
-    compression = compression_options.compression_from(args, keep_fraction=fractions[0])
-    # On a CPU every slot that a row could have costs time, so that rows are made no longer than the tasks.
-    room = {"max_model_len": max(lengths)} if args.max_model_len is None and args.file is None else {}
-    llm = options.make_llm(args, methods=tuple(dict.fromkeys(["full", args.method])), **room)
-    texts = _texts(args, llm.get_tokenizer(), lengths, tasks)
-    if len(texts) < 2:
-        raise InvalidArgumentError("There is one text to measure on; a fit needs two (--file, --lengths, --samples).")
-    points = calibration.measure_points(
-        llm, compression, texts, keep_fractions=fractions, smoothing=args.smoothing, progress=True
-    )
-    ratio = calibration.fit(compression, points)
-    print(calibration.format_calibration(ratio, points, target))
+    for name in ("sink_tokens", "recent_tokens"):
+        whole(f"--{name.replace('_', '-')}", getattr(args, name), 0)
+    top = top_tokens(selection_options(args)["top_tokens"])
+    import jax
+    from tqdm import tqdm
+
+    from sparsejax.assets import tiny_model_path
+    from sparsejax.checkpoint import load_model, load_tokenizer, resolve
+    from sparsejax.evaluation.layer_choice import choose_layers, format_coverage, measure_coverage, save_choice
+
+    checkpoint = resolve(args.model or tiny_model_path())
+    tokenizer = load_tokenizer(checkpoint.folder)
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+    config, params = load_model(checkpoint.folder, dtype=dtype)
+    count = config.num_layers // 6 + 1 if args.count is None else whole("--count", args.count, 1, config.num_layers)
+    texts = _texts(args, tokenizer, lengths)
+    asked = {"top_tokens": top, "sinks": args.sink_tokens, "recent": args.recent_tokens, "queries": args.queries}
+    coverage = measure_coverage(config, params, tqdm(texts, desc="texts"), **asked)
+    choice = choose_layers(coverage, count)
+    print(format_coverage(coverage))
+    print("\nfull layers  attention kept by followers  layers")
+    for number in sorted({*range(1, min(config.num_layers, 2 * count) + 1), count}):
+        each = choose_layers(coverage, number)
+        print(f"{number:11d}  {each.coverage:27.1%}  {','.join(map(str, each.layers))}")
+    print(f"\n--full-attention-layers {','.join(map(str, choice.layers))}")
     if args.json is not None:
-        ratio.save(args.json)
+        save_choice(args.json, choice, coverage, config, texts=len(texts), **asked)
     if args.plot is not None:
-        plot_calibration(ratio, points, target, args.plot)
+        from sparsejax.evaluation.plots import plot_coverage
+
+        plot_coverage(coverage, choice.layers, args.plot)
     return 0
 
 
-def _texts(args: argparse.Namespace, tokenizer: Any, lengths: list[int], tasks: list[str]) -> list[CalibrationText]:
+def _texts(args: argparse.Namespace, tokenizer: Any, lengths: list[int]) -> list[list[int]]:
     from sparsejax.evaluation.calibration_texts import file_texts, task_texts
 
-    if args.file is not None:
-        return file_texts(tokenizer, args.file, lengths=lengths, samples=args.samples, answer_tokens=args.answer_tokens)
-    return task_texts(tokenizer, tasks=tasks, lengths=lengths, samples=args.samples, seed=args.seed)
-
-
-def _fractions(text: str) -> list[float]:
-    """ "0.1,0.5" -> [0.1, 0.5], all in (0, 1]."""
-    try:
-        fractions = [float(part) for part in text.split(",")]
-    except ValueError:
-        fractions = [0.0]
-    if not all(0 < fraction <= 1 for fraction in fractions):
-        raise InvalidArgumentError(f"--fractions must be in (0, 1] with commas between, got {text!r}.")
-    if min(fractions) == 1:
-        raise InvalidArgumentError(f"--fractions must have one below 1, where something is lost, got {text!r}.")
-    return fractions
+    if args.data is None:
+        found = task_texts(tokenizer, lengths=lengths, samples=args.samples, seed=args.seed)
+    else:
+        files = sorted(path for path in args.data.rglob("*") if path.is_file()) if args.data.is_dir() else [args.data]
+        found = [text for file in files for text in file_texts(tokenizer, file, lengths=lengths, samples=args.samples)]
+    if not found:
+        raise InvalidArgumentError(f"--data {args.data} holds no text.")
+    return [text.tokens for text in found]

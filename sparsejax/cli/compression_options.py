@@ -122,6 +122,7 @@ def compression_from(args: argparse.Namespace, **overrides: Any) -> CompressionP
     Raises:
       InvalidArgumentError: a value that is not allowed, or an --option without a name.
     """
+    from sparsejax import methods
     from sparsejax.engine.requests.compression_params import CompressionParams
 
     given: dict[str, Any] = (
@@ -137,7 +138,14 @@ def compression_from(args: argparse.Namespace, **overrides: Any) -> CompressionP
         if name in own:
             raise InvalidArgumentError(f"--option gives {name} twice, {own[name]!r} and {value!r}.")
         own[name] = value
-    return CompressionParams(**given, options=own | selection_options(args))
+    selection = selection_options(args)
+    taken = methods.get(given["method"]).option_names()
+    if "full_attention_layers" in selection and "full_attention_layers" not in taken:
+        raise InvalidArgumentError(
+            f"--full-attention-layers has no meaning for method {given['method']!r}. Options of its own: "
+            f"{', '.join(f'--option {name}=' for name in taken) or 'none'}."
+        )
+    return CompressionParams(**given, options=own | selection)
 
 
 def method_options(texts: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsejax.cli import calibrate, compression_options, options
+from sparsejax.cli import compression_options, evaluate_calibration, options
 from sparsejax.cli.outputs import check_outputs
 from sparsejax.config import LATENT_DTYPES
 from sparsejax.errors import InvalidArgumentError, SparsejaxError
@@ -96,7 +96,7 @@ def add_parser(subparsers) -> None:
     sweep.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over what is kept")
     options.add_model_options(ruler)
     ruler.set_defaults(run=run_ruler)
-    calibrate.add_parser(suites)
+    evaluate_calibration.add_parser(suites)
 
 
 def run_ruler(args: argparse.Namespace) -> int:

@@ -24,7 +24,9 @@ def check_outputs(args: argparse.Namespace) -> None:
         if path.is_dir():
             raise InvalidArgumentError(f"--{name} {path} cannot be written: it is a folder.")
         for other, given in vars(args).items():
-            if other != name and isinstance(given, Path) and given.resolve() == path.resolve():
+            # Some name files or something else, as text: a model, or traces with commas between.
+            files = [given] if isinstance(given, Path) else given.split(",") if isinstance(given, str) else []
+            if other != name and any(Path(each).resolve() == path.resolve() for each in files if each):
                 raise InvalidArgumentError(f"--{name} and --{other.replace('_', '-')} are the same file, {path}.")
         _try_to_open(name, path)
         if name == "plot":

@@ -249,6 +249,15 @@ def _distribute(args: argparse.Namespace) -> None:
             "--coordinator, --num-processes and --process-id belong together: give all three or none."
         )
     if given:
+        host, _, port = args.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise InvalidArgumentError(f"--coordinator must be HOST:PORT, got {args.coordinator!r}.")
+        if args.num_processes < 1:
+            raise InvalidArgumentError(f"--num-processes must be at least 1, got {args.num_processes}.")
+        if not 0 <= args.process_id < args.num_processes:
+            raise InvalidArgumentError(
+                f"--process-id must be from 0 to {args.num_processes - 1}, got {args.process_id}."
+            )
         import jax
 
         # Before anything asks for a device.

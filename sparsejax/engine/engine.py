@@ -26,11 +26,12 @@ from sparsejax.engine.in_flight import Compressed, InFlight, Results, dispatch
 from sparsejax.engine.programs.eviction import EvictReport
 from sparsejax.engine.programs.sampling import NOT_FINITE, SampleOutput
 from sparsejax.engine.requests.blame import blame, blamed_requests, blaming
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.engine.requests.detokenizer import Detokenizer, decode_function
 from sparsejax.engine.requests.inputs import TokenizedPrompt
 from sparsejax.engine.requests.outputs import Logprob, logprobs_of_token
 from sparsejax.engine.requests.request import CompressionRecord, Request, derive_seed, expand
-from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.sampling_params import SamplingParams
 from sparsejax.engine.requests.stopping import check_stop, detokenizer_for
 from sparsejax.engine.requests.submission import Answer, Submission
 from sparsejax.engine.scheduling.plan import Chunk, Evict, FullRing
@@ -105,8 +106,17 @@ class Engine:
             self.step()
 
     def close(self) -> None:
-        """Gives the device memory of cache and state back; the engine is of no use then."""
+        """Gives the device memory of cache and state back; the engine is of no use then, unless it is reopened."""
         self.runner.close()
+
+    def reopen(self) -> None:
+        """Begins anew after `close`, with nothing in the cache.
+
+        Raises:
+          OutOfMemoryError: the memory is no longer there.
+        """
+        self.scheduler.restart()
+        self.runner.reset()
 
     def check(
         self,
@@ -127,6 +137,14 @@ class Engine:
         request = Request(PROBE, prompt.token_ids, params, compression or CompressionParams())
         self.runner.check(request.compression)
         self.scheduler.check(request, name=name)
+
+    def check_together(self, several: Iterable[CompressionParams]) -> None:
+        """Raises unless requests that ask for these may all be added, as `check` says of each alone.
+
+        Raises:
+          InvalidArgumentError: they make more different choices than one engine serves.
+        """
+        self.runner.check_together(several)
 
     def add(
         self,
@@ -367,7 +385,7 @@ class Engine:
         lane = 0
         for chunk in chunks:
             request = chunk.request
-            submission = self._answers[request.request_id][0] if request.request_id in self._answers else None
+            submission = self._answers[request.request_id][0] if self._answer_of(request) is not None else None
             wanted = request.params.prompt_logprobs
             for position in range(chunk.start + 1, chunk.start + chunk.count + 1):
                 # Position by position in order; a replay, or another answer to the same prompt, adds nothing.

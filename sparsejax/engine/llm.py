@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -27,9 +28,10 @@ from sparsejax.engine.execution.garbage import quiet_collector
 from sparsejax.engine.execution.selection_plan import Selections
 from sparsejax.engine.requests import inputs
 from sparsejax.engine.requests.blame import blamed_requests
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.engine.requests.inputs import Prompt, TokenizedPrompt
 from sparsejax.engine.requests.outputs import RequestOutput
-from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.sampling_params import SamplingParams
 from sparsejax.engine.requests.submission import Submission
 from sparsejax.engine.scheduling.limits import check_length
 from sparsejax.errors import InvalidArgumentError
@@ -108,16 +110,22 @@ class LLM:
         self._methods = frozenset({"full", *named_methods(config)})
         self.engine: Engine = self._build(methods=self._methods)
 
-    def enable_methods(self, names: Iterable[str]) -> None:
+    def enable_methods(self, names: Sequence[str]) -> None:
         """Makes methods usable that the engine was not built for, by rebuilding its KV cache for them.
 
         `generate` and its like call this by themselves unless `methods` was given. The cache of a dense engine has one
         slot table for all layers and heads and no scores; eviction needs a table per head. What prefix caching kept is
         lost, and steps are compiled anew. Does nothing if all names are enabled.
 
+        Args:
+          names: of methods, those that `sparsejax methods` lists.
+
         Raises:
           InvalidArgumentError: unknown method, or requests are unfinished.
+          OutOfMemoryError: no room for such a cache. The engine serves what it did before, then.
         """
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise InvalidArgumentError(f"names must be a list of methods, got {names!r}.")
         wanted = frozenset(names)
         for name in wanted:
             methods.get(name)
@@ -131,13 +139,20 @@ class LLM:
                 f"method {min(wanted - self._methods)!r} needs another layout of the KV cache, and requests are "
                 "unfinished: name all methods in LLM(methods=...) to mix them."
             )
-        self._methods |= wanted
-        logger.info("the KV cache is rebuilt for methods %s", ", ".join(sorted(self._methods)))
+        enabled = self._methods | wanted
+        logger.info("the KV cache is rebuilt for methods %s", ", ".join(sorted(enabled)))
         self.engine.drain()
-        self.engine.close()  # there is no room for two pools
-        num_added = self.engine.num_added
-        self.engine = self._build(methods=self._methods)
-        self.engine.num_added = num_added  # or unseeded requests would draw what the first ones drew
+        try:
+            self.engine.close()  # there is no room for two pools
+            engine = self._build(methods=enabled)
+        except BaseException as error:  # an interrupt, too: what there was goes on serving what it did
+            for each in (error, error.__context__):
+                if each is not None:
+                    traceback.clear_frames(each.__traceback__)  # which may hold the memory of the other
+            self.engine.reopen()
+            raise
+        engine.num_added = self.engine.num_added  # or unseeded requests would draw what the first ones drew
+        self.engine, self._methods = engine, enabled
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer, or None with skip_tokenizer_init."""
@@ -192,6 +207,9 @@ class LLM:
 
         Args:
           messages: a list of {"role": ..., "content": ...}, or a list of such lists.
+          add_generation_prompt: end with what begins an answer of the model's.
+          chat_template: a Jinja template instead of the tokenizer's own.
+          tools: functions that the model may call, as JSON schemas; the template writes them down.
         """
         tokenized = [
             self._tokenize_chat(conversation, i, add_generation_prompt, chat_template, tools)
@@ -211,16 +229,21 @@ class LLM:
           prompt: text, token ids, or one conversation (a list of messages).
           sampling_params: as in `generate`, with n = 1.
 
-        Yields:
+        Returns:
           Outputs whose `.outputs[0].text` and `.token_ids` hold only what is new; the last has `.finished` and the
-          finish reason. Leaving the loop early cancels the request.
+          finish reason. The request begins with the first; leaving the loop early cancels it.
 
         Raises:
-          NotFiniteError: the model's logits are NaN or infinite.
+          InvalidArgumentError: a bad prompt or parameter, at once.
+          NotFiniteError: the model's logits are NaN or infinite, from the iterator.
         """
         tokenized: TokenizedPrompt
-        if inputs.is_conversation(prompt):
-            tokenized = self._tokenize_chat(prompt, 0, True, None, None)
+        first = prompt[0] if isinstance(prompt, Sequence) and prompt else None
+        if inputs.is_conversation(prompt) or inputs.is_conversation(first):
+            conversations = inputs.as_conversations(prompt)
+            if len(conversations) != 1:
+                raise InvalidArgumentError(f"stream takes one conversation, got {len(conversations)}: use chat.")
+            tokenized = self._tokenize_chat(conversations[0], 0, True, None, None)
         else:
             prompts = inputs.as_prompts(prompt)
             if len(prompts) != 1:
@@ -229,7 +252,12 @@ class LLM:
         (params,) = inputs.one_each("sampling_params", sampling_params, SamplingParams, SamplingParams(), 1)
         if params.n != 1:
             raise InvalidArgumentError(f"n must be 1 in stream, got {params.n}: use generate for several answers.")
-        (submission,) = self._submit([tokenized], params, compression_params)
+        self._check([tokenized], params, compression_params)
+        return self._increments(tokenized, params, compression_params)
+
+    def _increments(self, prompt: TokenizedPrompt, params: Any, compression: Any) -> Iterator[RequestOutput]:
+        """What `stream` returns: a function of its own, for it runs from the first `next` on."""
+        (submission,) = self._submit([prompt], params, compression)
         try:
             while not submission.finished:
                 self._step([submission])
@@ -282,6 +310,22 @@ class LLM:
         compression_params: Any,
     ) -> list[Submission]:
         """Checks every prompt and parameter, then queues them all: after an error none is queued."""
+        requests = self._check(prompts, sampling_params, compression_params)
+        names, num_added = [str(next(self._request_ids)) for _ in requests], self.engine.num_added
+        try:
+            return [self.engine.add(name, *request) for name, request in zip(names, requests, strict=True)]
+        except BaseException:  # nobody would wait for those that were taken
+            self.engine.withdraw(names)
+            self.engine.num_added = num_added
+            raise
+
+    def _check(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        sampling_params: Any,
+        compression_params: Any,
+    ) -> list[tuple[TokenizedPrompt, SamplingParams, CompressionParams]]:
+        """Each prompt with its parameters, all of them checked and their methods enabled."""
         params = inputs.one_each("sampling_params", sampling_params, SamplingParams, SamplingParams(), len(prompts))
         default = self.config.default_compression or CompressionParams()
         compression = inputs.one_each(
@@ -302,18 +346,12 @@ class LLM:
                 )
         if not {each.method for each in compression} <= self._methods:
             self._check_before_rebuild(prompts, compression)
-        self.enable_methods(each.method for each in compression)
-        for i, request in enumerate(zip(prompts, params, compression, strict=True)):
+        self.enable_methods([each.method for each in compression])
+        requests = list(zip(prompts, params, compression, strict=True))
+        for i, request in enumerate(requests):
             self.engine.check(*request, name=f"prompt {i}")
-        names = [str(next(self._request_ids)) for _ in prompts]
-        try:
-            return [
-                self.engine.add(name, *request)
-                for name, request in zip(names, zip(prompts, params, compression, strict=True), strict=True)
-            ]
-        except BaseException:  # nobody would wait for those that were taken
-            self.engine.withdraw(names)
-            raise
+        self.engine.check_together(compression)
+        return requests
 
     def _check_before_rebuild(self, prompts: Sequence[TokenizedPrompt], params: Sequence[CompressionParams]) -> None:
         """Refuses what no engine of this model serves: to rebuild the cache for it would lose what is in there."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsejax.engine.llm import LLM
-from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.compression_params import CompressionParams
+from sparsejax.engine.requests.sampling_params import SamplingParams
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.evaluation.calibration_texts import CalibrationText
 from sparsejax.methods.calibrated_ratio import CalibratedRatio
@@ -58,6 +59,10 @@ def token_nlls(
       InvalidArgumentError: a prompt is shorter, or a parameter does not fit the engine.
     """
     for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
+            raise InvalidArgumentError(
+                f"prompts must be a list of lists of token ids, number {index} is {prompt!r:.80}."
+            )
         if len(prompt) < 2:
             raise InvalidArgumentError(f"prompts must have at least 2 tokens each, number {index} has {len(prompt)}.")
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)

@@ -29,8 +29,9 @@ import numpy as np
 
 from sparsejax import methods as registry
 from sparsejax.engine.llm import LLM
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.engine.requests.outputs import RequestOutput
-from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.sampling_params import SamplingParams
 from sparsejax.errors import InvalidArgumentError, SparsejaxError
 from sparsejax.evaluation.ruler import EncodedPrompt, build_samples, encode_sample
 from sparsejax.evaluation.scoring import bootstrap_interval, exact_match

@@ -73,6 +73,30 @@ def test_what_was_compiled_or_measured_in_one_file_only(files):
     assert "device: one and another" in format_comparison(compared)
 
 
+def test_what_was_asked_for_and_the_card_are_compared_too(files):
+    def result(read, **asked):
+        row = {"batch": 1, "context": 64, "method": "snapkv", "compression": "a quarter", "step_seconds": 1.0} | asked
+        return {"kind": "latency", "ceilings": {"device": "one", "read": read}, "rows": [row, row]}
+
+    compared = compare(files("a", result(4e12)), files("b", result(2e12, compression="a half")))
+    assert compared.notes == [
+        "ceilings (TB/s, TFLOP/s): read 4 and read 2",
+        "1 x 64 snapkv: compression a quarter and a half",
+        "1 x 64 snapkv (2): compression a quarter and a half",
+    ]
+    assert [each.row for each in compared.found] == ["1 x 64 snapkv", "1 x 64 snapkv (2)"]
+
+
+def test_fragmentation_is_better_when_it_is_less(files):
+    def result(method, mean):
+        row = {"strategy": "reuse", "budget": 16, "mean": mean}
+        return {"kind": "fragmentation", "method": method, "page_size": 16, "rows": [row]}
+
+    compared = compare(files("a", result("h2o", 0.1)), files("b", result("random", 0.5)))
+    assert [each.verdict for each in compared.found] == ["", "worse"]
+    assert compared.notes == ["method: h2o and random"]
+
+
 def test_starts_are_compared(files):
     start = {"kind": "startup", "model": "tiny", "seconds": 60.0, "pool_share": 0.8, "programs": 30}
     found = compare(files("a", start), files("b", start | {"seconds": 18.0, "pool_share": 0.7})).found

@@ -5,25 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny_config
 
 from sparsejax.bench.ceilings import Ceilings
 from sparsejax.cli import main
 
-RAW = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 48,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "eos_token_id": 2,
-}
+RAW = {**tiny_config.RAW, "max_position_embeddings": 48}
 
 
 def test_it_reports_times_limits_and_measured_bytes(tmp_path, monkeypatch, capsys):

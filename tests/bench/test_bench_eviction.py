@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_config import RAW
 
 from sparsejax import LLM
 from sparsejax.bench import fragmentation, latency, throughput, traces
@@ -18,27 +19,12 @@ from sparsejax.bench.compare import compare
 from sparsejax.bench.fragmentation import Workload
 from sparsejax.cli import main
 from sparsejax.cli.compression_options import add_compression_options, compression_from
-from sparsejax.engine.requests.sampling_params import CompressionParams
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError, UnknownArgumentError
 from sparsejax.models import ModelConfig, init_params
 
 PLOTS = importlib.util.find_spec("matplotlib") is not None
 PAGE = 4
-RAW = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 64,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "eos_token_id": 2,
-}
 TABLES = 2 * 2
 TOKEN = 2 * TABLES * 8 * 4  # bytes of a token's K and V in all layers and heads, float32
 BUDGET = 16

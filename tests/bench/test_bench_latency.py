@@ -7,28 +7,16 @@ import os
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny_config
 
+from sparsejax import LLM
 from sparsejax.bench import latency
 from sparsejax.bench.ceilings import Ceilings
 from sparsejax.cli import main
 from sparsejax.models import ModelConfig, init_params
 
 PLOTS = importlib.util.find_spec("matplotlib") is not None
-RAW = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 48,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "eos_token_id": 2,
-}
+RAW = {**tiny_config.RAW, "max_position_embeddings": 48}
 SLOT = 2 * 2 * 2 * 8 * 4  # bytes of a token's K and V: layers, KV heads, head_dim, float32
 PROJECTIONS = 2 * (32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48)
 
@@ -75,6 +63,27 @@ def test_command_line(tmp_path, quick_ceilings, capsys, monkeypatch):
     if jax.default_backend() == "cpu":
         assert row["idle_share"] is None
         assert "no GPU kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("batch", "context"), [(5, 13), (3, 20), (33, 3)])
+def test_nothing_is_compiled_in_the_prefill_that_is_timed(quick_ceilings, monkeypatch, batch, context):
+    runs, run_batch = [], latency.run_batch
+
+    def watched(llm, prompts, **options):
+        before = llm.engine.runner.compilations
+        result = run_batch(llm, prompts, **options)
+        runs.append((result.first_tokens, llm.engine.runner.compilations - before, options["steps"]))
+        return result
+
+    monkeypatch.setattr(latency, "run_batch", watched)
+    config = ModelConfig.from_hf({**RAW, "intermediate_size": 40 + 8 * batch})  # its steps are compiled here first
+    params = init_params(config, jax.random.key(0), jnp.float32)
+    engine = {"max_num_seqs": batch, "max_num_batched_tokens": 16, "max_model_len": 48, "num_pages": 999}
+    llm = LLM.from_params(config, params, **engine)
+    row = latency.measure(llm, quick_ceilings, batch=batch, context=context, steps=1)
+    timed = [run for run in runs if run[2] == 0][-1]
+    assert timed[0] == row.prefill_seconds
+    assert not timed[1]
 
 
 def test_bad_shapes_are_refused_before_anything_is_measured(capsys):

@@ -3,25 +3,11 @@
 import json
 
 import pytest
+from tiny_config import RAW
 
 from sparsejax.bench.ceilings import Ceilings
 from sparsejax.cli import main
 
-RAW = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 64,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "eos_token_id": 2,
-}
 SLOT = 2 * 2 * 8 * 4  # bytes of a token's K and V in one layer: KV heads, head_dim, float32
 WEIGHTS = 4 * (2 * (32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48) + 5 * 32 + 64 * 32)  # all but the embedding
 

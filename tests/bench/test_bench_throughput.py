@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_config import RAW
 
 from sparsejax import LLM
 from sparsejax.bench import throughput, traces
@@ -17,21 +18,6 @@ from sparsejax.errors import InvalidArgumentError
 from sparsejax.models import ModelConfig, init_params
 
 PLOTS = importlib.util.find_spec("matplotlib") is not None
-RAW = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 64,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "eos_token_id": 2,
-}
 TRACE = Trace(
     "six",
     tuple(TraceRequest(0.03 * i, 5 + 3 * i, answer, seed=i) for i, answer in enumerate((8, 1, 6, 12, 3, 9))),
@@ -128,6 +114,29 @@ def test_a_request_that_cannot_be_served_is_refused(llm):
         throughput.serve(llm, traces.uniform(1, 41, 1), use_tqdm=False)
 
 
+def test_what_had_ended_at_an_interrupt_is_told(llm):
+    def interrupt_near_the_end(submissions):
+        if any(submission.finished for submission in seen) and submissions:
+            raise KeyboardInterrupt
+        seen.extend(submissions)
+
+    seen: list = []
+    result = throughput.serve(llm, TRACE, observe=interrupt_near_the_end, use_tqdm=False)
+    assert result.interrupted
+    assert 0 < result.requests == len(result.records) < 6
+    assert result.output_tokens == sum(record.output_tokens for record in result.records)
+    assert "interrupted" in throughput.format_report(result)
+    assert not llm.engine.has_unfinished
+    assert llm.engine.scheduler.available_entries == llm.engine.scheduler.config.num_free_entries
+    with pytest.raises(KeyboardInterrupt):  # there is nothing to tell of
+        throughput.serve(llm, TRACE, observe=_interrupt, use_tqdm=False)
+    assert not throughput.serve(llm, TRACE, use_tqdm=False).interrupted
+
+
+def _interrupt(submissions):
+    raise KeyboardInterrupt
+
+
 def test_compiled_programs_are_counted():
     def triple(x):
         return x * 3 + 1
@@ -159,6 +168,11 @@ def test_command_line(tmp_path, capsys):
     engine = ["--max-num-seqs", "2", "--max-num-batched-tokens", "16", "--num-pages", "400", "--no-warmup"]
     outputs = ["--json", str(report), *(["--plot", str(figure)] if PLOTS else [])]
     command = ["bench", "throughput", "--trace", str(trace), "--random-weights", str(config), *engine, *outputs]
+    assert main([*command[: -len(outputs)], "--json", str(trace)]) == 1
+    assert "are the same file" in capsys.readouterr().err
+    assert main([*command, "--max-model-len", "8"]) == 1  # before anything is compiled or served
+    assert "request 0 of trace" in capsys.readouterr().err
+    assert not report.exists()
     assert main(command) == 0
     assert figure.exists() == PLOTS
     data = json.loads(report.read_text())

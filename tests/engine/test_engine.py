@@ -185,6 +185,25 @@ def test_logprobs_are_the_same_beside_decodes(make_llm):
     assert all(each.prompt_logprobs is None and each.outputs[0].logprobs is None for each in (first, second))
 
 
+def test_an_id_that_is_used_again_gets_nothing_of_the_request_before(make_llm):
+    """Whose last step was in flight when it was cancelled."""
+    engine = make_llm(enable_prefix_caching=False).engine
+    asking = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, prompt_logprobs=0)
+
+    def serve(*prompts: list[int]) -> list:
+        for prompt in prompts[:-1]:
+            given_up = engine.add("id", TokenizedPrompt(None, prompt), asking)
+            engine.step()
+            engine.cancel(given_up)
+        submission = engine.add("id", TokenizedPrompt(None, prompts[-1]), asking)
+        while engine.has_unfinished:
+            engine.step()
+        return [next(iter(entry)) for entry in submission.output().prompt_logprobs[1:]]
+
+    assert serve(PROMPTS[0], PROMPTS[1]) == PROMPTS[1][1:]
+    assert serve(PROMPTS[0], PROMPTS[0][:3]) == PROMPTS[0][1:3]
+
+
 def test_same_seed_same_tokens_and_n(llm):
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=8, n=3, ignore_eos=True)
     first = llm.generate(PROMPTS[0], params, use_tqdm=False)[0]

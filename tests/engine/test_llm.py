@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -13,7 +14,13 @@ from embedded import ENGINE, embedded_llm
 from sparsejax import LLM, CompressionParams, SamplingParams, SparsejaxError
 from sparsejax.assets import tiny_model_path
 from sparsejax.checkpoint import CheckpointError, CheckpointNotFoundError
-from sparsejax.errors import EmptyPromptError, InvalidArgumentError, PromptTooLongError, UnknownArgumentError
+from sparsejax.errors import (
+    EmptyPromptError,
+    InvalidArgumentError,
+    OutOfMemoryError,
+    PromptTooLongError,
+    UnknownArgumentError,
+)
 from sparsejax.models import ModelConfig
 from sparsejax.models.config import UnsupportedModelError
 
@@ -226,6 +233,59 @@ def test_answers_that_end_together_are_all_handed_over_if_one_is_interrupted(llm
     assert sorted(got) == [0, 1]
     with pytest.raises(InvalidArgumentError, match="on_output must be a function"):
         llm.generate("The quiet otter", params, on_output=5)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OutOfMemoryError("no room")], ids=["interrupt", "memory"])
+def test_a_cache_that_cannot_be_rebuilt_leaves_the_one_there_was(llm, monkeypatch, error):
+    other = LLM(**ENGINE)
+    (expected,) = texts(other.generate("The quiet otter", GREEDY, use_tqdm=False))
+    snapkv = CompressionParams(method="snapkv", budget_tokens=64)
+
+    def fail(*args, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(other, "_build", fail)
+        for _ in range(2):
+            with pytest.raises(error if isinstance(error, type) else type(error)):
+                other.generate("The quiet otter", GREEDY, snapkv, use_tqdm=False)
+            assert texts(other.generate("The quiet otter", GREEDY, use_tqdm=False)) == [expected]
+    assert texts(other.generate("The quiet otter", GREEDY, snapkv, use_tqdm=False)) == [expected]  # it is short
+
+
+def test_methods_are_named_in_a_list(llm):
+    for names in ("snapkv", None, 5):
+        with pytest.raises(InvalidArgumentError, match="names must be a list of methods"):
+            llm.enable_methods(names)
+
+
+def test_a_stream_is_checked_before_it_begins(llm):
+    with pytest.raises(EmptyPromptError):
+        llm.stream("")
+    with pytest.raises(InvalidArgumentError, match="one conversation, got 2"):
+        llm.stream([CONVERSATION, CONVERSATION])
+    with pytest.raises(PromptTooLongError):
+        llm.stream([5] * 100_000)
+    assert not llm.engine.num_unfinished
+    assert (
+        "".join(part.outputs[0].text for part in llm.stream([CONVERSATION], GREEDY))
+        == texts(llm.chat(CONVERSATION, GREEDY, use_tqdm=False))[0]
+    )
+
+
+def test_a_refused_batch_draws_no_seeds_and_no_choices(llm):
+    other = LLM(**ENGINE, methods=("full", "omnikv"))
+    choices = [CompressionParams(method="omnikv", full_attention_layers=(0, *more)) for more in _seventeen()]
+    before = other.engine.num_added
+    with pytest.raises(InvalidArgumentError, match="at most 16 different choices"):
+        other.generate(["The quiet otter"] * 17, GREEDY, choices, use_tqdm=False)
+    assert other.engine.num_added == before
+    other.engine.runner.check(choices[16])
+
+
+def _seventeen():
+    layers = range(1, 6)
+    return list(itertools.chain.from_iterable(itertools.combinations(layers, n) for n in (1, 2, 3)))[:17]
 
 
 def test_a_refused_request_leaves_the_engine_as_it_is(llm):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny_engine import CONFIG, VOCAB
 
 from sparsejax import SamplingParams
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.engine.requests.inputs import TokenizedPrompt
-from sparsejax.engine.requests.sampling_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError
 from sparsejax.models import RopeConfig
 

@@ -87,7 +87,7 @@ def test_an_answer_ends_where_the_positions_end(params):
     [
         ([[1], []], GREEDY, EmptyPromptError, "prompt 1 is empty"),
         ([[1, VOCAB]], GREEDY, InvalidArgumentError, f"token id {VOCAB}"),
-        (["text"], GREEDY, InvalidArgumentError, "pass token ids"),
+        (["text"], GREEDY, InvalidArgumentError, "prompt 0 is text: this loop takes token ids"),
         ([[1], [2]], [GREEDY], InvalidArgumentError, "sampling has 1 items for 2 prompts"),
         ([[1]], SamplingParams(stop="x"), InvalidArgumentError, "stop strings"),
         ([[1]], SamplingParams(stop_token_ids=[VOCAB]), InvalidArgumentError, f"stop_token_ids with id {VOCAB}"),
@@ -99,6 +99,20 @@ def test_an_answer_ends_where_the_positions_end(params):
 def test_what_the_loop_refuses(params, prompts, sampling, error, words):
     with pytest.raises(error, match=words):
         generate(CONFIG, params, prompts, sampling)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ({"page_size": 3}, "page_size must be a power of two"),
+        ({"table_granularity": "x"}, "table_granularity must be one of"),
+        ({"implementation": "foo"}, "implementation must be one of 'triton', 'xla'"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked_as_the_engines_are(params, argument, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        generate(CONFIG, params, [[1]], GREEDY, **argument)
 
 
 def test_no_prompts_no_answers(params):

@@ -41,6 +41,12 @@ def test_documents_lie_end_to_end_with_their_marks(tmp_path, tokenizer):
         pack([tmp_path / "b.txt"], tmp_path / "out", tokenizer, length=5, progress=False)
 
 
+def test_all_sources_are_looked_for_before_the_first_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("The otter sleeps.")
+    with pytest.raises(InvalidArgumentError, match=r"typo\.jsonl is no file"):
+        pack([tmp_path / "a.txt", tmp_path / "typo.jsonl"], tmp_path / "out", [], length=5, progress=False)
+
+
 def test_chats_go_through_the_template_and_limits_hold(tmp_path, tokenizer):
     chat = [{"role": "user", "content": "Who sleeps?"}, {"role": "assistant", "content": "The otter."}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}) + "\n")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -44,8 +45,8 @@ def folders(tmp_path_factory):
 
 def make_run(folders, name, **changes):
     root, model, data = folders
-    given = {"mesh": "data=1", "progress": False, **changes}
-    return Run(model=str(model), data=data, out=root / name, compressor=COMPRESSOR, **{"options": OPTIONS, **given})
+    given = {"compressor": COMPRESSOR, "options": OPTIONS, "mesh": "data=1", "progress": False, **changes}
+    return Run(model=str(model), data=data, out=root / name, **given)
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +113,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_batch(folders):
         ("whole", {"resume": True, "options": dataclasses.replace(OPTIONS, seed=1)}, "seed 42, now 1"),
         ("mesh", {"mesh": "data=3"}, "mesh 'data=3' needs 3 devices"),
         ("nothing", {"options": dataclasses.replace(OPTIONS, max_steps=0)}, "max_steps 0 trains nothing"),
+        ("many", {"options": dataclasses.replace(OPTIONS, batch_size=1000)}, "A step takes"),
+        ("none", {"compressor": {**COMPRESSOR, "neighbors": 0}}, "neighbors"),
+        (
+            "gates",
+            {"init": "pca", "compressor": {**COMPRESSOR, "down_type": "mlp_swiglu"}},
+            "init 'pca' needs down_type",
+        ),
+        ("file/run", {}, "out .*file/run cannot be made: .*file is no folder"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_nothing(folders, whole, name, changes, words):
+def test_what_does_not_fit_is_refused_and_leaves_nothing(folders, whole, monkeypatch, name, changes, words):
+    """And is so before the weights, which may be many, are loaded."""
+
+    def load_frozen(*args, **options):
+        raise AssertionError("the model was loaded")
+
     run = make_run(folders, name, **changes)
-    with pytest.raises(InvalidArgumentError) as error:
+    if name == "file/run":
+        run.out.parent.write_text("")
+    if not changes.get("resume"):
+        monkeypatch.setattr("train.compressor.run.load_frozen", load_frozen)
+    with pytest.raises(SparsejaxError) as error:
         train(run)
-    assert words in str(error.value)
+    assert re.search(words, str(error.value))
     assert name == "whole" or not run.out.exists()
 
 
@@ -212,6 +230,9 @@ def test_the_command_trains_and_measures(folders, capsys):
     [
         ([], "--data and --out must be given"),
         (["--coordinator", "localhost:1"], "belong together"),
+        (["--coordinator", "foo", "--num-processes", "1", "--process-id", "0"], "HOST:PORT, got 'foo'"),
+        (["--coordinator", "foo:1", "--num-processes", "2", "--process-id", "5"], "--process-id must be from 0 to 1"),
+        (["--coordinator", "foo:1", "--num-processes", "0", "--process-id", "0"], "--num-processes must be at least 1"),
         (["--batch-size", "0"], "batch_size must be a whole number"),
         (["--benchmark", "0"], "--benchmark must be at least 1"),
         (["--benchmark", "1", "--data", "x"], "--data has no meaning with --benchmark"),

@@ -49,11 +49,11 @@ class Rows:
             self._packed = open_packed(folder)
             self._count, whole = self._packed.tokens.shape
         else:
+            self._column = _dataset(folder)
             if documents:
                 raise InvalidArgumentError(
                     f"{folder} does not tell documents apart; pack the texts with sparsejax pack-data."
                 )
-            self._column = _dataset(folder)
             self._count = len(self._column)
             whole = len(_token_ids(self._column[0]["input_ids"], folder, 0)) if self._count else 0
         if self._count == 0:

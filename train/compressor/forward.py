@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import rms_norm
 from sparsejax.compressor import CompressorConfig, reconstruct
 from sparsejax.compressor.reconstruct import SEARCH_RESULT
 from sparsejax.models import Decoder, ModelConfig
-from sparsejax.models.decoder import DecoderLayer, rms_norm
+from sparsejax.models.decoder import DecoderLayer
 from sparsejax.models.rope import apply_rope, rope_cos_sin
 from train.compressor.attention import causal_attention
 from train.compressor.placement import Placement

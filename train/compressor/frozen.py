@@ -16,8 +16,8 @@ from sparsejax.models.decoder import INIT_SCALE
 from train.compressor.placement import Placement
 
 
-def load_frozen(source: str | Path, placement: Placement, dtype: Any, *, progress: bool) -> tuple[ModelConfig, Any]:
-    """(config, frozen parameters) of a checkpoint, as `stack_layers` makes them, on the mesh.
+def load_frozen(source: str | Path, placement: Placement, dtype: Any, *, progress: bool) -> Any:
+    """The frozen parameters of a checkpoint, as `stack_layers` makes them, on the mesh.
 
     On one device the weights go straight there. On several, a process holds them in host memory once and gives every
     device its part.
@@ -25,7 +25,7 @@ def load_frozen(source: str | Path, placement: Placement, dtype: Any, *, progres
     single = placement.mesh.size == 1
     sharding = None if single else jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     config, params = load_model(source, dtype=dtype, sharding=sharding, progress=progress)
-    return config, stack_layers(config, params, placement)
+    return stack_layers(config, params, placement)
 
 
 def stack_layers(config: ModelConfig, params: dict[str, Any], placement: Placement) -> dict[str, Any]:

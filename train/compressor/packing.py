@@ -84,6 +84,9 @@ def pack(
     if limit is not None and limit < 1:
         raise InvalidArgumentError(f"limit must be at least 1, got {limit}.")
     sources = list(sources)
+    for path in sources:  # all of them before the first is read
+        if not path.is_file():
+            raise InvalidArgumentError(f"{path} is no file; give .jsonl or text files.")
     vocab_size = len(tokenizer)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
     starts: list[int] = []
@@ -156,8 +159,6 @@ class Document(NamedTuple):
 
 def _documents(sources: Iterable[Path], text_key: str) -> Iterator[Document]:
     for path in sources:
-        if not path.is_file():
-            raise InvalidArgumentError(f"{path} is no file; give .jsonl or text files.")
         if path.suffix.lower() != ".jsonl":
             yield Document(read_text(path), str(path))
             continue

@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.checkpoint import load_compressor, save_compressor
+from sparsejax.checkpoint import load_compressor, load_config, resolve, save_compressor
 from sparsejax.checkpoint.source import read_json
 from sparsejax.compressor import CompressorConfig, init_params
 from sparsejax.compressor.config import kv_dim_of
 from sparsejax.errors import InvalidArgumentError, SparsejaxError
+from sparsejax.folders import check_can_make
 from sparsejax.models import ModelConfig
 from train.compressor.checkpoints import Checkpoints
 from train.compressor.data import Batches, LocalBatch, Rows, check_tokens
@@ -96,7 +97,7 @@ def train(run: Run) -> Path:
     placement = Placement.make(run.mesh)
     rows = Rows(run.data, length=options.length, documents=options.document_masks)
     _check_folder(run)
-    model, frozen = load_frozen(run.model, placement, jnp.dtype(options.dtype), progress=run.progress and first)
+    model = load_config(resolve(run.model))
     config = compressor_config(model, options, run.compressor)
     if run.init == PRINCIPAL:
         require_linear(config)
@@ -119,10 +120,12 @@ def train(run: Run) -> Path:
     if not steps and run.init is None:
         raise InvalidArgumentError("max_steps 0 trains nothing: say with init what the compressor is.")
     passes = TwoPass(model, config, placement, jnp.dtype(options.dtype), options.train_on, options.recompute)
-    if run.init == PRINCIPAL and not run.resume:
+    from_data = run.init == PRINCIPAL and not run.resume
+    params = None if from_data else _start(run, model, config)
+    # What can be refused has been, before the weights are loaded.
+    frozen = load_frozen(run.model, placement, jnp.dtype(options.dtype), progress=run.progress and first)
+    if params is None:
         params = principal_params(passes, frozen, rows, progress=run.progress and first)
-    else:
-        params = _start(run, model, config)
     # Only now is there a run: what was refused leaves no folder behind.
     checkpoints = _open(run)
     try:
@@ -246,8 +249,9 @@ def _start(run: Run, model: ModelConfig, config: CompressorConfig) -> dict[str, 
 
 
 def _check_folder(run: Run) -> None:
-    """Raises unless the run's folder is as good as new, or one to be resumed."""
+    """Raises unless the run's folder is as good as new and can be written, or is one to be resumed."""
     folder = run.out / "checkpoints"
+    check_can_make(run.out, name="out")
     if not run.resume and run.out.exists() and any(run.out.iterdir()):
         raise InvalidArgumentError(
             f"{run.out} holds something already; go on with it (--resume) or choose another folder."

@@ -17,6 +17,7 @@ from sparsejax.engine.programs.eviction import EvictBatch, EvictLane, EvictSpec
 from sparsejax.engine.requests.blame import blaming
 from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.engine.requests.compression_schedule import CompressionSchedule
+from sparsejax.engine.requests.footprint import Pool
 from sparsejax.engine.scheduling import buckets
 from sparsejax.engine.scheduling.plan import Compress, Evict
 from sparsejax.methods import ObservedQueries
@@ -128,7 +129,13 @@ def idle_compress_calls(
     Args:
       texts: tokens of the shortest and the longest text that is compressed; None: any.
     """
-    if params.per_step:
+    layout = shapes.layout
+    pool = Pool(layout.num_entries - 1, layout.table_layers * layout.table_heads, layout.page_size)
+    longest = shapes.slots[-1] if texts is None else texts[1]
+    between_chunks = params.policy.between_chunks and pool.uniform(longest) > pool.num_entries
+    if between_chunks and texts is not None:
+        texts = 1, longest  # they are compressed long before their ends
+    if params.per_step and params.context_tokens is None and not between_chunks:
         return
     for lanes in dict.fromkeys((1, shapes.compress_rows)):
         specs = [
@@ -136,8 +143,8 @@ def idle_compress_calls(
             for below, held in _bounds(shapes, texts)
             # Bounds double, so a budget that grows with the text passes at most one between these two.
             for budget in (params.budget(below + 1), params.budget(held))
-            # A text is compressed a second time only while its answer grows.
-            for first in ((True,) if params.once else (True, False))
+            # A text is compressed a second time only between its chunks, or while its answer grows.
+            for first in ((True,) if params.once and not between_chunks else (True, False))
             if held > budget
         ]
         for spec in dict.fromkeys(specs):

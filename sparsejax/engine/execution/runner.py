@@ -7,7 +7,7 @@ being computed; the engine reads them a step later.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -206,6 +206,15 @@ class Runner:
                 f"method {compression.method!r} selects, and the engine was built without: name it in methods."
             )
         self.selections.check(compression)
+
+    def check_together(self, several: Iterable[CompressionParams]) -> None:
+        """Raises unless requests that ask for these can be taken together.
+
+        Raises:
+          InvalidArgumentError: they have too many choices.
+        """
+        if self.selections is not None:
+            self.selections.check(*(compression for compression in several if compression.selects))
 
     def take(self, compression: CompressionParams) -> None:
         """Tells that a request with these parameters will come."""

@@ -57,18 +57,20 @@ class Selections:
         assert isinstance(policy, SelectionMethod), "only requests that select have roles"
         return policy.layer_roles(self._config.num_layers, self.full_layers)
 
-    def check(self, compression: CompressionParams) -> None:
-        """Raises unless a request may ask for this.
+    def check(self, *several: CompressionParams) -> None:
+        """Raises unless requests may ask for these.
 
         Raises:
           InvalidArgumentError: the roles do not fit the model, or are more than an engine serves.
         """
-        roles = self.roles_of(compression)
-        if roles not in self._numbers and len(self._numbers) >= MOST_CHOICES:
-            raise InvalidArgumentError(
-                f"requests of one engine may make at most {MOST_CHOICES} different choices of the layers that read "
-                f"everything, as steps are compiled for each; method {compression.method!r} would be one more."
-            )
+        choices = set(self._numbers)
+        for compression in several:
+            choices.add(self.roles_of(compression))
+            if len(choices) > MOST_CHOICES:
+                raise InvalidArgumentError(
+                    f"requests of one engine may make at most {MOST_CHOICES} different choices of the layers that read "
+                    f"everything, as steps are compiled for each; method {compression.method!r} would be one more."
+                )
 
     def take(self, compression: CompressionParams) -> None:
         """Counts what a request asks for, as `check` does not."""

@@ -17,6 +17,12 @@ STRATEGIES = ("reuse", "free_block", "sparse_copy", "no_op")
 DEFAULT_STRATEGY = "reuse"
 DEFAULT_INTERVAL_TOKENS = 128
 
+# What methods that keep everything have a use for, by family.
+_TAKEN_BY = {
+    "full": frozenset[str](),
+    "select": frozenset({"sink_tokens", "recent_tokens", "context_tokens", "options"}),
+    "store": frozenset({"context_tokens", "options"}),
+}
 _ALIASES = {"max_cache_tokens": "budget_tokens", "protected_window_size": "recent_tokens"}
 
 
@@ -26,11 +32,12 @@ class CompressionParams:
 
     Attributes:
       method: name of a method in `sparsejax.methods`; "full" keeps everything, and takes no other argument. Methods
-        that select keep everything, too; they take sink_tokens, recent_tokens, context_tokens and options.
+        that select keep everything, too; they take sink_tokens, recent_tokens, context_tokens and options. What stores
+        tokens compressed (deltakv) takes context_tokens and options.
       budget_tokens: tokens to keep per layer and KV head, on average, protected ones included. Also called
         max_cache_tokens. A prompt of at most this many tokens is left as it is.
       keep_fraction: the budget as a fraction of the text that is compressed, in (0, 1]; at least what is protected.
-        Exactly one of the two must be given.
+        Methods that evict need exactly one of the two.
       sink_tokens: first tokens of the text that are kept (or read) whatever their score. None: the method's default.
       recent_tokens: last tokens likewise. Also called protected_window_size. None: the method's default.
       window_tokens: observation window, the last queries of the text that a query-aware method looks at. None: the
@@ -38,8 +45,8 @@ class CompressionParams:
       compress_once: compress the prompt only. False: go on while decoding, at every step if the method evicts per step
         and `interval_tokens` is not given, else every `interval_tokens`. None: the method's default.
       context_tokens: compress after this many tokens of the prompt, before the rest (the question) is seen. None: after
-        the whole prompt. Methods that select compute so many tokens with dense attention, and then decode the rest of
-        the prompt token by token.
+        the whole prompt. Methods that select or store compressed compute so many tokens with dense attention, and then
+        decode the rest of the prompt token by token.
       interval_tokens: generated tokens between two compressions. None: 128, where it is needed.
       strategy: what evicting at every step does with memory. "reuse" (None means this): the next token takes the
         victim's slot; "free_block": pages are freed once all their tokens are evicted; "sparse_copy": survivors move to
@@ -312,10 +319,8 @@ class CompressionParams:
     def _check_keeps_everything(self) -> None:
         """Refuses what only evicting has a use for."""
         taken, hint = {"method"}, ""
-        if self.compresses:
-            taken |= {"context_tokens", "options"}
-        if self.selects:
-            taken |= {"sink_tokens", "recent_tokens", "context_tokens", "options"}
+        if self.decodes_again:
+            taken |= _TAKEN_BY[self.policy.family]
             hint = " How much is read is top_tokens, a number or a fraction."
             for name, _ in self.options:
                 if name not in methods.get(self.method).option_names():
@@ -399,11 +404,13 @@ def _pairs(options: Any) -> dict[str, Any]:
 def _unknown_option(
     name: str, common: list[str], policy: type[methods.Method], rule: type[BudgetRule]
 ) -> UnknownArgumentError:
-    own = _own_options(policy, rule)
+    own, whose = _own_options(policy, rule), f" with budget rule {rule.name!r}"
+    if policy.family in _TAKEN_BY:  # no budget, and no rule
+        common, own, whose = ["method", *(_TAKEN_BY[policy.family] - {"options"})], policy.option_names(), ""
     guess = nearest(name, [*common, *own])
     hint = f" Did you mean {guess!r}?" if guess else ""
     listed = ", ".join(sorted(own)) if own else "none"
     return UnknownArgumentError(
         f"CompressionParams has no argument {name!r}.{hint} Valid arguments: {', '.join(sorted(common))}; options of "
-        f"method {policy.name!r} with budget rule {rule.name!r}: {listed}."
+        f"method {policy.name!r}{whose}: {listed}."
     )

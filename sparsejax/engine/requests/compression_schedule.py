@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from sparsejax.engine.requests.sampling_params import CompressionParams
+from sparsejax.engine.requests.compression_params import CompressionParams
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ class CompressionSchedule:
 
     @property
     def longest_stage(self) -> int:
-        """Most prompt tokens between two places."""
-        return max(end - begin for begin, end in pairwise((0, *self.places)))
+        """Most prompt tokens between two places; what lies behind the last counts where its queries are recorded."""
+        last = [self.prompt_length] if self.changes_while_decoding else []
+        return max(end - begin for begin, end in pairwise((0, *self.places, *last)))
 
     def compresses(self, place: int) -> bool:
         """Whether the row is over its budget at a place of the prompt."""

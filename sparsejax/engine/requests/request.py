@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.engine.requests.footprint import Footprint
-from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.sampling_params import SamplingParams
 from sparsejax.errors import SchedulingError
 
 

@@ -7,11 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError, unknown_key_error
 from sparsejax.validation import flag, number, unicode_text, whole
-
-__all__ = ["MAX_LOGPROBS", "MAX_SEED", "MAX_STOP_TOKEN_IDS", "CompressionParams", "SamplingParams"]
 
 MAX_LOGPROBS = 20  # rivals whose log-probabilities the device returns with each token
 MAX_STOP_TOKEN_IDS = 16  # ids that min_tokens can hold back, beside the model's own end tokens

@@ -61,6 +61,31 @@ def test_warm_up_covers_every_compression(budget):
                 assert (spec, batch.rows.shape) in known, length
 
 
+@pytest.mark.parametrize(
+    ("params", "places"),
+    [
+        (CompressionParams(method="keydiff", budget_tokens=20), range(40, LONGEST, 24)),  # prompts that exceed the pool
+        (CompressionParams(method="streaming_llm", budget_tokens=20), range(40, LONGEST, 24)),
+        (CompressionParams(method="streaming_llm", budget_tokens=20, context_tokens=40), [40]),
+    ],
+    ids=str,
+)
+def test_warm_up_covers_compressions_between_chunks_and_behind_contexts(params, places):
+    known = {(spec, batch.rows.shape) for spec, batch in idle_compress_calls(params, SHAPES)}
+    for number, length in enumerate(places):
+        held = params.budget(length) + 24 if number else length  # only what was never compressed holds all of its text
+        entry = Compress(request(params, LONGEST), length, params.budget(length), held)
+        for _, spec, batch in compress_calls([entry], SHAPES, moment_slots={}):
+            assert (spec, batch.rows.shape) in known, length
+
+
+def test_warm_up_compiles_no_compression_that_cannot_be():
+    fits = (40, 60)  # tokens, for which the pool has room
+    assert not list(idle_compress_calls(CompressionParams(method="random", budget_tokens=20), SHAPES, texts=fits))
+    once = CompressionParams(method="keydiff", budget_tokens=20)
+    assert all(spec.in_text_order for spec, _ in idle_compress_calls(once, SHAPES, texts=fits))
+
+
 @pytest.mark.parametrize("strategy", ["reuse", "no_op"])
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_warm_up_covers_every_eviction(budget, strategy):

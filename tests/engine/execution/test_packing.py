@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sparsejax import SamplingParams
 from sparsejax.engine.execution.packing import pack
 from sparsejax.engine.requests.request import Request
-from sparsejax.engine.scheduling.scheduler import Chunk
+from sparsejax.engine.scheduling.plan import Chunk
 
 
 @st.composite

@@ -97,8 +97,13 @@ def test_choices_of_layers_are_bounded(selections):
     asked += [CompressionParams(method="omnikv", full_attention_layers=(0, 1, layer)) for layer in range(2, 8)]
     asked += [CompressionParams(method="quest", dense_layers=layers) for layers in (1, 2, 3)]
     assert len(asked) == MOST_CHOICES
+    another = CompressionParams(method="quest", dense_layers=4)
+    selections.check(*asked, asked[0])
+    with pytest.raises(InvalidArgumentError, match="at most 16 different choices"):
+        selections.check(*asked, another)
+    selections.check(another)  # to ask for all together has used none up
     for each in asked:
         selections.take(each)
     with pytest.raises(InvalidArgumentError, match="at most 16 different choices"):
-        selections.check(CompressionParams(method="quest", dense_layers=4))
+        selections.check(another)
     selections.check(asked[0])

@@ -7,14 +7,13 @@ import pytest
 
 import sparsejax
 from sparsejax import methods
-from sparsejax.engine.requests import sampling_params
 from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError, UnknownArgumentError
 from sparsejax.methods.budgets import Adaptive, Pyramid, Uniform
 
 
-def test_one_class_by_three_names():
-    assert sparsejax.CompressionParams is CompressionParams is sampling_params.CompressionParams
+def test_one_class_by_two_names():
+    assert sparsejax.CompressionParams is CompressionParams
 
 
 def test_full_keeps_everything():

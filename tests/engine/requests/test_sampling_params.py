@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sparsejax import methods
-from sparsejax.engine.requests.sampling_params import CompressionParams, SamplingParams
+from sparsejax.engine.requests.compression_params import CompressionParams
+from sparsejax.engine.requests.sampling_params import SamplingParams
 from sparsejax.errors import InvalidArgumentError, SparsejaxError, UnknownArgumentError
 
 BAD = [
@@ -62,6 +63,22 @@ def test_normalisation():
     assert SamplingParams().stop_token_ids == ()
     assert SamplingParams(top_k=-1) == SamplingParams(top_k=0) == SamplingParams()
     assert SamplingParams().max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ({"max_tokens": np.float32(4)}, "max_tokens must be a whole number"),
+        ({"top_k": np.array([1, 2])}, "top_k must be a whole number"),
+        ({"seed": np.arange(3)}, "seed must be a whole number"),
+        ({"stop_token_ids": np.array([[1, 2]])}, "stop_token_ids"),
+    ],
+    ids=str,
+)
+def test_arrays_are_whole_numbers_only_if_they_are_one(argument, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        SamplingParams(**argument)
+    assert SamplingParams(max_tokens=np.array(4)).max_tokens == 4
 
 
 def test_frozen():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsejax import methods
-from sparsejax.engine.requests.sampling_params import CompressionParams
+from sparsejax.engine.requests.compression_params import CompressionParams
 from sparsejax.errors import InvalidArgumentError, PromptTooLongError, SchedulingError
 
 
@@ -413,6 +413,10 @@ def test_texts_that_must_be_cut_where_the_method_cannot_are_refused():
     compression = Params(budget_tokens=4, policy=Policy(chunk_alignment=13))
     with pytest.raises(InvalidArgumentError, match=r"room for 12.*max_mixed_tokens to 26"):
         run.add(request("a", 13, compression=compression))
+    # Behind its context, too, where the rest of the prompt is recorded for compressions to come.
+    behind = Params(budget_tokens=4, context_tokens=10, once=False, interval=4, policy=Policy(chunk_alignment=13))
+    with pytest.raises(InvalidArgumentError, match="room for 12"):
+        run.add(request("e", 60, compression=behind))
     jobs = [request("b", 12, 20, compression=compression), request("c", 12, compression=compression)]
     jobs.append(request("d", 40, compression=Params(budget_tokens=4, policy=Policy(chunk_alignment=8))))
     for each in jobs:
