@@ -153,9 +153,9 @@ def measure(
     chunk = llm.engine.scheduler.config.max_mixed_tokens
     weights = weight_bytes_read(config, params)
 
-    def together(prompts: list[list[int]], params: CompressionParams | None, **options: Any) -> BatchRun:
+    def together(prompts: list[list[int]], asked: CompressionParams | None, **options: Any) -> BatchRun:
         num_tokens = tokens_decoded(steps, batch=batch, context=len(prompts[0]), chunk=chunk)
-        return run_batch(llm, prompts, num_tokens=num_tokens, steps=steps, compression=params, **options)
+        return run_batch(llm, prompts, num_tokens=num_tokens, steps=steps, compression=asked, **options)
 
     prompt_seconds = time_prompt(llm, prompts[0], compression, repeats=repeats)
     run = together(prompts, compression, profiled=profiled, trace_folder=trace_folder)

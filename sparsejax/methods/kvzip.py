@@ -23,7 +23,7 @@ class ReconstructionPass:
     """One forward pass behind the context: its tokens attend to the context and to each other, and are then forgotten.
 
     Attributes:
-      tokens: instruction, lead-in, suffix and the repeated part of the context; they stand at the positions after it.
+      tokens: instruction, lead-in and the repeated part of the context; they stand at the positions after it.
       start, stop: the repeated part: tokens start <= i < stop of the context.
     """
 
@@ -72,7 +72,6 @@ class KVzip(Method):
         *,
         first_instruction: Sequence[int] = (),
         next_instruction: Sequence[int] = (),
-        suffix: Sequence[int] = (),
     ) -> list[ReconstructionPass]:
         """The passes that repeat `context` part by part.
 
@@ -80,12 +79,11 @@ class KVzip(Method):
           context: token ids of the text that is compressed.
           first_instruction: token ids of FIRST_INSTRUCTION; empty if there is no tokenizer.
           next_instruction: token ids of NEXT_INSTRUCTION, likewise.
-          suffix: token ids of what the chat template puts between a user's turn and the answer.
         """
         passes = []
         for start in range(0, len(context), self.chunk_tokens):
             stop = min(start + self.chunk_tokens, len(context))
             lead_in = context[max(start - self.lead_in_tokens, 0) : start]
             instruction = next_instruction if start else first_instruction
-            passes.append(ReconstructionPass((*instruction, *lead_in, *suffix, *context[start:stop]), start, stop))
+            passes.append(ReconstructionPass((*instruction, *lead_in, *context[start:stop]), start, stop))
         return passes

@@ -230,7 +230,7 @@ class Device:
 
 
 @dataclass
-class Engine:
+class Engine(dense.Serving):
     """Runs plans on the simulated device, reads the results `lag` steps late, and checks every promise."""
 
     scheduler: Scheduler
@@ -253,15 +253,6 @@ class Engine:
         self.device = Device(
             page_size=limits.page_size, tables=limits.entries_per_page_column, num_entries=limits.num_free_entries
         )
-
-    def add(self, each: Request) -> None:
-        self.scheduler.add(each)
-        self.alive.append(each)
-
-    def cancel(self, request_id: str) -> None:
-        each = self.scheduler.cancel(request_id)
-        if each is not None:
-            self._end(each)
 
     def step(self):
         self.clock.now += 1
@@ -396,18 +387,6 @@ class Engine:
             if each.record(token) and (reason := dense.ends(each, each.output_token_ids)):
                 self.scheduler.finish(each, reason)
                 self._end(each)
-
-    def read_all(self) -> None:
-        while self.in_flight:
-            self.read()
-
-    def _end(self, each: Request) -> None:
-        self.alive.remove(each)
-        self.ended.append(each)
-
-    def run_to_end_of(self, each: Request) -> None:
-        while not each.finished:
-            self.step()
 
     def run(self, limit: int = 5000) -> None:
         while self.scheduler.has_unfinished:

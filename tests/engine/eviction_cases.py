@@ -69,3 +69,18 @@ def assert_all_free(llm) -> None:
     assert int(cache.free.count) == engine.scheduler.free_entries == engine.scheduler.config.num_free_entries
     assert not np.asarray(cache.table.length).any()
     assert not np.asarray(cache.free.references).any()
+
+
+def run(llm, requests, params: SamplingParams | list[SamplingParams] = GREEDY):
+    """The outputs of requests (prompt, compression) in one batch."""
+    return llm.generate([prompt for prompt, _ in requests], params, [asked for _, asked in requests], use_tqdm=False)
+
+
+def one_by_one(llm, requests, params: SamplingParams = GREEDY) -> list[list[int]]:
+    """The tokens of each request alone."""
+    return [tokens(run(llm, [each], params))[0] for each in requests]
+
+
+def finish(engine) -> None:
+    while engine.has_unfinished:
+        engine.step()

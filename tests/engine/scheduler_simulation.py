@@ -91,8 +91,33 @@ class Device:
         return len({id(page) for row in rows for page in self.rows[row]})
 
 
+class Serving:
+    """What simulated engines do alike."""
+
+    def add(self, each: Request) -> None:
+        self.scheduler.add(each)
+        self.alive.append(each)
+
+    def cancel(self, request_id: str) -> None:
+        each = self.scheduler.cancel(request_id)
+        if each is not None:
+            self._end(each)
+
+    def read_all(self) -> None:
+        while self.in_flight:
+            self.read()
+
+    def _end(self, each: Request) -> None:
+        self.alive.remove(each)
+        self.ended.append(each)
+
+    def run_to_end_of(self, each: Request) -> None:
+        while not each.finished:
+            self.step()
+
+
 @dataclass
-class Engine:
+class Engine(Serving):
     """Runs plans on a simulated device whose results the host reads `lag` steps late, checking every promise."""
 
     scheduler: Scheduler
@@ -109,15 +134,6 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.device = Device(self.scheduler.config.page_size)
-
-    def add(self, each: Request) -> None:
-        self.scheduler.add(each)
-        self.alive.append(each)
-
-    def cancel(self, request_id: str) -> None:
-        each = self.scheduler.cancel(request_id)
-        if each is not None:
-            self._end(each)
 
     def step(self):
         self.clock.now += 1
@@ -226,18 +242,6 @@ class Engine:
             if each.record(token) and (reason := ends(each, each.output_token_ids)):
                 self.scheduler.finish(each, reason)
                 self._end(each)
-
-    def read_all(self) -> None:
-        while self.in_flight:
-            self.read()
-
-    def _end(self, each: Request) -> None:
-        self.alive.remove(each)
-        self.ended.append(each)
-
-    def run_to_end_of(self, each: Request) -> None:
-        while not each.finished:
-            self.step()
 
     def run(self, limit: int = 5000) -> None:
         while self.scheduler.has_unfinished:

@@ -14,8 +14,11 @@ from eviction_cases import (
     STRATEGIES,
     assert_all_free,
     compression,
+    finish,
     limited,
     name_of,
+    one_by_one,
+    run,
     tokens,
 )
 from eviction_oracle import assert_greedy, forward, serve
@@ -51,19 +54,6 @@ REQUESTS = [
     (PROMPTS[0], compression("h2o", interval_tokens=4, context_tokens=40)),
     (PROMPTS[0], compression("snapkv", context_tokens=50)),
 ]
-
-
-def run(llm, requests, params: SamplingParams | list[SamplingParams] = GREEDY):
-    return llm.generate([prompt for prompt, _ in requests], params, [asked for _, asked in requests], use_tqdm=False)
-
-
-def finish(engine) -> None:
-    while engine.has_unfinished:
-        engine.step()
-
-
-def one_by_one(llm, requests, params=GREEDY):
-    return [tokens(run(llm, [each], params))[0] for each in requests]
 
 
 @pytest.fixture(scope="module")

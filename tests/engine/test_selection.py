@@ -12,8 +12,11 @@ from eviction_cases import (
     WATCHED,
     assert_all_free,
     compression,
+    finish,
     limited,
     name_of,
+    one_by_one,
+    run,
     tokens,
 )
 from eviction_oracle import GROUP, HEADS, LONGEST, Forward, Run, assert_logprobs, causal, forward
@@ -44,19 +47,6 @@ def quest(top_tokens, **options) -> CompressionParams:
 @pytest.fixture(scope="module")
 def llm(make_llm):
     return make_llm(methods=["full", "omnikv", "quest"], max_num_batched_tokens=64)
-
-
-def run(llm, requests, params=GREEDY):
-    return llm.generate([prompt for prompt, _ in requests], params, [asked for _, asked in requests], use_tqdm=False)
-
-
-def finish(engine) -> None:
-    while engine.has_unfinished:
-        engine.step()
-
-
-def one_by_one(llm, requests, params=GREEDY):
-    return [tokens(run(llm, [each], params))[0] for each in requests]
 
 
 def seen(asked: CompressionParams, dense: Forward, position: int) -> np.ndarray:

@@ -15,14 +15,14 @@ from sparsejax.methods.kvzip import KVzip, ReconstructionPass
 def test_the_passes_repeat_the_context_once(length, chunk, lead_in):
     context = list(range(100, 100 + length))
     passes = KVzip(chunk_tokens=chunk, lead_in_tokens=lead_in).reconstruction_passes(
-        context, first_instruction=[1], next_instruction=[2, 3], suffix=[9]
+        context, first_instruction=[1], next_instruction=[2, 3]
     )
     assert [token for each in passes for token in each.tokens[-(each.stop - each.start) :]] == context
     for index, each in enumerate(passes):
         assert each.stop - each.start <= chunk
         before = context[max(0, each.start - lead_in) : each.start]
         instruction = [2, 3] if index else [1]
-        assert list(each.tokens) == [*instruction, *before, 9, *context[each.start : each.stop]]
+        assert list(each.tokens) == [*instruction, *before, *context[each.start : each.stop]]
 
 
 def test_needs_no_instructions():
