@@ -63,8 +63,8 @@ class Result:
     Attributes:
       kind: the benchmark that wrote it.
       rows: the metrics of each of its rows.
-      made_by: what it was measured on and with: "model", "device", "jax", "method", "page_size", "ceilings", where the
-        file says so.
+      made_by: what it was measured on and with, model, device, ceilings, jax, method and page size, where the file says
+        so.
       asked: what was asked for in each of its rows beside its name: the compression, and how many requests.
     """
 

@@ -15,7 +15,6 @@ from sparsejax.engine.execution.compile_ahead import compiler_threads
 from sparsejax.engine.execution.memory import tree_bytes
 from sparsejax.engine.execution.warm_up import warm_up
 from sparsejax.engine.llm import LLM
-from sparsejax.folders import check_can_make
 from sparsejax.models import ModelConfig
 
 
@@ -55,12 +54,7 @@ class Startup:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Keeps every compiled program in `folder`, and takes from it what a process before has left there.
-
-    Raises:
-      InvalidArgumentError: it cannot be made or written: JAX would only warn, and a warm start would be a cold one.
-    """
-    check_can_make(folder, name="--compilation-cache")
+    """Keeps every compiled program in `folder`, and takes from it what a process before has left there."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -6,6 +6,7 @@ arrival. A token's time is when the host had read it; all tokens of a step share
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -250,7 +251,7 @@ def serve(
     records = [_record(trace.requests[i].arrival, served.submissions[i], served.times[i]) for i in served.ended]
     itls = np.concatenate([np.diff(served.times[i]) for i in served.ended])
     arrivals = (request.arrival for request in trace.requests)
-    windows = [(arrival, times[0]) for arrival, times in zip(arrivals, served.times, strict=False) if times]
+    windows = [(at, times[0] if times else math.inf) for at, times in zip(arrivals, served.times, strict=False)]
     beside = np.concatenate([_in_prefill(served.times[i][1:], windows) for i in served.ended])
     input_tokens = sum(record.input_tokens for record in records)
     output_tokens = sum(record.output_tokens for record in records)
@@ -347,8 +348,10 @@ class _Server:
                         bar.update(ended)
         except KeyboardInterrupt:
             self.interrupted = True
-        # Before any is cancelled.
-        self.ended = [i for i, each in enumerate(self.submissions) if each.finished and self.times[i]]
+        # Before any is cancelled. An interrupted step may have ended one whose last token has not been looked at.
+        tokens = (len(each.answers[0].request.output_token_ids) for each in self.submissions)
+        seen = [count == len(times) > 0 for count, times in zip(tokens, self.times, strict=True)]
+        self.ended = [i for i, each in enumerate(self.submissions) if each.finished and seen[i]]
 
     def clear_away(self) -> None:
         """Leaves an idle engine behind, whatever happened."""

@@ -129,7 +129,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     out = out.expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputExistsError(f"{out} exists already and is not an empty folder; remove it or choose another name.")
-    check_can_make(out)
+    check_can_make(out.parent if out.exists() else out)  # it is made beside, and takes the place of an empty one
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)

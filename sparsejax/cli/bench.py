@@ -28,6 +28,7 @@ from sparsejax.cli.bench_options import (
 from sparsejax.cli.compression_options import add_compression_options, compression_from
 from sparsejax.cli.outputs import check_outputs
 from sparsejax.errors import InvalidArgumentError
+from sparsejax.folders import check_can_make
 
 if TYPE_CHECKING:
     from sparsejax.bench.traces import Trace
@@ -190,8 +191,6 @@ def run_throughput(args: argparse.Namespace) -> int:
             raise InvalidArgumentError(f"--write-trace takes one trace, got {len(wanted)}.")
         if args.json is not None or args.plot is not None:
             raise InvalidArgumentError("--write-trace serves nothing: --json and --plot have nothing to tell of.")
-        if not args.write_trace.parent.is_dir():
-            raise InvalidArgumentError(f"--write-trace: there is no folder {args.write_trace.parent}.")
         traces.write_jsonl(wanted[0], args.write_trace)
         return 0
     from sparsejax.engine.execution.memory import reserve_device_memory
@@ -217,7 +216,7 @@ def run_throughput(args: argparse.Namespace) -> int:
         **engine_options(args, config, params) | {"enable_prefix_caching": shares},
         **delta_engine_options(args, config, params),
     )
-    for trace in wanted:  # what cannot be served is refused before anything is compiled
+    for trace in wanted:  # what cannot be served is refused before the warm-up
         throughput.check(llm, trace, compression)
     if not args.no_warmup:
         throughput.prepare(llm, wanted, compression, progress=compiling)
@@ -235,6 +234,8 @@ def run_throughput(args: argparse.Namespace) -> int:
 
 def run_startup(args: argparse.Namespace) -> int:
     check_outputs(args)
+    if args.compilation_cache is not None:  # or JAX would only warn, and a warm start would be a cold one
+        check_can_make(args.compilation_cache, name="--compilation-cache")
     check_model(args)
     from sparsejax.engine.execution.memory import reserve_device_memory
 

@@ -143,7 +143,7 @@ def compression_from(args: argparse.Namespace, **overrides: Any) -> CompressionP
     if "full_attention_layers" in selection and "full_attention_layers" not in taken:
         raise InvalidArgumentError(
             f"--full-attention-layers has no meaning for method {given['method']!r}. Options of its own: "
-            f"{', '.join(f'--option {name}=' for name in taken) or 'none'}."
+            f"{', '.join(f'--option {name}=' for name in taken if name not in SELECTION_ARGUMENTS) or 'none'}."
         )
     return CompressionParams(**given, options=own | selection)
 

@@ -433,6 +433,12 @@ def test_checking_outputs_leaves_them_alone(tmp_path):
     assert not new.exists()
     with pytest.raises(InvalidArgumentError, match="--json and --data are the same file"):
         check_outputs(argparse.Namespace(json=kept, plot=None, data=tmp_path / "x" / ".." / "kept.json"))
+    with pytest.raises(InvalidArgumentError, match="--write-trace and --random-weights are the same file"):
+        check_outputs(argparse.Namespace(write_trace=kept, random_weights=str(kept)))
+    with pytest.raises(InvalidArgumentError, match="--json and --trace are the same file"):
+        check_outputs(argparse.Namespace(json=kept, trace=f"mix600,{kept}"))
+    check_outputs(argparse.Namespace(json=kept, method=str(kept)))  # which is no file's name
+    assert kept.read_text() == "old"
 
 
 @pytest.mark.parametrize("text", ['{"a":1', "[1, 2]", b"\xff"])

@@ -122,7 +122,7 @@ def train(run: Run) -> Path:
     passes = TwoPass(model, config, placement, jnp.dtype(options.dtype), options.train_on, options.recompute)
     from_data = run.init == PRINCIPAL and not run.resume
     params = None if from_data else _start(run, model, config)
-    # What can be refused has been, before the weights are loaded.
+    # What of a new run can be refused has been, before the weights are loaded.
     frozen = load_frozen(run.model, placement, jnp.dtype(options.dtype), progress=run.progress and first)
     if params is None:
         params = principal_params(passes, frozen, rows, progress=run.progress and first)
