@@ -18,7 +18,7 @@ import numpy as np
 
 from pallas_kernels import Implementation
 from sparsejax.cache import CacheLayout, Granularity, KVCache, init_cache
-from sparsejax.config import GRANULARITIES, IMPLEMENTATIONS
+from sparsejax.config import EngineConfig
 from sparsejax.engine.build import positions_reach
 from sparsejax.engine.execution.packing import pack
 from sparsejax.engine.programs.sampling import NOT_FINITE
@@ -30,7 +30,6 @@ from sparsejax.engine.requests.sampling_params import SamplingParams
 from sparsejax.engine.scheduling.plan import Chunk
 from sparsejax.errors import InvalidArgumentError, NotFiniteError, PromptTooLongError
 from sparsejax.models import Decoder, ModelConfig
-from sparsejax.validation import choice, whole
 
 
 @jax.tree_util.register_dataclass
@@ -123,12 +122,8 @@ def generate(
         or a bad argument.
       NotFiniteError: a prompt has no next token.
     """
-    page_size = whole("page_size", page_size, 1)
-    if page_size & (page_size - 1):
-        raise InvalidArgumentError(f"page_size must be a power of two (1, 2, 4, ...), got {page_size}.")
-    choice("table_granularity", table_granularity, GRANULARITIES)
-    if implementation is not None:
-        choice("implementation", implementation, IMPLEMENTATIONS)
+    # For its checks.
+    EngineConfig(page_size=page_size, table_granularity=table_granularity, implementation=implementation)
     forms = inputs.as_prompts(prompts)
     for i, prompt in enumerate(forms):
         if isinstance(prompt, str):

@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # all bring JAX, which the command line's parser does not nee
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LATENT_DTYPES = ("bfloat16", "float32", "int4")
 GRANULARITIES = ("shared", "per_layer", "per_head")
-IMPLEMENTATIONS = ("triton", "xla")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +115,7 @@ class EngineConfig:
         self._check("seed", whole, 0)
         self._check("dtype", choice, DTYPES)
         self._check("table_granularity", choice, GRANULARITIES)
-        self._check("implementation", choice, IMPLEMENTATIONS)
+        self._check("implementation", choice, ("triton", "xla"))
         self._check("latent_dtype", choice, LATENT_DTYPES)
         self._check("enable_prefix_caching", flag)
         self._check("skip_tokenizer_init", flag)

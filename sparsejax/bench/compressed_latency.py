@@ -115,6 +115,14 @@ def model_length(context: int, steps: int, *, batch: int, chunk: int, dense_cont
     return tokens_needed(max(context, dense_context or 0), steps, batch=batch, chunk=chunk)
 
 
+def check(compression: CompressionParams, context: int) -> None:
+    """Raises InvalidArgumentError if nothing of prompts of `context` tokens is evicted."""
+    if not compression.evicts or compression.budget(context) >= context:
+        raise InvalidArgumentError(
+            f"method {compression.method!r} evicts nothing of prompts of {context} tokens: give a budget below that."
+        )
+
+
 def measure(
     llm: LLM,
     ceilings: Ceilings,
@@ -141,10 +149,7 @@ def measure(
     Raises:
       InvalidArgumentError: the method evicts nothing of such prompts, or repeats is not positive.
     """
-    if not compression.evicts or compression.budget(context) >= context:
-        raise InvalidArgumentError(
-            f"method {compression.method!r} evicts nothing of prompts of {context} tokens: give a budget below that."
-        )
+    check(compression, context)
     if repeats < 1:
         raise InvalidArgumentError(f"repeats must be at least 1, got {repeats}.")
     config, params = llm.model_config, llm.engine.runner.params

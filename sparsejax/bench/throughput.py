@@ -156,9 +156,20 @@ def check(llm: LLM, trace: Trace, compression: CompressionParams | None = None) 
     Raises:
       InvalidArgumentError: a request that the engine can never serve in full.
     """
+    _checked(llm, trace, compression or CompressionParams())
+
+
+def _checked(llm: LLM, trace: Trace, compression: CompressionParams) -> list[tuple[TokenizedPrompt, SamplingParams]]:
+    """What the engine is given of each request, all of which it can serve."""
     engine, limits = llm.engine, llm.engine.scheduler.config
-    compression = compression or CompressionParams()
-    for i, (request, (prompt, params)) in enumerate(zip(trace.requests, _work(llm, trace), strict=True)):
+    work = [
+        (
+            TokenizedPrompt(None, request.prompt(llm.model_config.vocab_size)),
+            SamplingParams(temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True),
+        )
+        for request in trace.requests
+    ]
+    for i, (request, (prompt, params)) in enumerate(zip(trace.requests, work, strict=True)):
         name = f"request {i} of trace {trace.name!r}"
         engine.check(prompt, params, compression, name=name)
         probe = Request("", prompt.token_ids, params, compression)
@@ -168,17 +179,7 @@ def check(llm: LLM, trace: Trace, compression: CompressionParams | None = None) 
                 f"{name} has {request.input_tokens} tokens and asks for {request.output_tokens} more; max_model_len "
                 f"and the cache allow {request.input_tokens + most} together."
             )
-
-
-def _work(llm: LLM, trace: Trace) -> list[tuple[TokenizedPrompt, SamplingParams]]:
-    """What the engine is given of each request."""
-    return [
-        (
-            TokenizedPrompt(None, request.prompt(llm.model_config.vocab_size)),
-            SamplingParams(temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True),
-        )
-        for request in trace.requests
-    ]
+    return work
 
 
 def prepare(
@@ -233,10 +234,10 @@ def serve(
     """
     engine, runner = llm.engine, llm.engine.runner
     compression = compression or CompressionParams()
-    check(llm, trace, compression)
+    work = _checked(llm, trace, compression)
     engine.reset_prefix_cache()
     before, waited, preempted = runner.compilations, engine.wait_seconds, engine.scheduler.num_preemptions
-    served = _Server(llm, trace, compression, observe)
+    served = _Server(llm, trace, work, compression, observe)
     try:
         with watch_compilations() as watched:
             served.run(use_tqdm)
@@ -310,12 +311,13 @@ class _Server:
         self,
         llm: LLM,
         trace: Trace,
+        work: list[tuple[TokenizedPrompt, SamplingParams]],
         compression: CompressionParams,
         observe: Callable[[Sequence[Submission]], None] | None,
     ) -> None:
         self.engine = llm.engine
         self.requests = trace.requests
-        self.work = _work(llm, trace)
+        self.work = work
         self.compression = compression
         self.observe = observe
         self.submissions: list[Submission] = []

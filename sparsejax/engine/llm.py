@@ -39,6 +39,8 @@ from sparsejax.models import ModelConfig
 
 logger = logging.getLogger(__name__)
 
+_Request = tuple[TokenizedPrompt, SamplingParams, CompressionParams]
+
 SECONDS_BETWEEN_LOOKS = 0.1  # of a progress bar at requests that go on
 
 
@@ -252,12 +254,11 @@ class LLM:
         (params,) = inputs.one_each("sampling_params", sampling_params, SamplingParams, SamplingParams(), 1)
         if params.n != 1:
             raise InvalidArgumentError(f"n must be 1 in stream, got {params.n}: use generate for several answers.")
-        self._check([tokenized], params, compression_params)
-        return self._increments(tokenized, params, compression_params)
+        return self._increments(self._check([tokenized], params, compression_params))
 
-    def _increments(self, prompt: TokenizedPrompt, params: Any, compression: Any) -> Iterator[RequestOutput]:
+    def _increments(self, requests: Sequence[_Request]) -> Iterator[RequestOutput]:
         """What `stream` returns: a function of its own, for it runs from the first `next` on."""
-        (submission,) = self._submit([prompt], params, compression)
+        (submission,) = self._submit(requests)
         try:
             while not submission.finished:
                 self._step([submission])
@@ -303,14 +304,8 @@ class LLM:
         vocab_size = self.model_config.vocab_size
         return inputs.tokenize(text, self._tokenizer, vocab_size, index=index, special_tokens=False)
 
-    def _submit(
-        self,
-        prompts: Sequence[TokenizedPrompt],
-        sampling_params: Any,
-        compression_params: Any,
-    ) -> list[Submission]:
-        """Checks every prompt and parameter, then queues them all: after an error none is queued."""
-        requests = self._check(prompts, sampling_params, compression_params)
+    def _submit(self, requests: Sequence[_Request]) -> list[Submission]:
+        """Queues requests that have been checked: all of them, or after an error none."""
         names, num_added = [str(next(self._request_ids)) for _ in requests], self.engine.num_added
         try:
             return [self.engine.add(name, *request) for name, request in zip(names, requests, strict=True)]
@@ -324,7 +319,7 @@ class LLM:
         prompts: Sequence[TokenizedPrompt],
         sampling_params: Any,
         compression_params: Any,
-    ) -> list[tuple[TokenizedPrompt, SamplingParams, CompressionParams]]:
+    ) -> list[_Request]:
         """Each prompt with its parameters, all of them checked and their methods enabled."""
         params = inputs.one_each("sampling_params", sampling_params, SamplingParams, SamplingParams(), len(prompts))
         default = self.config.default_compression or CompressionParams()
@@ -372,7 +367,7 @@ class LLM:
     ) -> list[RequestOutput]:
         if on_output is not None and not callable(on_output):
             raise InvalidArgumentError(f"on_output must be a function of an index and an output, got {on_output!r}.")
-        submissions = self._submit(prompts, sampling_params, compression_params)
+        submissions = self._submit(self._check(prompts, sampling_params, compression_params))
         active, unfinished, shown, ended = submissions, self.engine.num_unfinished, 0.0, (0, 0)
         index = {each.request_id: i for i, each in enumerate(submissions)}
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from sparsejax.engine.requests.request import Request, Status, derive_seed
 from sparsejax.engine.requests.sampling_params import SamplingParams
 from sparsejax.engine.scheduling.plan import Fork
 from sparsejax.engine.scheduling.scheduler import Scheduler, SchedulerConfig
+from sparsejax.errors import InvalidArgumentError
 
 EOS = 0
 
@@ -102,6 +104,44 @@ class Serving:
         each = self.scheduler.cancel(request_id)
         if each is not None:
             self._end(each)
+
+    def serve(self, jobs: Iterable[tuple[Request, int, int | None]], refused: Callable) -> list[Request]:
+        """Runs jobs to their ends: (request, step at which it arrives, cancelled so many steps later or None).
+
+        Args:
+          refused: told of each request that is refused, and of the error.
+
+        Returns:
+          Those that were taken, by arrival.
+        """
+        accepted: list[Request] = []
+        cancels: list[tuple[int, str]] = []
+
+        def step() -> None:
+            self.step()
+            for when, name in cancels:
+                if when == self.steps:
+                    self.cancel(name)
+
+        for each, arrival, cancel in jobs:
+            while self.steps < arrival and self.scheduler.has_unfinished:
+                step()
+            try:
+                self.add(each)
+            except InvalidArgumentError as error:
+                refused(each, error)
+                continue
+            accepted.append(each)
+            if cancel == 0:
+                self.cancel(each.request_id)
+            elif cancel is not None:
+                cancels.append((self.steps + cancel, each.request_id))
+        while self.scheduler.has_unfinished:
+            step()
+            assert self.steps < 5000, "no progress"
+        self.run()
+        assert sorted(self.ended, key=lambda each: each.order) == accepted, "every request ends exactly once"
+        return accepted
 
     def read_all(self) -> None:
         while self.in_flight:

@@ -74,30 +74,13 @@ def traces(draw):
 def test_random_traces_keep_every_promise(trace):
     limits, jobs, lag = trace
     run = engine(lag, **limits)
-    accepted, cancels = [], []
-
-    def step():
-        run.step()
-        for when, name in cancels:
-            if when == run.steps:
-                run.cancel(name)
-
-    for number, (prompt, max_tokens, arrival, cancel, ignore_eos, compression, shared) in enumerate(jobs):
-        while run.steps < arrival and run.scheduler.has_unfinished:
-            step()
-        each = request(str(number), prompt, max_tokens, shared=shared, compression=compression, ignore_eos=ignore_eos)
-        try:
-            run.add(each)
-        except InvalidArgumentError:  # too long, or not to be cut where it must be
-            continue
-        accepted.append(each)
-        if cancel is not None:
-            cancels.append((run.steps + cancel, each.request_id))
-    while run.scheduler.has_unfinished:
-        step()
-        assert run.steps < 5000, "no progress"
-    run.run()
-    assert sorted(run.ended, key=lambda each: each.order) == accepted, "every request ends exactly once"
+    accepted = run.serve(
+        (
+            (request(str(number), prompt, most, shared=shared, compression=asked, ignore_eos=ignore), arrival, cancel)
+            for number, (prompt, most, arrival, cancel, ignore, asked, shared) in enumerate(jobs)
+        ),
+        lambda each, error: None,  # too long, or not to be cut where it must be
+    )
     for each in accepted:
         answer, points = alone(each, **limits)
         if each.finish_reason == "abort":

@@ -57,32 +57,19 @@ def traces(draw):
 def test_random_traces_keep_every_promise(trace):
     limits, jobs, lag = trace
     run = engine(lag, **limits)
-    accepted, cancels = [], []
-    for number, (prompt, max_tokens, arrival, cancel, eos, needs, (shared, family)) in enumerate(jobs):
-        while run.steps < arrival and run.scheduler.has_unfinished:
-            run.step()
-            for when, name in cancels:
-                if when == run.steps:
-                    run.cancel(name)
-        each = request(str(number), prompt, max_tokens, shared=shared, family=family, **eos, **needs)
-        try:
-            run.add(each)
-        except PromptTooLongError:
-            assert prompt >= limits["max_model_len"] or prompt > run.scheduler.config.max_tokens_in_pool
-            continue
-        accepted.append(each)
-        if cancel == 0:
-            run.cancel(each.request_id)
-        elif cancel is not None:
-            cancels.append((run.steps + cancel, each.request_id))
-    while run.scheduler.has_unfinished:
-        run.step()
-        for when, name in cancels:
-            if when == run.steps:
-                run.cancel(name)
-        assert run.steps < 5000, "no progress"
-    run.run()
-    assert sorted(run.ended, key=lambda each: each.order) == accepted, "every request ends exactly once"
+
+    def refused(each, error):
+        assert isinstance(error, PromptTooLongError)
+        length = len(each.prompt_token_ids)
+        assert length >= limits["max_model_len"] or length > run.scheduler.config.max_tokens_in_pool
+
+    accepted = run.serve(
+        (
+            (request(str(number), prompt, most, shared=shared, family=family, **eos, **needs), arrival, cancel)
+            for number, (prompt, most, arrival, cancel, eos, needs, (shared, family)) in enumerate(jobs)
+        ),
+        refused,
+    )
     for each in accepted:
         alone = answer_alone(each)
         if each.finish_reason == "abort":
