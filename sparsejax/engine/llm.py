@@ -258,7 +258,7 @@ class LLM:
 
     def _increments(self, requests: Sequence[_Request]) -> Iterator[RequestOutput]:
         """What `stream` returns: a function of its own, for it runs from the first `next` on."""
-        (submission,) = self._submit(requests)
+        (submission,) = self._queue(requests)
         try:
             while not submission.finished:
                 self._step([submission])
@@ -304,7 +304,16 @@ class LLM:
         vocab_size = self.model_config.vocab_size
         return inputs.tokenize(text, self._tokenizer, vocab_size, index=index, special_tokens=False)
 
-    def _submit(self, requests: Sequence[_Request]) -> list[Submission]:
+    def _submit(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        sampling_params: Any,
+        compression_params: Any,
+    ) -> list[Submission]:
+        """Checks every prompt and parameter, then queues them all: after an error none is queued."""
+        return self._queue(self._check(prompts, sampling_params, compression_params))
+
+    def _queue(self, requests: Sequence[_Request]) -> list[Submission]:
         """Queues requests that have been checked: all of them, or after an error none."""
         names, num_added = [str(next(self._request_ids)) for _ in requests], self.engine.num_added
         try:
@@ -367,7 +376,7 @@ class LLM:
     ) -> list[RequestOutput]:
         if on_output is not None and not callable(on_output):
             raise InvalidArgumentError(f"on_output must be a function of an index and an output, got {on_output!r}.")
-        submissions = self._submit(self._check(prompts, sampling_params, compression_params))
+        submissions = self._submit(prompts, sampling_params, compression_params)
         active, unfinished, shown, ended = submissions, self.engine.num_unfinished, 0.0, (0, 0)
         index = {each.request_id: i for i, each in enumerate(submissions)}
 
